@@ -1,0 +1,314 @@
+// The autograd functions above the ops. One node owns the gradient of x: compacting returns the kept
+// rows *and* x passed through (the stream), so that its backward receives both gradients and writes
+// their sum in one pass. With grad mode on (double backward), each backward is built from
+// differentiable pieces instead of the fused kernels.
+#include "autograd.h"
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "row_ops.h"
+
+namespace sdkernels {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---- the ops, below autograd --------------------------------------------------------------------
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor compact_op(const Tensor& x, const Tensor& index) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&)>("sdkernels::compact_rows");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, index);
+}
+
+Tensor expand_op(const Tensor& kept, const Tensor& index, const Tensor& slot) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("sdkernels::expand_rows");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(kept, index, slot);
+}
+
+Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Tensor& index,
+                      const Tensor& slot, const OptionalTensor& layer_scale, double scale) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                     const OptionalTensor&, double)>("sdkernels::scatter_add_rows");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(residual, out, index, slot, layer_scale, scale);
+}
+
+void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
+                     const OptionalTensor& layer_scale, double scale) {
+  static const auto op = find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&,
+                                      const OptionalTensor&, double)>("sdkernels::scatter_add_rows_");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op.call(std::move(residual), out, index, slot, layer_scale, scale);
+}
+
+std::tuple<Tensor, Tensor> scatter_add_backward_op(const Tensor& grad, const OptionalTensor& out,
+                                                   const Tensor& index,
+                                                   const OptionalTensor& layer_scale, double scale,
+                                                   at::ScalarType dtype) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, double,
+      at::ScalarType)>("sdkernels::scatter_add_rows_backward");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(grad, out, index, layer_scale, scale, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(
+    const Tensor& x, const Tensor& index, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
+    at::ScalarType dtype, bool keep_rows) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, const OptionalTensor&,
+      double, bool, at::ScalarType, bool)>("sdkernels::compact_norm");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, index, normalized_shape, weight, bias, eps, rms, dtype, keep_rows);
+}
+
+std::tuple<Tensor, Tensor, Tensor> compact_norm_backward_op(
+    const OptionalTensor& d_stream, const Tensor& d_normed, const Tensor& kept, const Tensor& mean,
+    const Tensor& rstd, const Tensor& index, const Tensor& slot, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, bool rms, std::array<bool, 3> wanted) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, bool,
+      std::array<bool, 3>)>("sdkernels::compact_norm_backward");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(d_stream, d_normed, kept, mean, rstd, index, slot, normalized_shape, weight, rms,
+                 wanted);
+}
+
+// ---- autograd functions -------------------------------------------------------------------------
+
+OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+
+// An output that shares x's memory and version counter, and is no view in autograd's eyes: PyTorch
+// refuses in-place writes to views that come out of a function with several outputs.
+Tensor pass_through(const Tensor& x) { return x.detach(); }
+
+struct CompactRows : torch::autograd::Function<CompactRows> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& index,
+                               const Tensor& slot, bool with_stream) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({index, slot});
+    Tensor kept = compact_op(x, index);
+    if (!with_stream) return {std::move(kept)};
+    return {std::move(kept), pass_through(x)};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads);
+};
+
+struct ExpandRows : torch::autograd::Function<ExpandRows> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& kept, const Tensor& index,
+                        const Tensor& slot) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({index, slot});
+    return expand_op(kept, index, slot);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return {{}, {}, {}};
+    const auto saved = ctx->get_saved_variables();
+    return {CompactRows::apply(grads[0], saved[0], saved[1], false)[0], {}, {}};
+  }
+};
+
+struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& residual, const Tensor& out,
+                        const OptionalTensor& layer_scale, const Tensor& index, const Tensor& slot,
+                        double scale, bool inplace) {
+    ctx->set_materialize_grads(false);
+    // Only the gradient of layer_scale needs the branch's output.
+    const bool needs_out = layer_scale && layer_scale->requires_grad();
+    ctx->save_for_backward({index, slot, layer_scale.value_or(Tensor()), needs_out ? out : Tensor()});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(out.scalar_type());
+    if (!inplace) return scatter_add_op(residual, out, index, slot, layer_scale, scale);
+    scatter_add_op_(residual, out, index, slot, layer_scale, scale);
+    ctx->mark_dirty({residual});
+    return residual;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor& grad = grads[0];
+    variable_list result(7);
+    if (!grad.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &index = saved[0], &slot = saved[1], &layer_scale = saved[2], &out = saved[3];
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    result[0] = grad;
+    if (!at::GradMode::is_enabled()) {
+      auto [d_out, d_layer_scale] =
+          scatter_add_backward_op(grad, optional(out), index, optional(layer_scale), scale, dtype);
+      result[1] = std::move(d_out);
+      if (out.defined()) result[2] = std::move(d_layer_scale);
+      return result;
+    }
+    const auto acc = c10::promoteTypes(acc_type(grad.scalar_type()), acc_type(dtype));
+    const Tensor scaled =
+        CompactRows::apply(grad, index, slot, false)[0].to(acc) * scale;
+    result[1] = (layer_scale.defined() ? scaled * layer_scale.to(acc) : scaled).to(dtype);
+    if (out.defined())
+      result[2] =
+          (scaled * out.to(acc)).sum_to_size(layer_scale.sizes()).to(layer_scale.scalar_type());
+    return result;
+  }
+};
+
+variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
+  const auto saved = ctx->get_saved_variables();
+  const Tensor &index = saved[0], &slot = saved[1];
+  const Tensor& d_kept = grads[0];
+  const Tensor d_stream = grads.size() > 1 ? grads[1] : Tensor();
+  variable_list result(4);
+  if (!d_kept.defined())
+    result[0] = d_stream;
+  else if (d_stream.defined())
+    result[0] = ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false);
+  else
+    result[0] = ExpandRows::apply(d_kept, index, slot);
+  return result;
+}
+
+struct CompactNorm : torch::autograd::Function<CompactNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& index, const Tensor& slot,
+                               at::IntArrayRef normalized_shape, double eps, bool rms,
+                               at::ScalarType dtype, bool with_stream, bool needs_grad) {
+    ctx->set_materialize_grads(false);
+    // The kept rows of x are saved, not x: memory follows k, and x may be overwritten in place. They
+    // are an output (which no caller sees) so that a double backward finds its way from them to x.
+    auto [normed, kept, mean, rstd] = compact_norm_op(x, index, normalized_shape, weight, bias, eps,
+                                                      rms, dtype, /*keep_rows=*/needs_grad);
+    if (!needs_grad) {
+      if (!with_stream) return {normed};
+      return {normed, pass_through(x)};
+    }
+    ctx->save_for_backward({index, slot, weight.value_or(Tensor()), kept, mean, rstd});
+    ctx->saved_data["normalized_shape"] = normalized_shape.vec();
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["rms"] = rms;
+    ctx->saved_data["bias"] = bias ? static_cast<int64_t>(bias->scalar_type()) : -1;
+    if (!with_stream) return {normed, kept};
+    return {normed, pass_through(x), kept};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &index = saved[0], &slot = saved[1], &weight = saved[2], &kept = saved[3];
+    const auto shape = ctx->saved_data["normalized_shape"].toIntVector();
+    const bool rms = ctx->saved_data["rms"].toBool();
+    const int64_t bias_type = ctx->saved_data["bias"].toInt();
+    const Tensor& d_normed = grads[0];
+    const Tensor d_stream = grads.size() > 2 ? grads[1] : Tensor();
+    Tensor d_kept = grads.back();  // defined in a double backward only
+    variable_list result(11);
+
+    if (!at::GradMode::is_enabled() && !d_kept.defined() && d_normed.defined()) {
+      size_t edge = 1;
+      const bool needs_weight = weight.defined() && ctx->needs_input_grad(edge++);
+      const bool needs_bias = bias_type >= 0 && ctx->needs_input_grad(edge);
+      const std::array<bool, 3> wanted{ctx->needs_input_grad(0), needs_weight, needs_bias};
+      auto [d_x, d_weight, d_bias] =
+          compact_norm_backward_op(optional(d_stream), d_normed, kept, saved[4], saved[5], index,
+                                   slot, shape, optional(weight), rms, wanted);
+      if (wanted[0]) result[0] = std::move(d_x);
+      if (wanted[1]) result[1] = std::move(d_weight);
+      if (wanted[2]) result[2] = std::move(d_bias);
+      return result;
+    }
+
+    if (d_normed.defined()) {
+      const auto acc = acc_type(kept.scalar_type());
+      c10::SmallVector<int64_t, 4> dims;
+      for (int64_t d = -static_cast<int64_t>(shape.size()); d < 0; ++d) dims.push_back(d);
+      const Tensor x = kept.to(acc), d = d_normed.to(acc);
+      const Tensor centered = rms ? x : x - x.mean(dims, true);
+      const double eps = ctx->saved_data["eps"].toDouble();
+      const Tensor rstd = (centered.pow(2).mean(dims, true) + eps).rsqrt();
+      const Tensor x_hat = centered * rstd;
+      const Tensor d_x_hat = weight.defined() ? d * weight.to(acc) : d;
+      Tensor d_x = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, true);
+      if (!rms) d_x = d_x - d_x_hat.mean(dims, true);
+      d_x = (rstd * d_x).to(kept.scalar_type());
+      d_kept = d_kept.defined() ? d_kept + d_x : d_x;
+      if (weight.defined())
+        result[1] = (d * x_hat).sum_to_size(shape).to(weight.scalar_type());
+      if (bias_type >= 0)
+        result[2] = d.sum_to_size(shape).to(static_cast<at::ScalarType>(bias_type));
+    }
+    if (!d_kept.defined())
+      result[0] = d_stream;
+    else if (d_stream.defined())
+      result[0] = ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false);
+    else
+      result[0] = ExpandRows::apply(d_kept, index, slot);
+    return result;
+  }
+};
+
+void refuse_functorch() {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !at::functorch::functorchTLSAccessor(),
+      "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the compacted "
+      "branch; use torch.autograd, or evaluation mode (training=False), where the op is plain PyTorch");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> compact(const Tensor& x, const Tensor& index, const Tensor& slot,
+                                   bool with_stream) {
+  refuse_functorch();
+  check_rows_tensor(x, "x");
+  check_kept_rows(x, index, slot);
+  auto outputs = CompactRows::apply(x, index, slot, with_stream);
+  return {outputs[0], with_stream ? outputs[1] : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, const Tensor& slot,
+                                        at::IntArrayRef normalized_shape,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        double eps, bool rms, at::ScalarType dtype,
+                                        bool with_stream) {
+  refuse_functorch();
+  check_norm(x, normalized_shape, weight, bias);
+  check_kept_rows(x, index, slot);
+  const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  const bool needs_grad = at::GradMode::is_enabled() &&
+                          (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
+  auto outputs = CompactNorm::apply(x, weight, bias, index, slot, normalized_shape, eps, rms, dtype,
+                                    with_stream, needs_grad);
+  return {outputs[0], with_stream ? outputs[1] : Tensor()};
+}
+
+Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
+                   const Tensor& slot, const OptionalTensor& layer_scale, double scale,
+                   bool inplace) {
+  refuse_functorch();
+  check_rows_tensor(residual, "residual");
+  check_kept_rows(residual, index, slot);
+  check_out(residual, out, index);
+  if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
+  if (inplace) {
+    const bool requires_grad = at::GradMode::is_enabled() &&
+                               (residual.requires_grad() || out.requires_grad() ||
+                                (layer_scale && layer_scale->requires_grad()));
+    torch::autograd::check_inplace(residual, requires_grad);  // before anything is written
+  }
+  return ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, inplace);
+}
+
+}  // namespace sdkernels

@@ -1,0 +1,28 @@
+// The differentiable entry points, which module.cpp hands to Python.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+namespace sdkernels {
+
+// The kept rows of x, and (with_stream) x passed through the same node: add the branch's output to that,
+// so that both gradients of x meet in one pass.
+std::tuple<at::Tensor, at::Tensor> compact(const at::Tensor& x, const at::Tensor& index,
+                                           const at::Tensor& slot, bool with_stream);
+
+// The same with the norm of the kept rows, written in `dtype`.
+std::tuple<at::Tensor, at::Tensor> compact_norm(
+    const at::Tensor& x, const at::Tensor& index, const at::Tensor& slot,
+    at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps, bool rms, at::ScalarType dtype,
+    bool with_stream);
+
+// residual, with scale * layer_scale * out added to the kept rows.
+at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index,
+                       const at::Tensor& slot, const std::optional<at::Tensor>& layer_scale,
+                       double scale, bool inplace);
+
+}  // namespace sdkernels

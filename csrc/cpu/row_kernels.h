@@ -1,0 +1,97 @@
+// The CPU kernels: raw pointers and sizes, no PyTorch header.
+//
+// They are compiled once per instruction set (row_kernels_*.cpp); kernels() picks the widest one that
+// this processor runs.
+#pragma once
+
+#include <cstdint>
+
+#include "../stride.h"
+
+namespace sdkernels::cpu {
+
+enum class Dtype : int8_t { f32, bf16, f16, f64 };
+
+// Arithmetic is float, and double where the data are double: the types marked "acc" below.
+
+// y = residual, and y[kept] += scale * layer_scale * out.
+// Exactly one of slot and index is set: with slot, all B rows are written (out of place); with index,
+// only the k kept rows are (in place, y == residual).
+struct ScatterAdd {
+  void* y;
+  const void* residual;
+  const void* out;
+  const void* layer_scale;  // acc, or null
+  const int64_t* slot;
+  const int64_t* index;
+  double scale;
+  int64_t lines, len;
+  Stride y_stride, residual_stride, out_stride;
+  int64_t layer_scale_line, layer_scale_element;  // strides of layer_scale; the second is 0 or 1
+};
+
+// d_out = scale * layer_scale * grad[kept], and layer_scale_sum += scale * grad[kept] * out.
+struct ScatterAddBackward {
+  void* d_out;
+  const void* grad;
+  const void* out;          // null when layer_scale needs no gradient
+  const void* layer_scale;  // acc, or null
+  const int64_t* index;
+  double scale;
+  int64_t lines, len;
+  Stride d_out_stride, grad_stride, out_stride;
+  int64_t layer_scale_line, layer_scale_element;
+};
+
+// normed = norm(x[kept]) over each line, and the kept rows of x beside it when `kept` is set.
+// mean is null for RMSNorm. normed and kept are contiguous.
+struct CompactNorm {
+  void* normed;
+  void* kept;
+  void* mean;  // acc
+  void* rstd;  // acc
+  const void* x;
+  const void* weight;  // acc, or null
+  const void* bias;    // acc, or null
+  const int64_t* index;
+  double eps;
+  int64_t lines, len;
+  Stride x_stride;
+};
+
+// d_x = d_stream, and d_x[kept] += the norm's gradient; weight_sum += d_normed * x_hat, bias_sum += d_normed.
+// d_stream is null where nothing but the branch used x. With d_x null only the sums are computed.
+struct CompactNormBackward {
+  void* d_x;
+  const void* d_stream;
+  const void* d_normed;  // contiguous, as is kept
+  const void* kept;
+  const void* mean;    // acc, or null for RMSNorm
+  const void* rstd;    // acc
+  const void* weight;  // acc, or null
+  const int64_t* slot;
+  int64_t lines, len;
+  Stride d_x_stride, d_stream_stride;
+};
+
+// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, and lines of
+// [rows, lines] in the norms. The sums are arrays of acc that belong to the calling thread alone.
+using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
+using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
+                                          void* layer_scale_sum);
+using CompactNormKernel = void (*)(const CompactNorm&, int64_t begin, int64_t end);
+using CompactNormBackwardKernel = void (*)(const CompactNormBackward&, int64_t begin, int64_t end,
+                                           void* weight_sum, void* bias_sum);
+
+// Look-ups by dtype; null for a combination that is not instantiated.
+struct Kernels {
+  const char* capability;
+  ScatterAddKernel (*scatter_add)(Dtype y, Dtype residual, Dtype out);
+  ScatterAddBackwardKernel (*scatter_add_backward)(Dtype grad, Dtype out);
+  CompactNormKernel (*compact_norm)(Dtype x, Dtype normed);
+  CompactNormBackwardKernel (*compact_norm_backward)(Dtype x, Dtype normed);
+};
+
+const Kernels& kernels();
+
+}  // namespace sdkernels::cpu

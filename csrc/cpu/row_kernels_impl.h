@@ -1,0 +1,273 @@
+// The kernels themselves, compiled by each row_kernels_*.cpp with SDKERNELS_ISA naming its namespace.
+// Everything has internal linkage: the linker must not merge code of different instruction sets.
+
+#ifndef SDKERNELS_ISA
+#error "define SDKERNELS_ISA before including this file"
+#endif
+
+namespace sdkernels::cpu::SDKERNELS_ISA {
+namespace {
+
+#include "vec.h"
+
+template <class T>
+SDKERNELS_INLINE T* at(T* data, Stride stride, int64_t row, int64_t line) {
+  return data + row * stride.row + line * stride.line;
+}
+
+// f(row, line, first, count) for the pieces of lines that make up elements [begin, end).
+template <class F>
+SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end, F f) {
+  int64_t first = begin % len;
+  int64_t line = begin / len % lines;
+  int64_t row = begin / len / lines;
+  while (begin < end) {
+    const int64_t count = len - first < end - begin ? len - first : end - begin;
+    f(row, line, first, count);
+    begin += count;
+    first = 0;
+    if (++line == lines) {
+      line = 0;
+      ++row;
+    }
+  }
+}
+
+// The plain copy of a dropped row: bits unchanged where the types agree, else exact (widening).
+template <class Y, class X>
+SDKERNELS_INLINE void copy(Y* y, const X* x, int64_t len) {
+  if constexpr (std::is_same_v<Y, X>) {
+    __builtin_memcpy(y, x, len * sizeof(Y));
+  } else {
+    for_vectors(len, [&](int64_t i, auto n) { store(y + i, load(x + i, n), n); });
+  }
+}
+
+template <class Y, class R, class O>
+void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
+  using A = Acc<Y>;
+  const A scale = static_cast<A>(p.scale);
+  const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  for_segments(p.lines, p.len, begin, end, [&](int64_t i, int64_t line, int64_t first, int64_t count) {
+    const int64_t row = p.index ? p.index[i] : i;
+    const int64_t slot = p.index ? i : p.slot[i];
+    Y* y = at(static_cast<Y*>(p.y), p.y_stride, row, line) + first;
+    const R* residual = at(static_cast<const R*>(p.residual), p.residual_stride, row, line) + first;
+    if (slot < 0) {
+      copy(y, residual, count);
+      return;
+    }
+    const O* out = at(static_cast<const O*>(p.out), p.out_stride, slot, line) + first;
+    if (layer_scale && p.layer_scale_element) {
+      const A* gamma = layer_scale + line * p.layer_scale_line + first;
+      for_vectors(count, [&](int64_t c, auto n) {
+        store(y + c, load(residual + c, n) + scale * load(gamma + c, n) * load(out + c, n), n);
+      });
+    } else {
+      const A factor = layer_scale ? scale * layer_scale[line * p.layer_scale_line] : scale;
+      for_vectors(count, [&](int64_t c, auto n) {
+        store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
+      });
+    }
+  });
+}
+
+template <class G, class O>
+void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t end,
+                          void* layer_scale_sum) {
+  using A = Acc<G>;
+  const A scale = static_cast<A>(p.scale);
+  const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  for_segments(p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
+    const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
+    O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
+    const O* out =
+        p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
+    const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
+    A* total = out ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+    if (!layer_scale) {
+      for_vectors(count, [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
+    } else if (!p.layer_scale_element) {
+      const A gamma = layer_scale[offset];
+      Vec<A> sums = {};
+      for_vectors(count, [&](int64_t c, auto n) {
+        const Vec<A> scaled = scale * load(grad + c, n);
+        if (out) sums += scaled * load(out + c, n);
+        store(d_out + c, gamma * scaled, n);
+      });
+      if (out) *total += sum<A>(sums);
+    } else {
+      for_vectors(count, [&](int64_t c, auto n) {
+        const Vec<A> scaled = scale * load(grad + c, n);
+        if (out) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
+        store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
+      });
+    }
+  });
+}
+
+// Four independent sums, so that additions overlap instead of waiting for each other.
+template <class T, class F>
+SDKERNELS_INLINE Acc<T> sum_line(const T* x, int64_t len, F f) {
+  using A = Acc<T>;
+  Vec<A> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= len; i += 4 * kLanes)
+    for (int64_t u = 0; u < 4; ++u) sums[u] += f(load(x + i + u * kLanes));
+  for (; i + kLanes <= len; i += kLanes) sums[0] += f(load(x + i));
+  A total = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (i < len) {
+    // f of a missing lane need not be zero (it subtracts a mean), so the tail adds lane by lane.
+    A lanes[kLanes];
+    store(lanes, f(load(x + i, len - i)));
+    for (int64_t lane = 0; lane < len - i; ++lane) total += lanes[lane];
+  }
+  return total;
+}
+
+template <class X, class N>
+void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
+  using A = Acc<X>;
+  const A* weight = static_cast<const A*>(p.weight);
+  const A* bias = static_cast<const A*>(p.bias);
+  for (int64_t i = begin; i < end; ++i) {
+    const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[i / p.lines], i % p.lines);
+    const A count = static_cast<A>(p.len);
+    A mean = 0;
+    if (p.mean) {
+      mean = sum_line(x, p.len, [](Vec<A> v) { return v; }) / count;
+      static_cast<A*>(p.mean)[i] = mean;
+    }
+    const A variance = sum_line(x, p.len, [&](Vec<A> v) { return (v - mean) * (v - mean); }) / count;
+    const A rstd = 1 / std::sqrt(variance + static_cast<A>(p.eps));
+    static_cast<A*>(p.rstd)[i] = rstd;
+    N* normed = static_cast<N*>(p.normed) + i * p.len;
+    for_vectors(p.len, [&](int64_t c, auto n) {
+      Vec<A> v = (load(x + c, n) - mean) * rstd;
+      if (weight) v *= load(weight + c, n);
+      if (bias) v += load(bias + c, n);
+      store(normed + c, v, n);
+    });
+    if (p.kept) copy(static_cast<X*>(p.kept) + i * p.len, x, p.len);
+  }
+}
+
+template <class X, class N>
+void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t end,
+                           void* weight_sum, void* bias_sum) {
+  using A = Acc<X>;
+  const A* weight = static_cast<const A*>(p.weight);
+  A* d_weight = static_cast<A*>(weight_sum);
+  A* d_bias = static_cast<A*>(bias_sum);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / p.lines;
+    const int64_t line = i % p.lines;
+    const int64_t slot = p.slot[row];
+    X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
+    const X* d_stream =
+        p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line) : nullptr;
+    if (slot < 0) {
+      if (d_x && d_stream) copy(d_x, d_stream, p.len);
+      if (d_x && !d_stream) __builtin_memset(d_x, 0, p.len * sizeof(X));
+      continue;
+    }
+    const int64_t kept_line = slot * p.lines + line;
+    const X* x = static_cast<const X*>(p.kept) + kept_line * p.len;
+    const N* d_normed = static_cast<const N*>(p.d_normed) + kept_line * p.len;
+    const A mean = p.mean ? static_cast<const A*>(p.mean)[kept_line] : 0;
+    const A rstd = static_cast<const A*>(p.rstd)[kept_line];
+    Vec<A> sums = {}, sums_x_hat = {};
+    for_vectors(p.len, [&](int64_t c, auto n) {
+      const Vec<A> d = load(d_normed + c, n);  // a missing lane is zero and so are its products
+      const Vec<A> x_hat = (load(x + c, n) - mean) * rstd;
+      if (d_weight) store(d_weight + c, load(d_weight + c, n) + d * x_hat, n);
+      if (d_bias) store(d_bias + c, load(d_bias + c, n) + d, n);
+      const Vec<A> d_x_hat = weight ? d * load(weight + c, n) : d;
+      sums += d_x_hat;
+      sums_x_hat += d_x_hat * x_hat;
+    });
+    if (!d_x) continue;
+    const A count = static_cast<A>(p.len);
+    const A mean_d = p.mean ? sum<A>(sums) / count : 0;
+    const A mean_d_x_hat = sum<A>(sums_x_hat) / count;
+    for_vectors(p.len, [&](int64_t c, auto n) {
+      const Vec<A> x_hat = (load(x + c, n) - mean) * rstd;
+      Vec<A> d_x_hat = load(d_normed + c, n);
+      if (weight) d_x_hat *= load(weight + c, n);
+      Vec<A> v = rstd * (d_x_hat - mean_d - x_hat * mean_d_x_hat);
+      if (d_stream) v += load(d_stream + c, n);
+      store(d_x + c, v, n);
+    });
+  }
+}
+
+// Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are
+// instantiated, double goes with double only (the callers widen).
+template <class F>
+auto with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return f(static_cast<bf16*>(nullptr));
+    case Dtype::f16:
+      return f(static_cast<f16*>(nullptr));
+    case Dtype::f32:
+      break;
+    case Dtype::f64:
+      break;
+  }
+  return f(static_cast<float*>(nullptr));
+}
+
+ScatterAddKernel find_scatter_add(Dtype y, Dtype residual, Dtype out) {
+  if (y == Dtype::f64 || residual == Dtype::f64 || out == Dtype::f64)
+    return y == residual && y == out ? scatter_add<double, double, double> : nullptr;
+  // y is residual's type (in place, or the wider of the two), or float (out of place).
+  return with_dtype(residual, [&](auto* r) {
+    return with_dtype(out, [&](auto* o) -> ScatterAddKernel {
+      using R = std::remove_pointer_t<decltype(r)>;
+      using O = std::remove_pointer_t<decltype(o)>;
+      if (y == residual) return scatter_add<R, R, O>;
+      return y == Dtype::f32 ? scatter_add<float, R, O> : nullptr;
+    });
+  });
+}
+
+ScatterAddBackwardKernel find_scatter_add_backward(Dtype grad, Dtype out) {
+  if (grad == Dtype::f64 || out == Dtype::f64)
+    return grad == out ? scatter_add_backward<double, double> : nullptr;
+  return with_dtype(grad, [&](auto* g) {
+    return with_dtype(out, [&](auto* o) -> ScatterAddBackwardKernel {
+      return scatter_add_backward<std::remove_pointer_t<decltype(g)>,
+                                  std::remove_pointer_t<decltype(o)>>;
+    });
+  });
+}
+
+CompactNormKernel find_compact_norm(Dtype x, Dtype normed) {
+  if (x == Dtype::f64 || normed == Dtype::f64)
+    return x == normed ? compact_norm<double, double> : nullptr;
+  return with_dtype(x, [&](auto* a) {
+    return with_dtype(normed, [&](auto* b) -> CompactNormKernel {
+      return compact_norm<std::remove_pointer_t<decltype(a)>, std::remove_pointer_t<decltype(b)>>;
+    });
+  });
+}
+
+CompactNormBackwardKernel find_compact_norm_backward(Dtype x, Dtype normed) {
+  if (x == Dtype::f64 || normed == Dtype::f64)
+    return x == normed ? compact_norm_backward<double, double> : nullptr;
+  return with_dtype(x, [&](auto* a) {
+    return with_dtype(normed, [&](auto* b) -> CompactNormBackwardKernel {
+      return compact_norm_backward<std::remove_pointer_t<decltype(a)>,
+                                   std::remove_pointer_t<decltype(b)>>;
+    });
+  });
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {SDKERNELS_ISA_NAME, find_scatter_add, find_scatter_add_backward,
+                       find_compact_norm, find_compact_norm_backward};
+
+}  // namespace sdkernels::cpu::SDKERNELS_ISA

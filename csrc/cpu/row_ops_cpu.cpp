@@ -1,0 +1,258 @@
+// compact_rows, expand_rows, scatter_add_rows and its backward on the CPU.
+#include "../row_ops.h"
+#include "cpu_ops.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+namespace sdkernels::cpu {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct CopyRows {
+  char* y;
+  const char* x;
+  const int64_t* map;    // row of y -> row of x, negative for a row of zeros
+  int64_t lines, bytes;  // bytes of one line
+  Stride y_stride, x_stride;  // in bytes
+};
+
+void copy_rows(const CopyRows& p, int64_t begin, int64_t end) {
+  int64_t first = begin % p.bytes;
+  int64_t line = begin / p.bytes % p.lines;
+  int64_t row = begin / p.bytes / p.lines;
+  while (begin < end) {
+    const int64_t count = std::min(p.bytes - first, end - begin);
+    char* y = p.y + row * p.y_stride.row + line * p.y_stride.line + first;
+    const int64_t source = p.map[row];
+    if (source < 0)
+      std::memset(y, 0, count);
+    else
+      std::memcpy(y, p.x + source * p.x_stride.row + line * p.x_stride.line + first, count);
+    begin += count;
+    first = 0;
+    if (++line == p.lines) {
+      line = 0;
+      ++row;
+    }
+  }
+}
+
+// y[r] = x[map[r]], zeros where map[r] < 0; y and x are of one dtype.
+void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
+  const auto geometry = row_geometry({&y, &x});
+  if (!geometry) {
+    // x walks its rows in an order that y cannot follow in two levels.
+    const Tensor dense = at::empty_like(y);
+    map_rows(dense, x.contiguous(), map);
+    y.copy_(dense);
+    return;
+  }
+  const int64_t size = y.element_size();
+  const auto in_bytes = [&](const Stride& s) { return Stride{s.row * size, s.line * size}; };
+  const CopyRows p{static_cast<char*>(y.mutable_data_ptr()),
+                   static_cast<const char*>(x.const_data_ptr()),
+                   map.const_data_ptr<int64_t>(),
+                   geometry->lines,
+                   geometry->len * size,
+                   in_bytes(geometry->strides[0]),
+                   in_bytes(geometry->strides[1])};
+  const int64_t bytes = y.numel() * size;
+  at::parallel_for(0, bytes, kGrain * size,
+                   [&](int64_t begin, int64_t end) { copy_rows(p, begin, end); });
+}
+
+Tensor compact_rows(const Tensor& x, const Tensor& index) {
+  check_rows_tensor(x, "x");
+  check_index_tensor(index, "rows.index", x.device());
+  check_index_values(index, x.size(0));
+  Tensor kept = empty_rows(x, index.size(0), x.scalar_type());
+  if (kept.numel() > 0) map_rows(kept, x, index);
+  return kept;
+}
+
+Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) {
+  check_rows_tensor(kept, "kept");
+  check_index_tensor(index, "rows.index", kept.device());
+  check_index_tensor(slot, "rows.slot", kept.device());
+  TORCH_CHECK_VALUE(kept.size(0) == index.size(0), "kept: expected ", index.size(0), " rows, got ",
+                    kept.size(0));
+  check_row_values(index, slot);
+  Tensor x = empty_rows(kept, slot.size(0), kept.scalar_type());
+  if (x.numel() > 0) map_rows(x, kept, slot);
+  return x;
+}
+
+// The layer scale in the type of the arithmetic, and the geometry that it shares with `tensors`.
+// A shape that two levels cannot express (say [C, 1, W]) is written out for one whole row.
+struct ScaledGeometry {
+  std::optional<RowGeometry> rows;
+  OptionalTensor layer_scale;
+};
+
+ScaledGeometry scaled_geometry(c10::ArrayRef<const Tensor*> tensors,
+                               const OptionalTensor& layer_scale, at::ScalarType acc) {
+  if (!layer_scale) return {row_geometry(tensors), {}};
+  Tensor gamma = layer_scale->to(acc).contiguous();
+  if (auto rows = row_geometry(tensors, &gamma)) return {rows, gamma};
+  const Tensor row = tensors[0]->select(0, 0);
+  gamma = at::empty_like(row, row.options().dtype(acc)).copy_(gamma.expand(row.sizes()));
+  return {row_geometry(tensors, &gamma), gamma};
+}
+
+void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
+                      const Tensor& index, const Tensor& slot, const OptionalTensor& layer_scale,
+                      double scale, bool inplace) {
+  const auto is_double = [](const Tensor& x) { return x.scalar_type() == at::kDouble; };
+  const auto acc = is_double(residual) || is_double(out) ? at::kDouble : at::kFloat;
+  if (acc == at::kDouble && !(is_double(y) && is_double(residual) && is_double(out))) {
+    // In the kernels double goes with double only: this is rare, and widening is exact.
+    const Tensor wide = at::empty_like(y, y.options().dtype(acc));
+    scatter_add_into(wide, residual.to(acc), out.to(acc), index, slot, layer_scale, scale, false);
+    y.copy_(wide);
+    return;
+  }
+  const auto [geometry, gamma] = scaled_geometry({&y, &residual, &out}, layer_scale, acc);
+  if (!geometry) {
+    const Tensor dense = at::empty(y.sizes(), y.options());
+    scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
+                     scale, false);
+    y.copy_(dense);
+    return;
+  }
+  const auto kernel = kernels().scatter_add(dtype_of(y), dtype_of(residual), dtype_of(out));
+  TORCH_INTERNAL_ASSERT(kernel);
+  ScatterAdd p{};
+  p.y = y.mutable_data_ptr();
+  p.residual = residual.const_data_ptr();
+  p.out = out.const_data_ptr();
+  p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.slot = inplace ? nullptr : slot.const_data_ptr<int64_t>();
+  p.index = inplace ? index.const_data_ptr<int64_t>() : nullptr;
+  p.scale = scale;
+  p.lines = geometry->lines;
+  p.len = geometry->len;
+  p.y_stride = geometry->strides[0];
+  p.residual_stride = geometry->strides[1];
+  p.out_stride = geometry->strides[2];
+  p.layer_scale_line = geometry->layer_scale_line;
+  p.layer_scale_element = geometry->layer_scale_element;
+  const int64_t rows = inplace ? index.size(0) : slot.size(0);
+  at::parallel_for(0, rows * p.lines * p.len, kGrain,
+                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void check_scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
+                       const Tensor& slot, const OptionalTensor& layer_scale) {
+  check_rows_tensor(residual, "residual");
+  check_kept_rows(residual, index, slot);
+  check_out(residual, out, index);
+  if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
+  check_row_values(index, slot);
+}
+
+Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
+                        const Tensor& slot, const OptionalTensor& layer_scale, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale);
+  const auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  Tensor y = empty_rows(residual, residual.size(0), dtype);
+  if (y.numel() > 0)
+    scatter_add_into(y, residual, out, index, slot, layer_scale, scale, /*inplace=*/false);
+  return y;
+}
+
+void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
+                       const OptionalTensor& layer_scale, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale);
+  at::assert_no_internal_overlap(residual);
+  at::assert_no_overlap(residual, out);
+  if (out.numel() > 0)
+    scatter_add_into(residual, residual, out, index, slot, layer_scale, scale, /*inplace=*/true);
+}
+
+// layer_scale_grad is wanted when `out` is given; otherwise an empty tensor takes its place.
+std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const OptionalTensor& out,
+                                                     const Tensor& index,
+                                                     const OptionalTensor& layer_scale,
+                                                     double scale, at::ScalarType dtype) {
+  check_rows_tensor(grad, "grad");
+  check_floating(grad, "grad");
+  check_index_tensor(index, "rows.index", grad.device());
+  check_index_values(index, grad.size(0));
+  TORCH_CHECK_VALUE(!out || layer_scale, "out: only wanted for the gradient of layer_scale");
+  if (layer_scale) check_layer_scale(*layer_scale, grad.sizes().slice(1), grad.device());
+  if (out) {
+    check_out(grad, *out, index);
+    TORCH_CHECK_TYPE(out->scalar_type() == dtype, "out: expected ", dtype, ", got ",
+                     out->scalar_type());
+  }
+  const auto acc =
+      grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
+  if (acc == at::kDouble && (grad.scalar_type() != acc || dtype != acc)) {
+    const OptionalTensor wide_out = out ? OptionalTensor(out->to(acc)) : out;
+    auto [d_out, d_layer_scale] =
+        scatter_add_rows_backward(grad.to(acc), wide_out, index, layer_scale, scale, acc);
+    return {d_out.to(dtype), d_layer_scale};
+  }
+
+  Tensor d_out = empty_rows(out ? *out : grad, index.size(0), dtype);
+  Tensor d_layer_scale = at::empty({0}, grad.options());
+  if (out) d_layer_scale = at::zeros(layer_scale->sizes(), layer_scale->options());
+  if (d_out.numel() == 0) return {d_out, d_layer_scale};
+
+  c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
+  if (out) tensors.push_back(&*out);
+  const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
+  if (!geometry) {
+    const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
+    return scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale, dtype);
+  }
+  const auto kernel =
+      kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
+  TORCH_INTERNAL_ASSERT(kernel);
+  ScatterAddBackward p{};
+  p.d_out = d_out.mutable_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.out = out ? out->const_data_ptr() : nullptr;
+  p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.index = index.const_data_ptr<int64_t>();
+  p.scale = scale;
+  p.lines = geometry->lines;
+  p.len = geometry->len;
+  p.d_out_stride = geometry->strides[0];
+  p.grad_stride = geometry->strides[1];
+  if (out) p.out_stride = geometry->strides[2];
+  p.layer_scale_line = geometry->layer_scale_line;
+  p.layer_scale_element = geometry->layer_scale_element;
+  const int64_t elements = d_out.numel();
+  if (!out) {
+    at::parallel_for(0, elements, kGrain,
+                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr); });
+    return {d_out, d_layer_scale};
+  }
+  const ChunkedSum sum(gamma->numel(), elements, 1, acc);
+  at::parallel_for(0, sum.chunks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      kernel(p, sum.begin(chunk), sum.end(chunk), sum.partial(chunk));
+  });
+  const Tensor total = sum.total().as_strided(gamma->sizes(), gamma->strides());
+  d_layer_scale.copy_(total.sum_to_size(layer_scale->sizes()));
+  return {d_out, d_layer_scale};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
+  m.impl("compact_rows", compact_rows);
+  m.impl("expand_rows", expand_rows);
+  m.impl("scatter_add_rows", scatter_add_rows);
+  m.impl("scatter_add_rows_", scatter_add_rows_);
+  m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+}
+
+}  // namespace sdkernels::cpu

@@ -1,0 +1,73 @@
+// The ops' schemas, and the Python module: the autograd functions, the sampler and build_config().
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+
+#include "autograd.h"
+#include "cpu/row_kernels.h"
+#include "sampler.h"
+
+namespace py = pybind11;
+
+namespace sdkernels {
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+std::map<std::string, std::string> build_config() {
+  return {{"torch", TORCH_VERSION},
+          {"compiler", kCompiler},
+          {"cxx_flags", SDKERNELS_CXX_FLAGS},
+          {"cuda_version", SDKERNELS_CUDA_VERSION},
+          {"cuda_arch_list", SDKERNELS_CUDA_ARCH_LIST},
+          {"cpu_capability", cpu::kernels().capability}};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(sdkernels, m) {
+  // Functional, and without autograd: autograd.cpp stands above them. A zero-sized tensor takes the place
+  // of a result that was not asked for.
+  m.def("compact_rows(Tensor x, Tensor index) -> Tensor");
+  m.def("expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor");
+  m.def(
+      "scatter_add_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, "
+      "Tensor? layer_scale, float scale) -> Tensor");
+  m.def(
+      "scatter_add_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot, "
+      "Tensor? layer_scale, float scale) -> ()");
+  m.def(
+      "scatter_add_rows_backward(Tensor grad, Tensor? out, Tensor index, Tensor? layer_scale, "
+      "float scale, ScalarType dtype) -> (Tensor d_out, Tensor d_layer_scale)");
+  m.def(
+      "compact_norm(Tensor x, Tensor index, int[] normalized_shape, Tensor? weight, Tensor? bias, "
+      "float eps, bool rms, ScalarType dtype, bool keep_rows) "
+      "-> (Tensor normed, Tensor kept, Tensor mean, Tensor rstd)");
+  m.def(
+      "compact_norm_backward(Tensor? d_stream, Tensor d_normed, Tensor kept, Tensor mean, "
+      "Tensor rstd, Tensor index, Tensor slot, int[] normalized_shape, Tensor? weight, bool rms, "
+      "bool[3] wanted) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("compact", compact, no_gil);
+  m.def("compact_norm", compact_norm, no_gil);
+  m.def("scatter_add", scatter_add, no_gil);
+  py::class_<Draw>(m, "Draw")
+      .def(py::init<double, int64_t, bool>(), py::arg("keep"), py::arg("count"),
+           py::arg("whole_batch"));
+  m.def("sample_rows", sample_rows, no_gil);
+  m.def("sample_plan", sample_plan, no_gil);
+  m.def("build_config", build_config);
+}
+
+}  // namespace sdkernels

@@ -1,0 +1,192 @@
+// What every backend of the row ops shares: the checks of their arguments and the geometry of a row.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "stride.h"
+
+namespace sdkernels {
+
+// ---- checks -------------------------------------------------------------------------------------
+
+inline void check_rows_tensor(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, name, ": expected a tensor with a batch dimension, got 0 dimensions");
+}
+
+inline void check_floating(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(x.is_floating_point() && x.element_size() >= 2, name,
+                   ": expected float16, bfloat16, float32 or float64, got ", x.scalar_type());
+}
+
+inline void check_same_device(const at::Tensor& x, const char* name, const at::Device& device,
+                              const char* reference) {
+  TORCH_CHECK_VALUE(x.device() == device, name, ": expected the device of ", reference, ", ", device,
+                    ", got ", x.device());
+}
+
+inline void check_index_tensor(const at::Tensor& index, const char* name, const at::Device& device) {
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, ": expected int64, got ",
+                   index.scalar_type());
+  TORCH_CHECK_VALUE(index.dim() == 1 && index.is_contiguous(), name,
+                    ": expected a contiguous tensor of one dimension, got shape ", index.sizes());
+  check_same_device(index, name, device, "x");
+}
+
+// The kept rows against a batch: types, sizes and device; the values are looked at by check_row_values.
+inline void check_kept_rows(const at::Tensor& x, const at::Tensor& index, const at::Tensor& slot) {
+  check_index_tensor(index, "rows.index", x.device());
+  check_index_tensor(slot, "rows.slot", x.device());
+  TORCH_CHECK_VALUE(slot.size(0) == x.size(0), "rows: made for a batch of ", slot.size(0),
+                    " rows, but dimension 0 of the tensor is ", x.size(0));
+  TORCH_CHECK_VALUE(index.size(0) <= slot.size(0), "rows.index: ", index.size(0),
+                    " kept rows of a batch of ", slot.size(0));
+}
+
+// `out` must hold the kept rows of something shaped like `residual`.
+inline void check_out(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index) {
+  check_floating(residual, "residual");
+  check_floating(out, "out");
+  check_same_device(out, "out", residual.device(), "residual");
+  const bool same_row = out.dim() == residual.dim() && out.dim() >= 1 &&
+                        out.sizes().slice(1) == residual.sizes().slice(1);
+  TORCH_CHECK_VALUE(
+      same_row && out.size(0) == index.size(0), "out: expected ", index.size(0),
+      " kept rows of residual's shape ", residual.sizes(), ", got ", out.sizes(),
+      " (the branch must return one row for each kept row, in order, of the residual's shape)");
+}
+
+// layer_scale must broadcast against one row without enlarging it.
+inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row,
+                              const at::Device& device) {
+  check_floating(layer_scale, "layer_scale");
+  check_same_device(layer_scale, "layer_scale", device, "residual");
+  const at::IntArrayRef sizes = layer_scale.sizes();
+  bool fits = sizes.size() <= row.size();
+  for (size_t i = 0; fits && i < sizes.size(); ++i) {
+    const int64_t size = sizes[sizes.size() - 1 - i];
+    fits = size == 1 || size == row[row.size() - 1 - i];
+  }
+  TORCH_CHECK_VALUE(fits, "layer_scale: shape ", sizes, " does not broadcast against one row of shape ",
+                    row);
+}
+
+inline void check_norm(const at::Tensor& x, at::IntArrayRef normalized_shape,
+                       const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
+  check_rows_tensor(x, "x");
+  check_floating(x, "x");
+  const size_t n = normalized_shape.size();
+  const bool fits = n >= 1 && static_cast<int64_t>(n) < x.dim() &&
+                    x.sizes().slice(x.dim() - n) == normalized_shape;
+  TORCH_CHECK_VALUE(fits, "norm: normalizes over ", normalized_shape,
+                    ", which are not the last dimensions of one row of x, shape ", x.sizes());
+  for (const auto& [parameter, name] : {std::pair{&weight, "norm.weight"}, {&bias, "norm.bias"}}) {
+    if (!parameter->has_value() || !(*parameter)->defined()) continue;
+    check_floating(**parameter, name);
+    check_same_device(**parameter, name, x.device(), "x");
+    TORCH_CHECK_VALUE((*parameter)->sizes() == normalized_shape, name, ": expected shape ",
+                      normalized_shape, ", got ", (*parameter)->sizes());
+  }
+}
+
+// ---- geometry -----------------------------------------------------------------------------------
+
+// Arithmetic is in float32, and in float64 where the data are.
+inline at::ScalarType acc_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A batch like `x` with `rows` rows: the order of x's strides is kept (channels_last stays so).
+inline at::Tensor empty_rows(const at::Tensor& x, int64_t rows, at::ScalarType dtype) {
+  const auto options = x.options().dtype(dtype);
+  if (x.is_contiguous()) {
+    c10::SmallVector<int64_t, 6> sizes(x.sizes());
+    sizes[0] = rows;
+    return at::empty(sizes, options);
+  }
+  if (rows == x.size(0)) return at::empty_like(x, options);
+  if (rows < x.size(0)) return at::empty_like(x.narrow(0, 0, rows), options);
+  auto sizes = x.sizes().vec();
+  sizes[0] = rows;
+  return at::empty_like(x.narrow(0, 0, 1).expand(sizes), options);
+}
+
+// How several tensors with the same row shape are walked together: `lines` runs of `len` elements,
+// contiguous in each of them; strides[t] belongs to tensors[t], in elements.
+struct RowGeometry {
+  int64_t lines = 1, len = 1;
+  c10::SmallVector<Stride, 4> strides;
+  int64_t layer_scale_line = 0, layer_scale_element = 0;
+};
+
+// The strides of layer_scale when it is broadcast against a row of `row`'s dimensions.
+inline c10::SmallVector<int64_t, 6> broadcast_strides(const at::Tensor& layer_scale,
+                                                      at::IntArrayRef row) {
+  c10::SmallVector<int64_t, 6> strides(row.size(), 0);
+  for (int64_t d = 1; d <= layer_scale.dim(); ++d)
+    if (layer_scale.size(-d) != 1) strides[row.size() - d] = layer_scale.stride(-d);
+  return strides;
+}
+
+// Merges the dimensions of a row, in the memory order of the first tensor, into lines of contiguous
+// elements. Empty when some tensor does not allow two levels: the caller then makes dense copies.
+inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> tensors,
+                                               const at::Tensor* layer_scale = nullptr) {
+  const at::Tensor& first = *tensors[0];
+  const int64_t dims = first.dim() - 1;
+  const size_t n = tensors.size();
+  RowGeometry geometry;
+  geometry.strides.resize(n);
+  for (size_t t = 0; t < n; ++t) geometry.strides[t].row = tensors[t]->stride(0);
+
+  c10::SmallVector<int64_t, 6> scale_strides;
+  if (layer_scale) scale_strides = broadcast_strides(*layer_scale, first.sizes().slice(1));
+
+  c10::SmallVector<int64_t, 6> order;  // dimensions with more than one index, innermost first
+  for (int64_t d = dims; d >= 1; --d)
+    if (first.size(d) != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return first.stride(a) < first.stride(b); });
+
+  const auto stride = [&](size_t t, int64_t d) {
+    return t < n ? tensors[t]->stride(d) : scale_strides[d - 1];
+  };
+  const size_t all = n + (layer_scale ? 1 : 0);
+  struct Level {
+    int64_t inner, size;  // its innermost dimension, and the elements of all that were merged into it
+  };
+  c10::SmallVector<Level, 6> levels;
+  for (const int64_t d : order) {
+    bool merges = !levels.empty();
+    for (size_t t = 0; merges && t < all; ++t)
+      merges = stride(t, d) == stride(t, levels.back().inner) * levels.back().size;
+    if (merges)
+      levels.back().size *= first.size(d);
+    else
+      levels.push_back({d, first.size(d)});
+  }
+  if (levels.empty()) return geometry;
+  const auto contiguous = [&](const Level& level) {
+    for (size_t t = 0; t < n; ++t)
+      if (stride(t, level.inner) != 1) return false;
+    return !layer_scale || stride(n, level.inner) == 0 || stride(n, level.inner) == 1;
+  };
+  const Level* elements = contiguous(levels[0]) ? &levels[0] : nullptr;
+  if (levels.size() > (elements ? 2u : 1u)) return std::nullopt;
+  const Level* runs = !elements ? &levels[0] : levels.size() == 2 ? &levels[1] : nullptr;
+  if (elements) {
+    geometry.len = elements->size;
+    if (layer_scale) geometry.layer_scale_element = stride(n, elements->inner);
+  }
+  if (runs) {
+    geometry.lines = runs->size;
+    for (size_t t = 0; t < n; ++t) geometry.strides[t].line = stride(t, runs->inner);
+    if (layer_scale) geometry.layer_scale_line = stride(n, runs->inner);
+  }
+  return geometry;
+}
+
+}  // namespace sdkernels

@@ -1,0 +1,88 @@
+#include "sampler.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <mutex>
+
+namespace sdkernels {
+namespace {
+
+// A uniform integer in [0, bound), without bias: draws beyond the last whole multiple are thrown away.
+uint64_t uniform_below(at::CPUGeneratorImpl& generator, uint64_t bound) {
+  const uint64_t rejected = (0 - bound) % bound;  // 2^64 mod bound
+  uint64_t draw = generator.random64();
+  while (draw < rejected) draw = generator.random64();
+  return draw % bound;
+}
+
+// A uniform double from 53 random bits: u < keep then has probability keep exactly, because 1 - p is a
+// multiple of 2^-53 for every p in [0, 1].
+bool survives(at::CPUGeneratorImpl& generator, double keep) {
+  return static_cast<double>(generator.random64() >> 11) * 0x1p-53 < keep;
+}
+
+// Writes slot [batch] and the first k entries of index, and returns k.
+int64_t draw_rows(int64_t batch, const Draw& draw, at::CPUGeneratorImpl& generator, int64_t* slot,
+                  int64_t* index) {
+  int64_t k = 0;
+  const auto decide = [&](int64_t row, bool kept) {
+    slot[row] = kept ? k : -1;
+    if (kept) index[k++] = row;
+  };
+  if (draw.count >= 0) {
+    // Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): ascending, every subset equally
+    // likely.
+    for (int64_t row = 0; row < batch; ++row)
+      decide(row, static_cast<int64_t>(uniform_below(generator, batch - row)) < draw.count - k);
+  } else if (draw.whole_batch) {
+    const bool kept = survives(generator, draw.keep);
+    for (int64_t row = 0; row < batch; ++row) decide(row, kept);
+  } else {
+    for (int64_t row = 0; row < batch; ++row) decide(row, survives(generator, draw.keep));
+  }
+  return k;
+}
+
+at::CPUGeneratorImpl* generator_of(const std::optional<at::Generator>& generator) {
+  return at::get_generator_or_default<at::CPUGeneratorImpl>(generator,
+                                                            at::detail::getDefaultCPUGenerator());
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> sample_rows(int64_t batch, const Draw& draw,
+                                               const std::optional<at::Generator>& generator,
+                                               const std::optional<at::Device>& device) {
+  const bool on_host = !device || device->is_cpu();
+  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device && device->is_cuda());
+  at::Tensor rows = at::empty({2 * batch}, options);
+  int64_t* slot = rows.mutable_data_ptr<int64_t>();
+  auto* const source = generator_of(generator);
+  int64_t k = 0;
+  {
+    const std::lock_guard<std::mutex> lock(source->mutex_);
+    k = draw_rows(batch, draw, *source, slot, slot + batch);
+  }
+  rows = rows.narrow(0, 0, batch + k);
+  if (!on_host) rows = rows.to(*device, /*non_blocking=*/true);
+  return {rows.narrow(0, batch, k), rows.narrow(0, 0, batch)};
+}
+
+std::tuple<at::Tensor, std::vector<int64_t>> sample_plan(
+    int64_t batch, const std::vector<Draw>& draws, const std::optional<at::Generator>& generator,
+    bool pin_memory) {
+  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(pin_memory);
+  at::Tensor rows = at::zeros({static_cast<int64_t>(draws.size()), 2, batch}, options);
+  int64_t* slot = rows.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> kept;
+  kept.reserve(draws.size());
+  auto* const source = generator_of(generator);
+  const std::lock_guard<std::mutex> lock(source->mutex_);
+  for (const Draw& draw : draws) {
+    kept.push_back(draw_rows(batch, draw, *source, slot, slot + batch));
+    slot += 2 * batch;
+  }
+  return {rows, kept};
+}
+
+}  // namespace sdkernels

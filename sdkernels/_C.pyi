@@ -1,0 +1,40 @@
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+def compact(
+    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool
+) -> tuple[Tensor, Tensor | None]: ...
+def compact_norm(
+    x: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    with_stream: bool,
+) -> tuple[Tensor, Tensor | None]: ...
+def scatter_add(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+    inplace: bool,
+) -> Tensor: ...
+
+class Draw:
+    def __init__(self, keep: float, count: int, whole_batch: bool) -> None: ...
+
+def sample_rows(
+    batch: int, draw: Draw, generator: torch.Generator | None, device: torch.device | None
+) -> tuple[Tensor, Tensor]: ...
+def sample_plan(
+    batch: int, draws: Sequence[Draw], generator: torch.Generator | None, pin_memory: bool
+) -> tuple[Tensor, list[int]]: ...
+def build_config() -> dict[str, str]: ...

@@ -1,0 +1,34 @@
+"""Per-sample stochastic depth that computes only what it keeps."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from sdkernels.functional import (
+    Shared,
+    compact_layer_norm,
+    compact_rms_norm,
+    compact_rows,
+    fused_stochastic_depth,
+    scatter_add_rows,
+)
+from sdkernels.modules import StochasticDepth
+from sdkernels.rows import DepthPlan, KeptRows
+from sdkernels.schedules import linear_decay, uniform
+
+try:
+    __version__ = version("sdkernels")
+except PackageNotFoundError:  # a source tree that was built in place and never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DepthPlan",
+    "KeptRows",
+    "Shared",
+    "StochasticDepth",
+    "compact_layer_norm",
+    "compact_rms_norm",
+    "compact_rows",
+    "fused_stochastic_depth",
+    "linear_decay",
+    "scatter_add_rows",
+    "uniform",
+]

@@ -1,0 +1,492 @@
+"""fused_stochastic_depth, and the differentiable pieces it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from sdkernels.ops import C
+from sdkernels.rows import (
+    MODES,
+    RESCALES,
+    SAMPLERS,
+    KeptRows,
+    _check_generator,
+    check_choice,
+    check_probability,
+    draw,
+)
+
+__all__ = [
+    "Shared",
+    "compact_layer_norm",
+    "compact_rms_norm",
+    "compact_rows",
+    "fused_stochastic_depth",
+    "scatter_add_rows",
+]
+
+EMPTY = ("run", "skip")
+
+
+class Shared:
+    """Marks an entry of ``args`` that belongs to the whole batch and must not be compacted.
+
+    ``args`` tensors are compacted when their dimension 0 equals the batch size. A tensor for which that is
+    chance (a table whose length happens to be B) goes in as ``Shared(table)``; the branch gets the tensor.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
+    """Gather the kept rows.
+
+    Equivalent PyTorch code: ``x[rows.index]``.
+
+    Args:
+        x: [B, ...], any dtype and strides.
+        rows: the rows to keep, of a batch of B rows.
+
+    Returns:
+        [k, ...], the dtype of `x`, dimensions in the memory order of `x`. Differentiable (twice); the
+        gradient of a dropped row is zero.
+
+    Raises:
+        TypeError, ValueError: the rows do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3)
+        >>> compact_rows(torch.tensor([[1.0], [2.0], [3.0]]), rows)
+        tensor([[1.],
+                [3.]])
+    """
+    return C.compact(x, rows.index, rows.slot, False)[0]
+
+
+def compact_layer_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Gather the kept rows and apply layer normalization, in one pass.
+
+    Equivalent PyTorch code: ``F.layer_norm(x[rows.index], normalized_shape, weight, bias, eps)``. Under
+    autocast the result has the autocast dtype.
+
+    Args:
+        x: [B, ...], floating point.
+        rows: the rows to keep, of a batch of B rows.
+        normalized_shape: the last dimensions of one row.
+        weight, bias: of shape `normalized_shape`.
+        eps: added to the variance.
+
+    Returns:
+        [k, ...], contiguous. Statistics are computed in float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: rows, shape or parameters do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
+        >>> compact_layer_norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), rows, 2).round(decimals=3)
+        tensor([[-1.,  1.]])
+    """
+    return _compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False)[0]
+
+
+def compact_rms_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Gather the kept rows and apply root mean square normalization, in one pass.
+
+    Equivalent PyTorch code: ``F.rms_norm(x[rows.index], normalized_shape, weight, eps)``. Under autocast
+    the result has the autocast dtype.
+
+    Args:
+        x: [B, ...], floating point.
+        rows: the rows to keep, of a batch of B rows.
+        normalized_shape: the last dimensions of one row.
+        weight: of shape `normalized_shape`.
+        eps: added to the mean square. Default: ``torch.finfo(x.dtype).eps``.
+
+    Returns:
+        [k, ...], contiguous.
+
+    Raises:
+        TypeError, ValueError: rows, shape or weight do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
+        >>> compact_rms_norm(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), rows, 2).round(decimals=3)
+        tensor([[1., 1.]])
+    """
+    return _compact_norm(x, rows, normalized_shape, weight, None, eps, True, False)[0]
+
+
+def scatter_add_rows(
+    x: Tensor,
+    out: Tensor,
+    rows: KeptRows,
+    layer_scale: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """Add a branch's output to the kept rows.
+
+    Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with the
+    arithmetic in float32, one rounding, and the dtype of ``x + out``.
+
+    Args:
+        x: [B, ...], floating point: the stream.
+        out: [k, ...], floating point: the branch's output, one row for each kept row.
+        rows: the kept rows, of a batch of B rows.
+        layer_scale: anything that broadcasts against one row of `out`.
+        inplace: write into `x`, and return it.
+
+    Returns:
+        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit.
+        Differentiable (twice).
+
+    Raises:
+        TypeError, ValueError: rows, `out` or `layer_scale` do not fit `x`.
+        RuntimeError: in place where PyTorch forbids it (a leaf that requires grad).
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3, scale=2.0)
+        >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
+        tensor([3., 1., 5.])
+    """
+    return C.scatter_add(x, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+
+
+def _compact_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    with_stream: bool,
+) -> tuple[Tensor, Tensor | None]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    dtype = x.dtype
+    # What follows a norm under autocast casts its output at once: write that dtype directly.
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return C.compact_norm(
+        x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream
+    )
+
+
+def _is_fusable(norm: nn.Module) -> bool:
+    """Whether the norm's forward is PyTorch's own, with nothing hooked onto its call."""
+    for kind in (nn.LayerNorm, nn.RMSNorm):
+        if isinstance(norm, kind):
+            return type(norm).forward is kind.forward and not (
+                norm._forward_hooks
+                or norm._forward_pre_hooks
+                or norm._backward_hooks
+                or norm._backward_pre_hooks
+                or _has_any_global_hook()
+            )
+    raise TypeError(
+        f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; call any other norm "
+        "inside the branch"
+    )
+
+
+def _open_branch(
+    x: Tensor, rows: KeptRows, norm: nn.Module | None, with_stream: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The branch's input, and x passed through the node that made it."""
+    if norm is None:
+        return C.compact(x, rows.index, rows.slot, with_stream)
+    if not _is_fusable(norm):
+        kept, stream = C.compact(x, rows.index, rows.slot, with_stream)
+        return norm(kept), stream
+    rms = isinstance(norm, nn.RMSNorm)
+    bias = None if rms else norm.bias
+    return _compact_norm(
+        x, rows, norm.normalized_shape, norm.weight, bias, norm.eps, rms, with_stream
+    )
+
+
+def _compact_arg(arg: Any, rows: KeptRows) -> Any:
+    """An entry of args as the branch gets it: tensors of the batch (also inside containers) compacted."""
+    if isinstance(arg, Tensor):
+        if arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
+            return arg
+        if arg.device != rows.index.device:
+            raise ValueError(
+                f"args: expected tensors of the batch on {rows.index.device}, got one on {arg.device} "
+                "(wrap it in sdkernels.Shared if it is not one)"
+            )
+        return C.compact(arg, rows.index, rows.slot, False)[0]
+    if isinstance(arg, Shared):
+        return arg.value
+    if type(arg) in (list, tuple):
+        return type(arg)(_compact_arg(entry, rows) for entry in arg)
+    if type(arg) is dict:
+        return {key: _compact_arg(entry, rows) for key, entry in arg.items()}
+    return arg
+
+
+def _whole_arg(arg: Any) -> Any:
+    """An entry of args where every row runs the branch."""
+    if isinstance(arg, Shared):
+        return arg.value
+    if type(arg) in (list, tuple):
+        return type(arg)(_whole_arg(entry) for entry in arg)
+    if type(arg) is dict:
+        return {key: _whole_arg(entry) for key, entry in arg.items()}
+    return arg
+
+
+def _add_dense(
+    residual: Tensor, out: Tensor, layer_scale: Tensor | None, factor: float, inplace: bool
+) -> Tensor:
+    if layer_scale is not None:
+        out = out * layer_scale
+    if factor != 1.0:
+        out = out * factor
+    return residual.add_(out) if inplace else residual + out
+
+
+def _check_input(x: object, name: str = "x") -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    _check_input(residual, "residual")
+    if residual.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
+            f"(shape {tuple(residual.shape)})"
+        )
+
+
+def _check_rows(rows: object, x: Tensor) -> None:
+    if not isinstance(rows, KeptRows):
+        raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
+    if rows.batch != x.shape[0]:
+        raise ValueError(
+            f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "
+            f"(shape {tuple(x.shape)})"
+        )
+
+
+def fused_stochastic_depth(
+    x: Tensor | Sequence[Tensor],
+    branch: Callable[..., Any],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    args: Sequence[Any] = (),
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | Sequence[Tensor] | None = None,
+    rows: KeptRows | Sequence[KeptRows] | None = None,
+    sampler: str = "bernoulli",
+    rescale: str = "train",
+    generator: torch.Generator | None = None,
+    empty: str = "run",
+    inplace: bool = False,
+) -> Any:
+    """Stochastic depth that runs the residual branch on the kept rows only.
+
+    Equivalent PyTorch code::
+
+        residual + layer_scale * stochastic_depth(branch(norm(x), *args), p, mode, training)
+
+    with torchvision's ``stochastic_depth``; values and all gradients are those of that expression, to
+    rounding, for every branch that treats rows (samples) independently. The branch sees a batch of the k
+    kept rows, so it costs what k rows cost. A branch that mixes rows (batch statistics) sees the kept rows
+    only; that cannot be detected here.
+
+    Args:
+        x: [B, ...], floating point, any strides; or a list of such tensors (multi-crop), each with rows
+            of its own: the branch then maps a list of tensors to a list of tensors.
+        branch: maps [k, ...] (and `args`) to [k, ...], row by row. With k = 0 it runs on an empty batch.
+        p: drop probability, as in torchvision. With p = 0 the plain expression is computed.
+        mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
+        training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain PyTorch
+            operations.
+        args: further positional inputs of the branch. Tensors whose dimension 0 is B, alone or inside
+            tuples, lists and dicts, are compacted like `x`; wrap one in :class:`Shared` to keep it whole.
+            For a list `x`, an entry that is a list as long as `x` is compacted item by item, and every
+            other entry is passed on as it is.
+        norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction. (One
+            with hooks or a forward of its own is called on the kept rows instead.)
+        layer_scale: learned factor on the branch's output: [C], [C, 1, 1], or anything that broadcasts
+            against one row of it.
+        residual: tensor to add to, of the branch's output shape. Default: `x`.
+        rows: rows drawn elsewhere (a :class:`DepthPlan`, a mask); then `p`, `mode`, `sampler` and
+            `generator` are not used in training, and the scale is that of the rows.
+        sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
+            ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static.
+        rescale: "train" divides by the survival probability in training (inverted scaling); "eval" is the
+            paper's rule, unscaled in training and multiplied by 1 - p in evaluation; "none" never
+            scales (training and evaluation then differ in expectation).
+        generator: CPU generator to draw from. Default: PyTorch's, which activation checkpointing
+            restores.
+        empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its parameters
+            get zero gradients (as DDP and FSDP need); "skip" returns `residual` and leaves them without.
+        inplace: add into `residual` (default `x`) in place and return it.
+
+    Returns:
+        The shape and strides of `residual`, the dtype of ``residual + out``. Dropped rows are those of
+        `residual` to the last bit.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument outside its range, or shapes, rows or devices that do not fit.
+        RuntimeError: in place where PyTorch forbids it.
+
+    Note:
+        Rows are drawn on the host: no synchronisation, and the same seed gives the same rows on every
+        device. Kernels use no atomics: same inputs, same bits.
+
+    Reference:
+        Huang, Sun, Liu, Sedra, Weinberger: "Deep Networks with Stochastic Depth", ECCV 2016.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3, scale=2.0)
+        >>> fused_stochastic_depth(x, lambda kept: 10 * kept, 0.5, rows=rows).flatten()
+        tensor([21.,  2., 63.])
+        >>> fused_stochastic_depth(x, lambda kept: 10 * kept, 0.5, training=False).flatten()
+        tensor([11., 22., 33.])
+    """
+    if type(p) is not float:
+        p = check_probability(p)
+    elif not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
+    check_choice("mode", mode, MODES)
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("rescale", rescale, RESCALES)
+    check_choice("empty", empty, EMPTY)
+    if generator is not None:
+        _check_generator(generator)
+    factor = 1.0 - p if rescale == "eval" and not training else 1.0
+    dense = not training or (p == 0.0 and rows is None)
+
+    if isinstance(x, (list, tuple)):
+        law = None if dense else (p, mode, sampler, rescale, generator)
+        return _fused_list(
+            list(x), branch, args, norm, layer_scale, residual, rows, law, factor, empty, inplace
+        )
+    _check_input(x)
+    if residual is not None:
+        _check_residual(residual, x)
+    if dense:
+        base = x if residual is None else residual
+        out = branch(x if norm is None else norm(x), *map(_whole_arg, args))
+        return _add_dense(base, out, layer_scale, factor, inplace)
+    if rows is None:
+        rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+    else:
+        _check_rows(rows, x)
+    if empty == "skip" and rows.k == 0:
+        return x if residual is None else residual
+    kept, stream = _open_branch(x, rows, norm, residual is None and not inplace)
+    if stream is None:
+        stream = x if residual is None else residual
+    out = branch(kept, *[_compact_arg(arg, rows) for arg in args]) if args else branch(kept)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+    return C.scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+
+
+def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
+    """`value` as a list with one entry for each tensor of a list x."""
+    if value is None:
+        return [None] * count
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        got = f"{len(value)} entries" if isinstance(value, (list, tuple)) else type(value).__name__
+        raise ValueError(f"{name}: expected a list with one entry for each of {count} tensors, got {got}")
+    return list(value)
+
+
+def _fused_list(
+    xs: list[Tensor],
+    branch: Callable[..., Any],
+    args: Sequence[Any],
+    norm: nn.Module | None,
+    layer_scale: Tensor | None,
+    residual: Any,
+    rows: Any,
+    law: tuple[float, str, str, str, torch.Generator | None] | None,
+    factor: float,
+    empty: str,
+    inplace: bool,
+) -> list[Tensor]:
+    """fused_stochastic_depth for a list of tensors; `law` is None where every row runs the branch."""
+    if not xs:
+        raise ValueError("x: expected at least one tensor, got an empty list")
+    residuals = _per_tensor(residual, len(xs), "residual")
+    for x, base in zip(xs, residuals, strict=True):
+        _check_input(x)
+        if base is not None:
+            _check_residual(base, x)
+    streams = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
+
+    if law is None:
+        inputs = xs if norm is None else [norm(x) for x in xs]
+        outs = _per_tensor(branch(inputs, *map(_whole_arg, args)), len(xs), "branch output")
+        return [
+            _add_dense(stream, out, layer_scale, factor, inplace)
+            for stream, out in zip(streams, outs, strict=True)
+        ]
+
+    p, mode, sampler, rescale, generator = law
+    plan: list[KeptRows] = []
+    for x, given in zip(xs, _per_tensor(rows, len(xs), "rows"), strict=True):
+        if given is None:
+            given = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+        else:
+            _check_rows(given, x)
+        plan.append(given)
+    if empty == "skip" and not any(each.k for each in plan):
+        return streams
+
+    inputs = []
+    for i, (x, each) in enumerate(zip(xs, plan, strict=True)):
+        kept, stream = _open_branch(x, each, norm, residuals[i] is None and not inplace)
+        inputs.append(kept)
+        if stream is not None:
+            streams[i] = stream
+    kept_args = [
+        [_compact_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
+        if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
+        else _whole_arg(arg)
+        for arg in args
+    ]
+    outs = _per_tensor(branch(inputs, *kept_args), len(xs), "branch output")
+    return [
+        C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)
+        for stream, out, each in zip(streams, outs, plan, strict=True)
+    ]

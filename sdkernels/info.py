@@ -1,0 +1,116 @@
+"""Versions, build and the backend of every op: ``python -m sdkernels.info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+_VARIABLES = ("SDKERNELS_BACKEND", "SDKERNELS_BUILD")
+
+
+@dataclass
+class Info:
+    """What a bug report needs to say."""
+
+    versions: dict[str, str]
+    environment: dict[str, str | None]
+    build: dict[str, str] = field(default_factory=dict)
+    backends: list[dict[str, str]] = field(default_factory=list)
+    error: str | None = None
+
+
+def collect() -> Info:
+    """Gather the information; a package or an extension that does not load is part of it."""
+    info = Info(
+        versions={
+            "sdkernels": _installed_version("sdkernels"),
+            "torch": _imported_version("torch"),
+            "triton": _imported_version("triton"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        environment={name: os.environ.get(name) for name in _VARIABLES},
+    )
+    try:
+        from sdkernels import _extension
+
+        info.build = _extension.load().build_config()
+
+        from sdkernels import ops
+
+        info.backends = [asdict(choice) for choice in ops.backend_table()]
+    except Exception as error:  # whatever it is, printing it is what this command is for
+        info.error = f"{type(error).__name__}: {error}"
+    return info
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _imported_version(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ModuleNotFoundError:
+        return "not installed"
+    except Exception as error:
+        return f"cannot be imported: {error}"
+
+
+def format_text(info: Info) -> str:
+    """Lay the information out for people."""
+    environment = {name: value or "not set" for name, value in info.environment.items()}
+    sections = [
+        _section("versions", info.versions),
+        _section("build", {name: value or "-" for name, value in info.build.items()}),
+        _section("environment", environment),
+        _backend_section(info.backends),
+    ]
+    if info.error:
+        sections.append(f"error\n  {info.error}")
+    return "\n\n".join(section for section in sections if section)
+
+
+def _section(title: str, items: dict[str, str]) -> str:
+    return _table(title, [[name, value] for name, value in items.items()])
+
+
+def _backend_section(backends: list[dict[str, str]]) -> str:
+    columns = ["op", "device", "backend", "reason"]
+    rows = [[choice[column] for column in columns] for choice in backends]
+    return _table("backends", [columns, *rows] if rows else [])
+
+
+def _table(title: str, rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [title]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the information; the exit code is 1 if sdkernels does not load."""
+    parser = argparse.ArgumentParser(prog="python -m sdkernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    info = collect()
+    print(json.dumps(asdict(info), indent=2) if options.json else format_text(info))
+    return 1 if info.error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

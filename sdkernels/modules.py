@@ -1,0 +1,105 @@
+"""StochasticDepth: fused_stochastic_depth as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdkernels.functional import EMPTY, fused_stochastic_depth
+from sdkernels.rows import MODES, RESCALES, SAMPLERS, KeptRows, check_choice, check_probability
+
+__all__ = ["StochasticDepth"]
+
+
+class StochasticDepth(nn.Module):
+    """A residual branch with stochastic depth: ``x + drop_path(layer_scale * branch(norm(x)))``.
+
+    In training the branch runs on the kept rows only; in evaluation the plain expression is computed.
+
+    Args:
+        branch: maps [k, ...] to [k, ...], row by row.
+        p: drop probability; may be changed between calls (``module.p = 0.2``).
+        mode: "row" or "batch".
+        norm: nn.LayerNorm or nn.RMSNorm on the branch's input, fused with the compaction.
+        layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a buffer.
+        sampler, rescale, empty, inplace: as in :func:`sdkernels.fused_stochastic_depth`.
+
+    Raises:
+        TypeError, ValueError: as :func:`sdkernels.fused_stochastic_depth`.
+
+    Example:
+        >>> block = StochasticDepth(nn.Linear(4, 4), p=0.5, norm=nn.LayerNorm(4))
+        >>> block(torch.zeros(8, 4)).shape
+        torch.Size([8, 4])
+        >>> block.extra_repr()
+        "p=0.5, mode='row', sampler='bernoulli', rescale='train', empty='run', inplace=False"
+    """
+
+    layer_scale: Tensor | None
+
+    def __init__(
+        self,
+        branch: nn.Module | Callable[..., Any],
+        p: float,
+        mode: str = "row",
+        *,
+        norm: nn.Module | None = None,
+        layer_scale: Tensor | None = None,
+        sampler: str = "bernoulli",
+        rescale: str = "train",
+        empty: str = "run",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, MODES)
+        check_choice("sampler", sampler, SAMPLERS)
+        check_choice("rescale", rescale, RESCALES)
+        check_choice("empty", empty, EMPTY)
+        self.norm = norm
+        self.branch = branch
+        if isinstance(layer_scale, nn.Parameter) or layer_scale is None:
+            self.register_parameter("layer_scale", layer_scale)
+        else:
+            self.register_buffer("layer_scale", layer_scale)
+        self.p = check_probability(p)
+        self.mode = mode
+        self.sampler = sampler
+        self.rescale = rescale
+        self.empty = empty
+        self.inplace = inplace
+
+    def forward(
+        self,
+        x: Any,
+        *args: Any,
+        residual: Any = None,
+        rows: KeptRows | list[KeptRows] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Args as in :func:`sdkernels.fused_stochastic_depth`; `args` go on to the branch."""
+        return fused_stochastic_depth(
+            x,
+            self.branch,
+            self.p,
+            self.mode,
+            self.training,
+            args=args,
+            norm=self.norm,
+            layer_scale=self.layer_scale,
+            residual=residual,
+            rows=rows,
+            sampler=self.sampler,
+            rescale=self.rescale,
+            generator=generator,
+            empty=self.empty,
+            inplace=self.inplace,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"p={self.p}, mode={self.mode!r}, sampler={self.sampler!r}, rescale={self.rescale!r}, "
+            f"empty={self.empty!r}, inplace={self.inplace}"
+        )

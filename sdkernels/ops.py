@@ -1,0 +1,191 @@
+"""The tensor ops: the extension, which backend serves them on which device, and their fakes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdkernels import _extension, traceable
+
+C = _extension.load()
+
+BACKENDS = ("auto", "cpp", "traceable")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend serves an op on a device type, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def _missing(backend: str, device: str) -> str | None:
+    """Why `backend` cannot serve tensors of `device`; None where it can."""
+    if backend == "cpp" and device == "cuda" and not C.build_config()["cuda_version"]:
+        return "the extension was built without CUDA kernels"
+    return None
+
+
+def _requested() -> str:
+    requested = os.environ.get("SDKERNELS_BACKEND", "auto")
+    if requested not in BACKENDS:
+        raise ValueError(
+            f"SDKERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {requested!r}"
+        )
+    return requested
+
+
+def _choose(requested: str, device: str) -> tuple[str, str]:
+    if requested != "auto":
+        missing = _missing(requested, device)
+        if missing:
+            return "none", f"SDKERNELS_BACKEND={requested}, but {missing}"
+        return requested, f"SDKERNELS_BACKEND={requested}"
+    missing = _missing("cpp", device)
+    return ("traceable", missing) if missing else ("cpp", "native kernels")
+
+
+def _refusal(op: str, reason: str) -> Callable[..., object]:
+    def refuse(*args: object) -> object:
+        raise RuntimeError(f"sdkernels::{op}: {reason}")
+
+    return refuse
+
+
+def _register_backends() -> tuple[torch.library.Library, list[BackendChoice]]:
+    requested = _requested()
+    library = torch.library.Library("sdkernels", "IMPL")
+    table = []
+    for op, function in traceable.OPS.items():
+        # PyTorch code serves every device that no kernel of ours is registered for.
+        library.impl(op, function, "CompositeExplicitAutograd")
+        for device in DEVICES:
+            backend, reason = _choose(requested, device)
+            table.append(BackendChoice(op, device, backend, reason))
+            if backend == "none":
+                library.impl(op, _refusal(op, reason), device.upper(), allow_override=True)
+            elif backend == "traceable" and not _missing("cpp", device):
+                library.impl(op, function, device.upper(), allow_override=True)
+        table.append(BackendChoice(op, "other", "traceable", "PyTorch code, on any device"))
+    return library, table
+
+
+# The library object owns the registrations: they last as long as it does.
+_library, _table = _register_backends()
+
+
+def backend_table() -> list[BackendChoice]:
+    """The backend of every op on every device type, with the reason for the choice."""
+    return list(_table)
+
+
+def _empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """`rows` rows like those of `x`, with its order of strides (as the kernels allocate them)."""
+    if x.is_contiguous():
+        return x.new_empty((rows, *x.shape[1:]), dtype=dtype)
+    return torch.empty_like(x[:1].expand(rows, *x.shape[1:]), dtype=dtype)
+
+
+@torch.library.register_fake("sdkernels::compact_rows")
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return _empty_rows(x, index.shape[0], x.dtype)
+
+
+@torch.library.register_fake("sdkernels::expand_rows")
+def _(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return _empty_rows(kept, slot.shape[0], kept.dtype)
+
+
+@torch.library.register_fake("sdkernels::scatter_add_rows")
+def _(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+) -> Tensor:
+    dtype = torch.promote_types(residual.dtype, out.dtype)
+    return _empty_rows(residual, residual.shape[0], dtype)
+
+
+@torch.library.register_fake("sdkernels::scatter_add_rows_")
+def _(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("sdkernels::scatter_add_rows_backward")
+def _(
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    d_out = _empty_rows(grad if out is None else out, index.shape[0], dtype)
+    if out is None or layer_scale is None:
+        return d_out, grad.new_empty(0)
+    return d_out, torch.empty_like(layer_scale)
+
+
+@torch.library.register_fake("sdkernels::compact_norm")
+def _(
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    keep_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = traceable.acc_type(x.dtype)
+    shape = (index.shape[0], *x.shape[1:])
+    lines = 1
+    for size in shape[: x.dim() - len(normalized_shape)]:
+        lines = lines * size
+    return (
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(shape if keep_rows else 0),
+        x.new_empty(0 if rms else lines, dtype=acc),
+        x.new_empty(lines, dtype=acc),
+    )
+
+
+@torch.library.register_fake("sdkernels::compact_norm_backward")
+def _(
+    d_stream: Tensor | None,
+    d_normed: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    rms: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = kept if weight is None else weight
+    return (
+        kept.new_empty((slot.shape[0], *kept.shape[1:]) if wanted[0] else 0),
+        like.new_empty(normalized_shape if wanted[1] else 0),
+        like.new_empty(normalized_shape if wanted[2] else 0),
+    )

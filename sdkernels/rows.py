@@ -1,0 +1,397 @@
+"""Which rows run a branch: KeptRows, the samplers, and DepthPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+from functools import lru_cache
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from sdkernels.ops import C
+
+__all__ = ["DepthPlan", "KeptRows"]
+
+MODES = ("row", "batch")
+SAMPLERS = ("bernoulli", "fixed")
+RESCALES = ("train", "eval", "none")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def check_probability(p: object) -> float:
+    """`p` as a float in [0, 1]."""
+    if not isinstance(p, Real):
+        raise TypeError(f"p: expected a drop probability as a number, got {type(p).__name__}")
+    value = float(p)
+    if not 0.0 <= value <= 1.0:  # also refuses NaN
+        raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
+    return value
+
+
+def _check_batch(batch: object) -> int:
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+        raise ValueError(f"batch: expected the number of rows of the batch, got {batch!r}")
+    return batch
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            "generator: expected a CPU generator (rows are drawn on the host, so that a seed gives the "
+            f"same rows on every device), got one on {generator.device}"
+        )
+
+
+def fixed_count(batch: int, p: float) -> int:
+    """The rows that ``sampler="fixed"`` keeps: ``clamp(round(batch * (1 - p)), 1, batch)``.
+
+    Computed in decimal from the shortest text of `p`, so that binary rounding cannot change it
+    (``int(10 * (1 - 0.8))`` is 1); a half is rounded to even, as Python's ``round`` does.
+
+    >>> fixed_count(10, 0.8), fixed_count(2, 0.9), fixed_count(0, 0.5)
+    (2, 1, 0)
+    """
+    kept = int((batch * (1 - Decimal(repr(p)))).to_integral_value(ROUND_HALF_EVEN))
+    return min(max(kept, 1), batch)
+
+
+@lru_cache(maxsize=4096)
+def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
+    """What to draw, and the scale of the kept rows."""
+    check_choice("mode", mode, MODES)
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("rescale", rescale, RESCALES)
+    keep = 1.0 - p
+    if sampler == "fixed":
+        if mode == "batch":
+            raise ValueError(
+                'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice of; '
+                'use sampler="bernoulli"'
+            )
+        count = fixed_count(batch, p)
+        # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation, so
+        # training must average to keep as well: 1 but for the rounding of count.
+        inverse = batch / count if count else 1.0
+        scale = {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
+        return C.Draw(keep, count, False), scale
+    scale = 1.0 / keep if rescale == "train" and keep > 0 else 1.0
+    return C.Draw(keep, -1, mode == "batch"), scale
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """The rows of a batch that run a branch, and the factor on its output.
+
+    Make one with :meth:`sample`, :meth:`from_mask` or :meth:`from_index`; the constructor checks types and
+    sizes only (looking at the values of a CUDA tensor would stop the device), and the kernels refuse or
+    trap on rows that do not fit together.
+
+    Attributes:
+        index: [k] int64, the kept row numbers, unique and ascending.
+        slot: [batch] int64, the inverse map: ``slot[index[j]] == j``, and -1 for a dropped row.
+        scale: factor on the branch's output.
+
+    Raises:
+        TypeError: `index` or `slot` is not an int64 tensor, or `scale` no number.
+        ValueError: they are not contiguous vectors on one device, or keep more rows than there are.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)
+        >>> rows.slot
+        tensor([ 0, -1,  1, -1])
+    """
+
+    index: Tensor
+    slot: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("index", self.index), ("slot", self.slot)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor of one dimension, got {tuple(tensor.shape)}"
+                )
+        if self.index.device != self.slot.device:
+            raise ValueError(
+                f"index: expected the device of slot, {self.slot.device}, got {self.index.device}"
+            )
+        if self.index.shape[0] > self.slot.shape[0]:
+            raise ValueError(
+                f"index: {self.index.shape[0]} kept rows of a batch of {self.slot.shape[0]}"
+            )
+        if not isinstance(self.scale, Real):
+            raise TypeError(f"scale: expected a number, got {type(self.scale).__name__}")
+
+    @classmethod
+    def _trusted(cls, index: Tensor, slot: Tensor, scale: float) -> KeptRows:
+        """Rows that this package has just drawn: no checks, this is on the path of every call."""
+        rows = object.__new__(cls)
+        rows.__dict__.update(index=index, slot=slot, scale=scale)
+        return rows
+
+    @classmethod
+    def sample(
+        cls,
+        batch: int,
+        p: float,
+        *,
+        mode: str = "row",
+        sampler: str = "bernoulli",
+        rescale: str = "train",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> KeptRows:
+        """Draw the rows to keep.
+
+        Rows are drawn on the host and sent to the device in one copy, without synchronisation: a seed
+        gives the same rows on every device.
+
+        Args:
+            batch: number of rows B.
+            p: drop probability.
+            mode: "row" decides for each row, "batch" once for all.
+            sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
+                ``clamp(round(B * (1 - p)), 1, B)`` rows, every such subset equally likely.
+            rescale: "train" makes the scale 1 / (1 - p) (Bernoulli) or B / k (fixed); "eval" leaves it at 1
+                (times B * (1 - p) / k for the fixed count, which its rounding may put beside 1);
+                "none" is 1.
+            generator: CPU generator to draw from. Default: PyTorch's, which
+                ``torch.manual_seed`` seeds and activation checkpointing restores.
+            device: where `index` and `slot` go. Default: CPU.
+
+        Returns:
+            KeptRows of a batch of `batch` rows.
+
+        Raises:
+            TypeError: `p` is not a number.
+            ValueError: `p` lies outside [0, 1], `batch` is no count, an unknown `mode`, `sampler` or
+                `rescale`, "fixed" together with mode="batch", or a generator that is not on the CPU.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> rows = KeptRows.sample(8, 0.5, sampler="fixed")
+            >>> rows.k, rows.batch, rows.scale
+            (4, 8, 2.0)
+        """
+        p = check_probability(p)
+        _check_generator(generator)
+        if device is not None:
+            device = torch.device(device)
+        return draw(_check_batch(batch), p, mode, sampler, rescale, generator, device)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, scale: float = 1.0) -> KeptRows:
+        """The rows where a mask is true.
+
+        Counting the rows of a CUDA mask waits for the device.
+
+        Args:
+            mask: [B] bool, true for a kept row.
+            scale: factor on the branch's output.
+
+        Raises:
+            TypeError: `mask` is not a bool tensor.
+            ValueError: `mask` does not have one dimension.
+
+        Example:
+            >>> KeptRows.from_mask(torch.tensor([True, False, True])).index
+            tensor([0, 2])
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a bool tensor, got {got}")
+        if mask.dim() != 1:
+            raise ValueError(f"mask: expected shape [batch], got {tuple(mask.shape)}")
+        slot = torch.where(mask, mask.cumsum(0) - 1, -1)
+        return cls(mask.nonzero().flatten(), slot, scale)
+
+    @classmethod
+    def from_index(cls, index: Tensor, batch: int, scale: float = 1.0) -> KeptRows:
+        """The rows with these numbers.
+
+        Looking at a CUDA index waits for the device.
+
+        Args:
+            index: [k] int64, unique and ascending, each in [0, batch).
+            batch: number of rows B.
+            scale: factor on the branch's output.
+
+        Raises:
+            TypeError: `index` is not an int64 tensor.
+            ValueError: `index` is not a vector, not ascending, repeats a row or names one outside the
+                batch.
+
+        Example:
+            >>> KeptRows.from_index(torch.tensor([1, 2]), batch=3).slot
+            tensor([-1,  0,  1])
+        """
+        batch = _check_batch(batch)
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index: expected an int64 tensor, got {got}")
+        if index.dim() != 1:
+            raise ValueError(f"index: expected shape [k], got {tuple(index.shape)}")
+        index = index.contiguous()
+        if index.shape[0]:
+            first, last = index.amin().item(), index.amax().item()
+            if first < 0 or last >= batch:
+                raise ValueError(
+                    f"index: expected row numbers from 0 to {batch - 1}, got {first} to {last}"
+                )
+            if not bool((index[1:] > index[:-1]).all()):
+                raise ValueError(
+                    f"index: expected unique, ascending row numbers, got {index.tolist()}"
+                )
+        slot = index.new_full((batch,), -1)
+        slot[index] = torch.arange(index.shape[0], device=index.device)
+        return cls(index, slot, scale)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows B of the batch."""
+        return self.slot.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Number of kept rows."""
+        return self.index.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> KeptRows:
+        """The same rows on another device."""
+        return KeptRows._trusted(
+            self.index.to(device, non_blocking=non_blocking),
+            self.slot.to(device, non_blocking=non_blocking),
+            self.scale,
+        )
+
+
+def draw(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> KeptRows:
+    """KeptRows.sample for a `batch`, `p` and `generator` that were looked at before."""
+    law, scale = _law(batch, p, mode, sampler, rescale)
+    index, slot = C.sample_rows(batch, law, generator, device)
+    return KeptRows._trusted(index, slot, scale)
+
+
+class DepthPlan:
+    """The kept rows of every branch of a step, drawn together and sent to the device in one copy.
+
+    ``len(plan)`` is the number of branches and ``plan[i]`` the :class:`KeptRows` of branch i.
+    :meth:`resample_` draws the next step's rows into the same memory: with ``sampler="fixed"`` shapes and
+    addresses stay as they are, which is what a captured CUDA graph needs.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        kept: list[int],
+        laws: list[tuple[C.Draw, float]],
+        generator: torch.Generator | None,
+    ) -> None:
+        # [branches, 2, batch] on the device: slot, then index in the first kept[i] entries.
+        self._rows = rows
+        self._kept = kept
+        self._laws = laws
+        self._generator = generator
+
+    @classmethod
+    def sample(
+        cls,
+        batch: int,
+        drop_probs: Sequence[float],
+        *,
+        mode: str = "row",
+        sampler: str = "bernoulli",
+        rescale: str = "train",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan:
+        """Draw the rows of every branch.
+
+        Args:
+            batch: number of rows B.
+            drop_probs: one drop probability a branch, for example from
+                :func:`sdkernels.linear_decay`.
+            mode, sampler, rescale, device: as in :meth:`KeptRows.sample`.
+            generator: CPU generator to draw from, by :meth:`resample_` too. Default: PyTorch's.
+
+        Returns:
+            A plan of ``len(drop_probs)`` branches; rows and branches are independent.
+
+        Raises:
+            TypeError, ValueError: as :meth:`KeptRows.sample`.
+
+        Example:
+            >>> plan = DepthPlan.sample(8, [0.25, 0.5], sampler="fixed")
+            >>> [rows.k for rows in plan]
+            [6, 4]
+        """
+        batch = _check_batch(batch)
+        _check_generator(generator)
+        laws = [_law(batch, check_probability(p), mode, sampler, rescale) for p in drop_probs]
+        target = torch.device("cpu" if device is None else device)
+        rows, kept = _draw_plan(batch, laws, generator, target)
+        return cls(rows.to(target, non_blocking=True), kept, laws, generator)
+
+    def resample_(self) -> DepthPlan:
+        """Draw new rows for every branch, in place; returns self.
+
+        KeptRows taken from the plan before share its memory: they change with it for the fixed sampler,
+        and are out of date for the Bernoulli one, whose number of rows changes. A graph whose backward has
+        not run yet refuses rows that were refreshed under it, as PyTorch refuses any saved tensor that
+        was modified in place.
+        """
+        rows, self._kept = _draw_plan(self.batch, self._laws, self._generator, self.device)
+        self._rows.copy_(rows, non_blocking=True)
+        return self
+
+    @property
+    def batch(self) -> int:
+        """Number of rows B of the batch."""
+        return self._rows.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._rows.device
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, branch: int) -> KeptRows:
+        kept = self._kept[branch]
+        slot, index = self._rows[branch].unbind()
+        return KeptRows._trusted(index[:kept], slot, self._laws[branch][1])
+
+    def __iter__(self) -> Iterator[KeptRows]:
+        return (self[branch] for branch in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"DepthPlan(batch={self.batch}, kept={self._kept}, device={str(self.device)!r})"
+
+
+def _draw_plan(
+    batch: int,
+    laws: list[tuple[C.Draw, float]],
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> tuple[Tensor, list[int]]:
+    return C.sample_plan(batch, [law for law, _ in laws], generator, device.type == "cuda")

@@ -1,0 +1,168 @@
+"""The row ops in PyTorch code: correct on every device, and what the kernels are compared with.
+
+Each function has the signature of the op of the same name (``csrc/module.cpp``). Arithmetic is in float32
+(float64 for float64 data) with one rounding at the end, as in the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def acc_type(*dtypes: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic on data of these dtypes."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def like_layout(x: Tensor, layout: Tensor) -> Tensor:
+    """`x`, with its dimensions in memory in the order that `layout` has them."""
+    if x.stride() == layout.stride():
+        return x
+    return torch.empty_like(layout, dtype=x.dtype).copy_(x)
+
+
+def compact_rows(x: Tensor, index: Tensor) -> Tensor:
+    kept = x.index_select(0, index)
+    return like_layout(kept, x[:1].expand(kept.shape)) if not x.is_contiguous() else kept
+
+
+def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    rows = kept.new_zeros((slot.shape[0], *kept.shape[1:]))
+    return like_layout(rows.index_copy(0, index, kept), kept[:1].expand(rows.shape))
+
+
+def _scaled(out: Tensor, layer_scale: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    scaled = out.to(dtype) * scale
+    return scaled if layer_scale is None else scaled * layer_scale.to(dtype)
+
+
+def scatter_add_rows(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+) -> Tensor:
+    acc = acc_type(residual.dtype, out.dtype)
+    dtype = torch.promote_types(residual.dtype, out.dtype)
+    added = residual.index_select(0, index).to(acc) + _scaled(out, layer_scale, scale, acc)
+    return residual.to(dtype, copy=True).index_copy_(0, index, added.to(dtype))
+
+
+def scatter_add_rows_(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+) -> None:
+    acc = acc_type(residual.dtype, out.dtype)
+    added = residual.index_select(0, index).to(acc) + _scaled(out, layer_scale, scale, acc)
+    residual.index_copy_(0, index, added.to(residual.dtype))
+
+
+def scatter_add_rows_backward(
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    acc = acc_type(grad.dtype, dtype)
+    kept = compact_rows(grad, index)
+    d_out = _scaled(kept, layer_scale, scale, acc).to(dtype)
+    if out is None or layer_scale is None:
+        return d_out, grad.new_empty(0)
+    d_scale = (_scaled(kept, None, scale, acc) * out.to(acc)).sum_to_size(layer_scale.shape)
+    return like_layout(d_out, out), d_scale.to(layer_scale.dtype)
+
+
+def _dims(normalized_shape: Sequence[int]) -> list[int]:
+    return list(range(-len(normalized_shape), 0))
+
+
+def compact_norm(
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    keep_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = acc_type(x.dtype)
+    dims = _dims(normalized_shape)
+    kept = x.index_select(0, index)
+    centered = kept.to(acc)
+    mean = x.new_empty(0, dtype=acc)
+    if not rms:
+        line_mean = centered.mean(dims, keepdim=True)
+        centered = centered - line_mean
+        mean = line_mean.flatten()
+    rstd = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = centered * rstd
+    if weight is not None:
+        normed = normed * weight.to(acc)
+    if bias is not None:
+        normed = normed + bias.to(acc)
+    return normed.to(dtype), kept if keep_rows else x.new_empty(0), mean, rstd.flatten()
+
+
+def compact_norm_backward(
+    d_stream: Tensor | None,
+    d_normed: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    rms: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = acc_type(kept.dtype)
+    dims = _dims(normalized_shape)
+    stat_shape = kept.shape[: kept.dim() - len(dims)] + (1,) * len(dims)
+    rstd = rstd.view(stat_shape)
+    x_hat = kept.to(acc) * rstd if rms else (kept.to(acc) - mean.view(stat_shape)) * rstd
+    d = d_normed.to(acc)
+    empty = kept.new_empty(0, dtype=kept.dtype if weight is None else weight.dtype)
+    d_x, d_weight, d_bias = kept.new_empty(0), empty, empty.clone()
+    if wanted[0]:
+        d_x_hat = d if weight is None else d * weight.to(acc)
+        d_kept = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, keepdim=True)
+        if not rms:
+            d_kept = d_kept - d_x_hat.mean(dims, keepdim=True)
+        d_kept = d_kept * rstd
+        if d_stream is None:
+            d_x = expand_rows(d_kept.to(kept.dtype), index, slot)
+        else:
+            d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, 1.0).to(kept.dtype)
+    if wanted[1]:
+        d_weight = (d * x_hat).sum_to_size(normalized_shape).to(empty.dtype)
+    if wanted[2]:
+        d_bias = d.sum_to_size(normalized_shape).to(empty.dtype)
+    return d_x, d_weight, d_bias
+
+
+OPS: dict[str, Callable[..., object]] = {
+    function.__name__: function
+    for function in (
+        compact_rows,
+        expand_rows,
+        scatter_add_rows,
+        scatter_add_rows_,
+        scatter_add_rows_backward,
+        compact_norm,
+        compact_norm_backward,
+    )
+}

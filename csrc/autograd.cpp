@@ -1,6 +1,6 @@
-// The autograd functions above the ops. One node owns the gradient of x: compacting returns the kept
-// rows *and* x passed through (the stream), so that its backward receives both gradients and writes
-// their sum in one pass. With grad mode on (double backward), each backward is built from
+// The autograd functions above the ops. One node owns the gradient of x: compacting returns the
+// kept rows *and* x passed through (the stream), so that its backward receives both gradients and
+// writes their sum in one pass. With grad mode on (double backward), each backward is built from
 // differentiable pieces instead of the fused kernels.
 #include "autograd.h"
 
@@ -50,8 +50,9 @@ Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Tensor& i
 
 void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
                      const OptionalTensor& layer_scale, double scale) {
-  static const auto op = find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&,
-                                      const OptionalTensor&, double)>("sdkernels::scatter_add_rows_");
+  static const auto op =
+      find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                   double)>("sdkernels::scatter_add_rows_");
   at::AutoDispatchBelowADInplaceOrView guard;
   op.call(std::move(residual), out, index, slot, layer_scale, scale);
 }
@@ -60,17 +61,20 @@ std::tuple<Tensor, Tensor> scatter_add_backward_op(const Tensor& grad, const Opt
                                                    const Tensor& index,
                                                    const OptionalTensor& layer_scale, double scale,
                                                    at::ScalarType dtype) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor>(
-      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, double,
-      at::ScalarType)>("sdkernels::scatter_add_rows_backward");
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
+                                         const OptionalTensor&, double, at::ScalarType)>(
+          "sdkernels::scatter_add_rows_backward");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(grad, out, index, layer_scale, scale, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(
-    const Tensor& x, const Tensor& index, at::IntArrayRef normalized_shape,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
-    at::ScalarType dtype, bool keep_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(const Tensor& x, const Tensor& index,
+                                                           at::IntArrayRef normalized_shape,
+                                                           const OptionalTensor& weight,
+                                                           const OptionalTensor& bias, double eps,
+                                                           bool rms, at::ScalarType dtype,
+                                                           bool keep_rows) {
   static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, const OptionalTensor&,
       double, bool, at::ScalarType, bool)>("sdkernels::compact_norm");
@@ -91,25 +95,39 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward_op(
                  wanted);
 }
 
+// What a compacting node returns beside the kept rows.
+enum class Stream { kNone, kAlias, kInplace };
+
 // ---- autograd functions -------------------------------------------------------------------------
 
 OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
 
-// An output that shares x's memory and version counter, and is no view in autograd's eyes: PyTorch
-// refuses in-place writes to views that come out of a function with several outputs.
-Tensor pass_through(const Tensor& x) { return x.detach(); }
+// x as an output of the node that compacts it. In place it is x itself, whose history the node
+// takes over. Otherwise an alias: it shares x's memory and version counter and is no view in
+// autograd's eyes, because PyTorch refuses in-place writes to views that come out of a function
+// with several outputs.
+Tensor pass_through(AutogradContext* ctx, const Tensor& x, Stream stream) {
+  if (stream == Stream::kInplace) {
+    ctx->mark_dirty({x});
+    return x;
+  }
+  return Tensor(x.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      torch::autograd::impl::version_counter(x), /*allow_tensor_metadata_change=*/false));
+}
 
 struct CompactRows : torch::autograd::Function<CompactRows> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& index,
-                               const Tensor& slot, bool with_stream) {
+                               const Tensor& slot, Stream stream) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({index, slot});
     Tensor kept = compact_op(x, index);
-    if (!with_stream) return {std::move(kept)};
-    return {std::move(kept), pass_through(x)};
+    if (stream == Stream::kNone) return {std::move(kept)};
+    return {std::move(kept), pass_through(ctx, x, stream)};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads);
 };
+
+Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot);
 
 struct ExpandRows : torch::autograd::Function<ExpandRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& kept, const Tensor& index,
@@ -121,9 +139,15 @@ struct ExpandRows : torch::autograd::Function<ExpandRows> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     if (!grads[0].defined()) return {{}, {}, {}};
     const auto saved = ctx->get_saved_variables();
-    return {CompactRows::apply(grads[0], saved[0], saved[1], false)[0], {}, {}};
+    return {compact_rows(grads[0], saved[0], saved[1]), {}, {}};
   }
 };
+
+// The ops as a backward calls them: nodes of their own in a double backward only.
+Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
+  if (!at::GradMode::is_enabled()) return compact_op(x, index);
+  return CompactRows::apply(x, index, slot, Stream::kNone)[0];
+}
 
 struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& residual, const Tensor& out,
@@ -132,7 +156,8 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
     ctx->set_materialize_grads(false);
     // Only the gradient of layer_scale needs the branch's output.
     const bool needs_out = layer_scale && layer_scale->requires_grad();
-    ctx->save_for_backward({index, slot, layer_scale.value_or(Tensor()), needs_out ? out : Tensor()});
+    ctx->save_for_backward(
+        {index, slot, layer_scale.value_or(Tensor()), needs_out ? out : Tensor()});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["dtype"] = static_cast<int64_t>(out.scalar_type());
     if (!inplace) return scatter_add_op(residual, out, index, slot, layer_scale, scale);
@@ -158,8 +183,7 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
       return result;
     }
     const auto acc = c10::promoteTypes(acc_type(grad.scalar_type()), acc_type(dtype));
-    const Tensor scaled =
-        CompactRows::apply(grad, index, slot, false)[0].to(acc) * scale;
+    const Tensor scaled = compact_rows(grad, index, slot).to(acc) * scale;
     result[1] = (layer_scale.defined() ? scaled * layer_scale.to(acc) : scaled).to(dtype);
     if (out.defined())
       result[2] =
@@ -168,34 +192,40 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
   }
 };
 
+// The gradient of x from those of its kept rows and of x passed through, either of which may be
+// missing.
+Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tensor& index,
+                       const Tensor& slot) {
+  if (!d_kept.defined()) return d_stream;
+  const bool differentiable = at::GradMode::is_enabled();
+  if (!d_stream.defined())
+    return differentiable ? ExpandRows::apply(d_kept, index, slot) : expand_op(d_kept, index, slot);
+  return differentiable
+             ? ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false)
+             : scatter_add_op(d_stream, d_kept, index, slot, {}, 1.0);
+}
+
 variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
   const auto saved = ctx->get_saved_variables();
-  const Tensor &index = saved[0], &slot = saved[1];
-  const Tensor& d_kept = grads[0];
   const Tensor d_stream = grads.size() > 1 ? grads[1] : Tensor();
-  variable_list result(4);
-  if (!d_kept.defined())
-    result[0] = d_stream;
-  else if (d_stream.defined())
-    result[0] = ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false);
-  else
-    result[0] = ExpandRows::apply(d_kept, index, slot);
-  return result;
+  return {merge_gradients(grads[0], d_stream, saved[0], saved[1]), {}, {}, {}};
 }
 
 struct CompactNorm : torch::autograd::Function<CompactNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& index, const Tensor& slot,
                                at::IntArrayRef normalized_shape, double eps, bool rms,
-                               at::ScalarType dtype, bool with_stream, bool needs_grad) {
+                               at::ScalarType dtype, Stream stream, bool needs_grad) {
     ctx->set_materialize_grads(false);
-    // The kept rows of x are saved, not x: memory follows k, and x may be overwritten in place. They
-    // are an output (which no caller sees) so that a double backward finds its way from them to x.
+    // The kept rows of x are saved, not x: memory follows k, and x may be overwritten in place.
+    // They are an output (which no caller sees) so that a double backward finds its way from them
+    // to x.
     auto [normed, kept, mean, rstd] = compact_norm_op(x, index, normalized_shape, weight, bias, eps,
                                                       rms, dtype, /*keep_rows=*/needs_grad);
+    const bool with_stream = stream != Stream::kNone;
     if (!needs_grad) {
       if (!with_stream) return {normed};
-      return {normed, pass_through(x)};
+      return {normed, pass_through(ctx, x, stream)};
     }
     ctx->save_for_backward({index, slot, weight.value_or(Tensor()), kept, mean, rstd});
     ctx->saved_data["normalized_shape"] = normalized_shape.vec();
@@ -203,7 +233,7 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
     ctx->saved_data["rms"] = rms;
     ctx->saved_data["bias"] = bias ? static_cast<int64_t>(bias->scalar_type()) : -1;
     if (!with_stream) return {normed, kept};
-    return {normed, pass_through(x), kept};
+    return {normed, pass_through(ctx, x, stream), kept};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -245,53 +275,67 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
       if (!rms) d_x = d_x - d_x_hat.mean(dims, true);
       d_x = (rstd * d_x).to(kept.scalar_type());
       d_kept = d_kept.defined() ? d_kept + d_x : d_x;
-      if (weight.defined())
-        result[1] = (d * x_hat).sum_to_size(shape).to(weight.scalar_type());
+      if (weight.defined()) result[1] = (d * x_hat).sum_to_size(shape).to(weight.scalar_type());
       if (bias_type >= 0)
         result[2] = d.sum_to_size(shape).to(static_cast<at::ScalarType>(bias_type));
     }
-    if (!d_kept.defined())
-      result[0] = d_stream;
-    else if (d_stream.defined())
-      result[0] = ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false);
-    else
-      result[0] = ExpandRows::apply(d_kept, index, slot);
+    result[0] = merge_gradients(d_kept, d_stream, index, slot);
     return result;
   }
 };
 
 void refuse_functorch() {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !at::functorch::functorchTLSAccessor(),
-      "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the compacted "
-      "branch; use torch.autograd, or evaluation mode (training=False), where the op is plain PyTorch");
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::functorch::functorchTLSAccessor(),
+                              "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot "
+                              "go through the compacted "
+                              "branch; use torch.autograd, or evaluation mode (training=False), "
+                              "where the op is plain PyTorch");
+}
+
+bool requires_grad(const OptionalTensor& x) { return x && x->requires_grad(); }
+
+// In place, x itself passes through the node, unless it needs no gradient or is a view, whose
+// history only an operation with one result may take over: the stream is then x as it stands.
+Stream stream_of(const Tensor& x, bool with_stream, bool inplace) {
+  if (!with_stream) return Stream::kNone;
+  if (!inplace) return Stream::kAlias;
+  if (!at::GradMode::is_enabled() || !x.requires_grad() || x.is_view()) return Stream::kNone;
+  return Stream::kInplace;
+}
+
+// What PyTorch forbids in place, refused before anything is written.
+void check_inplace(const Tensor& x, bool any_requires_grad) {
+  torch::autograd::check_inplace(x, at::GradMode::is_enabled() && any_requires_grad);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> compact(const Tensor& x, const Tensor& index, const Tensor& slot,
-                                   bool with_stream) {
+                                   bool with_stream, bool inplace) {
   refuse_functorch();
   check_rows_tensor(x, "x");
   check_kept_rows(x, index, slot);
-  auto outputs = CompactRows::apply(x, index, slot, with_stream);
-  return {outputs[0], with_stream ? outputs[1] : Tensor()};
+  if (inplace) check_inplace(x, x.requires_grad());
+  const Stream stream = stream_of(x, with_stream, inplace);
+  auto outputs = CompactRows::apply(x, index, slot, stream);
+  return {outputs[0], stream == Stream::kNone ? x : outputs[1]};
 }
 
 std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, const Tensor& slot,
                                         at::IntArrayRef normalized_shape,
                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                         double eps, bool rms, at::ScalarType dtype,
-                                        bool with_stream) {
+                                        bool with_stream, bool inplace) {
   refuse_functorch();
   check_norm(x, normalized_shape, weight, bias);
   check_kept_rows(x, index, slot);
-  const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  if (inplace) check_inplace(x, x.requires_grad());
   const bool needs_grad = at::GradMode::is_enabled() &&
                           (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
+  const Stream stream = stream_of(x, with_stream, inplace);
   auto outputs = CompactNorm::apply(x, weight, bias, index, slot, normalized_shape, eps, rms, dtype,
-                                    with_stream, needs_grad);
-  return {outputs[0], with_stream ? outputs[1] : Tensor()};
+                                    stream, needs_grad);
+  return {outputs[0], stream == Stream::kNone ? x : outputs[1]};
 }
 
 Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
@@ -302,12 +346,9 @@ Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& inde
   check_kept_rows(residual, index, slot);
   check_out(residual, out, index);
   if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
-  if (inplace) {
-    const bool requires_grad = at::GradMode::is_enabled() &&
-                               (residual.requires_grad() || out.requires_grad() ||
-                                (layer_scale && layer_scale->requires_grad()));
-    torch::autograd::check_inplace(residual, requires_grad);  // before anything is written
-  }
+  if (inplace)
+    check_inplace(residual,
+                  residual.requires_grad() || out.requires_grad() || requires_grad(layer_scale));
   return ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, inplace);
 }
 

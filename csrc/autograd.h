@@ -8,17 +8,19 @@
 
 namespace sdkernels {
 
-// The kept rows of x, and (with_stream) x passed through the same node: add the branch's output to that,
-// so that both gradients of x meet in one pass.
+// The kept rows of x, and x; with_stream, x passed through the same node: add the branch's output
+// to that (in place, if `inplace`), so that both gradients of x meet in one pass.
 std::tuple<at::Tensor, at::Tensor> compact(const at::Tensor& x, const at::Tensor& index,
-                                           const at::Tensor& slot, bool with_stream);
+                                           const at::Tensor& slot, bool with_stream, bool inplace);
 
 // The same with the norm of the kept rows, written in `dtype`.
-std::tuple<at::Tensor, at::Tensor> compact_norm(
-    const at::Tensor& x, const at::Tensor& index, const at::Tensor& slot,
-    at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, double eps, bool rms, at::ScalarType dtype,
-    bool with_stream);
+std::tuple<at::Tensor, at::Tensor> compact_norm(const at::Tensor& x, const at::Tensor& index,
+                                                const at::Tensor& slot,
+                                                at::IntArrayRef normalized_shape,
+                                                const std::optional<at::Tensor>& weight,
+                                                const std::optional<at::Tensor>& bias, double eps,
+                                                bool rms, at::ScalarType dtype, bool with_stream,
+                                                bool inplace);
 
 // residual, with scale * layer_scale * out added to the kept rows.
 at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index,

@@ -34,8 +34,8 @@ std::map<std::string, std::string> build_config() {
 }  // namespace
 
 TORCH_LIBRARY(sdkernels, m) {
-  // Functional, and without autograd: autograd.cpp stands above them. A zero-sized tensor takes the place
-  // of a result that was not asked for.
+  // Functional, and without autograd: autograd.cpp stands above them. A zero-sized tensor takes the
+  // place of a result that was not asked for.
   m.def("compact_rows(Tensor x, Tensor index) -> Tensor");
   m.def("expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor");
   m.def(
@@ -62,9 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", compact, no_gil);
   m.def("compact_norm", compact_norm, no_gil);
   m.def("scatter_add", scatter_add, no_gil);
-  py::class_<Draw>(m, "Draw")
-      .def(py::init<double, int64_t, bool>(), py::arg("keep"), py::arg("count"),
-           py::arg("whole_batch"));
+  py::class_<Draw>(m, "Draw").def(py::init<double, int64_t, bool>(), py::arg("keep"),
+                                  py::arg("count"), py::arg("whole_batch"));
   m.def("sample_rows", sample_rows, no_gil);
   m.def("sample_plan", sample_plan, no_gil);
   m.def("build_config", build_config);

@@ -1,4 +1,5 @@
-// What every backend of the row ops shares: the checks of their arguments and the geometry of a row.
+// What every backend of the row ops shares: the checks of their arguments and the geometry of a
+// row.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,7 +15,8 @@ namespace sdkernels {
 // ---- checks -------------------------------------------------------------------------------------
 
 inline void check_rows_tensor(const at::Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, name, ": expected a tensor with a batch dimension, got 0 dimensions");
+  TORCH_CHECK_VALUE(x.dim() >= 1, name,
+                    ": expected a tensor with a batch dimension, got 0 dimensions");
 }
 
 inline void check_floating(const at::Tensor& x, const char* name) {
@@ -24,11 +26,12 @@ inline void check_floating(const at::Tensor& x, const char* name) {
 
 inline void check_same_device(const at::Tensor& x, const char* name, const at::Device& device,
                               const char* reference) {
-  TORCH_CHECK_VALUE(x.device() == device, name, ": expected the device of ", reference, ", ", device,
-                    ", got ", x.device());
+  TORCH_CHECK_VALUE(x.device() == device, name, ": expected the device of ", reference, ", ",
+                    device, ", got ", x.device());
 }
 
-inline void check_index_tensor(const at::Tensor& index, const char* name, const at::Device& device) {
+inline void check_index_tensor(const at::Tensor& index, const char* name,
+                               const at::Device& device) {
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, ": expected int64, got ",
                    index.scalar_type());
   TORCH_CHECK_VALUE(index.dim() == 1 && index.is_contiguous(), name,
@@ -36,7 +39,8 @@ inline void check_index_tensor(const at::Tensor& index, const char* name, const 
   check_same_device(index, name, device, "x");
 }
 
-// The kept rows against a batch: types, sizes and device; the values are looked at by check_row_values.
+// The kept rows against a batch: types, sizes and device; the values are looked at by
+// check_row_values.
 inline void check_kept_rows(const at::Tensor& x, const at::Tensor& index, const at::Tensor& slot) {
   check_index_tensor(index, "rows.index", x.device());
   check_index_tensor(slot, "rows.slot", x.device());
@@ -70,12 +74,13 @@ inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row
     const int64_t size = sizes[sizes.size() - 1 - i];
     fits = size == 1 || size == row[row.size() - 1 - i];
   }
-  TORCH_CHECK_VALUE(fits, "layer_scale: shape ", sizes, " does not broadcast against one row of shape ",
-                    row);
+  TORCH_CHECK_VALUE(fits, "layer_scale: shape ", sizes,
+                    " does not broadcast against one row of shape ", row);
 }
 
 inline void check_norm(const at::Tensor& x, at::IntArrayRef normalized_shape,
-                       const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
+                       const std::optional<at::Tensor>& weight,
+                       const std::optional<at::Tensor>& bias) {
   check_rows_tensor(x, "x");
   check_floating(x, "x");
   const size_t n = normalized_shape.size();
@@ -156,7 +161,8 @@ inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> 
   };
   const size_t all = n + (layer_scale ? 1 : 0);
   struct Level {
-    int64_t inner, size;  // its innermost dimension, and the elements of all that were merged into it
+    int64_t inner,
+        size;  // its innermost dimension, and the elements of all that were merged into it
   };
   c10::SmallVector<Level, 6> levels;
   for (const int64_t d : order) {

@@ -1,13 +1,17 @@
 #include "sampler.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <mutex>
 
 namespace sdkernels {
 namespace {
 
-// A uniform integer in [0, bound), without bias: draws beyond the last whole multiple are thrown away.
+// A uniform integer in [0, bound), without bias: draws beyond the last whole multiple are thrown
+// away.
 uint64_t uniform_below(at::CPUGeneratorImpl& generator, uint64_t bound) {
   const uint64_t rejected = (0 - bound) % bound;  // 2^64 mod bound
   uint64_t draw = generator.random64();
@@ -15,8 +19,8 @@ uint64_t uniform_below(at::CPUGeneratorImpl& generator, uint64_t bound) {
   return draw % bound;
 }
 
-// A uniform double from 53 random bits: u < keep then has probability keep exactly, because 1 - p is a
-// multiple of 2^-53 for every p in [0, 1].
+// A uniform double from 53 random bits: u < keep then has probability keep exactly, because 1 - p
+// is a multiple of 2^-53 for every p in [0, 1].
 bool survives(at::CPUGeneratorImpl& generator, double keep) {
   return static_cast<double>(generator.random64() >> 11) * 0x1p-53 < keep;
 }
@@ -30,8 +34,8 @@ int64_t draw_rows(int64_t batch, const Draw& draw, at::CPUGeneratorImpl& generat
     if (kept) index[k++] = row;
   };
   if (draw.count >= 0) {
-    // Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): ascending, every subset equally
-    // likely.
+    // Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): ascending, every subset
+    // equally likely.
     for (int64_t row = 0; row < batch; ++row)
       decide(row, static_cast<int64_t>(uniform_below(generator, batch - row)) < draw.count - k);
   } else if (draw.whole_batch) {
@@ -53,19 +57,25 @@ at::CPUGeneratorImpl* generator_of(const std::optional<at::Generator>& generator
 std::tuple<at::Tensor, at::Tensor> sample_rows(int64_t batch, const Draw& draw,
                                                const std::optional<at::Generator>& generator,
                                                const std::optional<at::Device>& device) {
-  const bool on_host = !device || device->is_cpu();
-  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device && device->is_cuda());
-  at::Tensor rows = at::empty({2 * batch}, options);
-  int64_t* slot = rows.mutable_data_ptr<int64_t>();
+  c10::SmallVector<int64_t, 512> rows(2 * batch);  // slot, then index
   auto* const source = generator_of(generator);
   int64_t k = 0;
   {
     const std::lock_guard<std::mutex> lock(source->mutex_);
-    k = draw_rows(batch, draw, *source, slot, slot + batch);
+    k = draw_rows(batch, draw, *source, rows.data(), rows.data() + batch);
   }
-  rows = rows.narrow(0, 0, batch + k);
-  if (!on_host) rows = rows.to(*device, /*non_blocking=*/true);
-  return {rows.narrow(0, batch, k), rows.narrow(0, 0, batch)};
+  if (!device || device->is_cpu()) {
+    at::Tensor index = at::detail::empty_cpu({k}, at::kLong);
+    at::Tensor slot = at::detail::empty_cpu({batch}, at::kLong);
+    std::copy_n(rows.data() + batch, k, index.mutable_data_ptr<int64_t>());
+    std::copy_n(rows.data(), batch, slot.mutable_data_ptr<int64_t>());
+    return {index, slot};
+  }
+  // Pinned, the copy is asynchronous; the allocator keeps the memory until it is done.
+  at::Tensor host = at::detail::empty_cpu({batch + k}, at::kLong, device->is_cuda());
+  std::copy_n(rows.data(), batch + k, host.mutable_data_ptr<int64_t>());
+  const at::Tensor sent = host.to(*device, /*non_blocking=*/true);
+  return {sent.narrow(0, batch, k), sent.narrow(0, 0, batch)};
 }
 
 std::tuple<at::Tensor, std::vector<int64_t>> sample_plan(

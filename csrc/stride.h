@@ -5,8 +5,8 @@
 
 namespace sdkernels {
 
-// Distance between neighbouring rows, and between neighbouring lines of one row. A row (one sample) is
-// walked as `lines` runs of `len` contiguous elements: element i of line l of row r stands at
+// Distance between neighbouring rows, and between neighbouring lines of one row. A row (one sample)
+// is walked as `lines` runs of `len` contiguous elements: element i of line l of row r stands at
 // data + r * stride.row + l * stride.line + i.
 struct Stride {
   int64_t row = 0, line = 0;

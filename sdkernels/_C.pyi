@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 def compact(
-    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool
-) -> tuple[Tensor, Tensor | None]: ...
+    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool
+) -> tuple[Tensor, Tensor]: ...
 def compact_norm(
     x: Tensor,
     index: Tensor,
@@ -17,7 +17,8 @@ def compact_norm(
     rms: bool,
     dtype: torch.dtype,
     with_stream: bool,
-) -> tuple[Tensor, Tensor | None]: ...
+    inplace: bool,
+) -> tuple[Tensor, Tensor]: ...
 def scatter_add(
     residual: Tensor,
     out: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ EMPTY = ("run", "skip")
 class Shared:
     """Marks an entry of ``args`` that belongs to the whole batch and must not be compacted.
 
-    ``args`` tensors are compacted when their dimension 0 equals the batch size. A tensor for which that is
-    chance (a table whose length happens to be B) goes in as ``Shared(table)``; the branch gets the tensor.
+    ``args`` tensors are compacted when their dimension 0 equals the batch size. A tensor for which
+    that is chance (a table whose length happens to be B) goes in as ``Shared(table)``; the branch
+    gets the tensor.
     """
 
     __slots__ = ("value",)
@@ -56,8 +57,8 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
         rows: the rows to keep, of a batch of B rows.
 
     Returns:
-        [k, ...], the dtype of `x`, dimensions in the memory order of `x`. Differentiable (twice); the
-        gradient of a dropped row is zero.
+        [k, ...], the dtype of `x`, dimensions in the memory order of `x`. Differentiable (twice);
+        the gradient of a dropped row is zero.
 
     Raises:
         TypeError, ValueError: the rows do not fit `x`.
@@ -68,7 +69,7 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
-    return C.compact(x, rows.index, rows.slot, False)[0]
+    return C.compact(x, rows.index, rows.slot, False, False)[0]
 
 
 def compact_layer_norm(
@@ -81,8 +82,8 @@ def compact_layer_norm(
 ) -> Tensor:
     """Gather the kept rows and apply layer normalization, in one pass.
 
-    Equivalent PyTorch code: ``F.layer_norm(x[rows.index], normalized_shape, weight, bias, eps)``. Under
-    autocast the result has the autocast dtype.
+    Equivalent PyTorch code: ``F.layer_norm(x[rows.index], normalized_shape, weight, bias, eps)``.
+    Under autocast the result has the autocast dtype.
 
     Args:
         x: [B, ...], floating point.
@@ -102,7 +103,7 @@ def compact_layer_norm(
         >>> compact_layer_norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), rows, 2).round(decimals=3)
         tensor([[-1.,  1.]])
     """
-    return _compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False)[0]
+    return _compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False, False)[0]
 
 
 def compact_rms_norm(
@@ -114,8 +115,8 @@ def compact_rms_norm(
 ) -> Tensor:
     """Gather the kept rows and apply root mean square normalization, in one pass.
 
-    Equivalent PyTorch code: ``F.rms_norm(x[rows.index], normalized_shape, weight, eps)``. Under autocast
-    the result has the autocast dtype.
+    Equivalent PyTorch code: ``F.rms_norm(x[rows.index], normalized_shape, weight, eps)``. Under
+    autocast the result has the autocast dtype.
 
     Args:
         x: [B, ...], floating point.
@@ -135,7 +136,7 @@ def compact_rms_norm(
         >>> compact_rms_norm(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), rows, 2).round(decimals=3)
         tensor([[1., 1.]])
     """
-    return _compact_norm(x, rows, normalized_shape, weight, None, eps, True, False)[0]
+    return _compact_norm(x, rows, normalized_shape, weight, None, eps, True, False, False)[0]
 
 
 def scatter_add_rows(
@@ -148,8 +149,8 @@ def scatter_add_rows(
 ) -> Tensor:
     """Add a branch's output to the kept rows.
 
-    Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with the
-    arithmetic in float32, one rounding, and the dtype of ``x + out``.
+    Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
+    the arithmetic in float32, one rounding, and the dtype of ``x + out``.
 
     Args:
         x: [B, ...], floating point: the stream.
@@ -183,7 +184,8 @@ def _compact_norm(
     eps: float | None,
     rms: bool,
     with_stream: bool,
-) -> tuple[Tensor, Tensor | None]:
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     if eps is None:
         eps = torch.finfo(x.dtype).eps
@@ -192,11 +194,11 @@ def _compact_norm(
     if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     return C.compact_norm(
-        x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream
+        x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
 
 
-def _is_fusable(norm: nn.Module) -> bool:
+def _is_fusable(norm: nn.Module) -> TypeGuard[nn.LayerNorm | nn.RMSNorm]:
     """Whether the norm's forward is PyTorch's own, with nothing hooked onto its call."""
     for kind in (nn.LayerNorm, nn.RMSNorm):
         if isinstance(norm, kind):
@@ -208,38 +210,41 @@ def _is_fusable(norm: nn.Module) -> bool:
                 or _has_any_global_hook()
             )
     raise TypeError(
-        f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; call any other norm "
-        "inside the branch"
+        f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; "
+        "call any other norm inside the branch"
     )
 
 
 def _open_branch(
-    x: Tensor, rows: KeptRows, norm: nn.Module | None, with_stream: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The branch's input, and x passed through the node that made it."""
+    x: Tensor, rows: KeptRows, norm: nn.Module | None, residual: Tensor | None, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """The branch's input, and what its output is added to: by default x, through the same node."""
+    with_stream = residual is None
+    inplace = inplace and with_stream
     if norm is None:
-        return C.compact(x, rows.index, rows.slot, with_stream)
-    if not _is_fusable(norm):
-        kept, stream = C.compact(x, rows.index, rows.slot, with_stream)
-        return norm(kept), stream
-    rms = isinstance(norm, nn.RMSNorm)
-    bias = None if rms else norm.bias
-    return _compact_norm(
-        x, rows, norm.normalized_shape, norm.weight, bias, norm.eps, rms, with_stream
-    )
+        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+    elif not _is_fusable(norm):
+        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept = norm(kept)
+    else:
+        rms = isinstance(norm, nn.RMSNorm)
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
+        kept, stream = _compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
+    return kept, stream if residual is None else residual
 
 
 def _compact_arg(arg: Any, rows: KeptRows) -> Any:
-    """An entry of args as the branch gets it: tensors of the batch (also inside containers) compacted."""
+    """An entry of args as the branch gets it: tensors of the batch compacted, in containers too."""
     if isinstance(arg, Tensor):
         if arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
             return arg
         if arg.device != rows.index.device:
             raise ValueError(
-                f"args: expected tensors of the batch on {rows.index.device}, got one on {arg.device} "
-                "(wrap it in sdkernels.Shared if it is not one)"
+                f"args: expected tensors of the batch on {rows.index.device}, got one on "
+                f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
             )
-        return C.compact(arg, rows.index, rows.slot, False)[0]
+        return C.compact(arg, rows.index, rows.slot, False, False)[0]
     if isinstance(arg, Shared):
         return arg.value
     if type(arg) in (list, tuple):
@@ -322,44 +327,46 @@ def fused_stochastic_depth(
 
         residual + layer_scale * stochastic_depth(branch(norm(x), *args), p, mode, training)
 
-    with torchvision's ``stochastic_depth``; values and all gradients are those of that expression, to
-    rounding, for every branch that treats rows (samples) independently. The branch sees a batch of the k
-    kept rows, so it costs what k rows cost. A branch that mixes rows (batch statistics) sees the kept rows
-    only; that cannot be detected here.
+    with torchvision's ``stochastic_depth``; values and all gradients are those of that expression,
+    to rounding, for every branch that treats rows (samples) independently. The branch sees a batch
+    of the k kept rows, so it costs what k rows cost. A branch that mixes rows (batch statistics)
+    sees the kept rows only; that cannot be detected here.
 
     Args:
-        x: [B, ...], floating point, any strides; or a list of such tensors (multi-crop), each with rows
-            of its own: the branch then maps a list of tensors to a list of tensors.
-        branch: maps [k, ...] (and `args`) to [k, ...], row by row. With k = 0 it runs on an empty batch.
+        x: [B, ...], floating point, any strides; or a list of such tensors (multi-crop), each with
+            rows of its own: the branch then maps a list of tensors to a list of tensors.
+        branch: maps [k, ...] (and `args`) to [k, ...], row by row. With k = 0 it runs on an empty
+            batch.
         p: drop probability, as in torchvision. With p = 0 the plain expression is computed.
         mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
-        training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain PyTorch
-            operations.
-        args: further positional inputs of the branch. Tensors whose dimension 0 is B, alone or inside
-            tuples, lists and dicts, are compacted like `x`; wrap one in :class:`Shared` to keep it whole.
-            For a list `x`, an entry that is a list as long as `x` is compacted item by item, and every
-            other entry is passed on as it is.
-        norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction. (One
-            with hooks or a forward of its own is called on the kept rows instead.)
-        layer_scale: learned factor on the branch's output: [C], [C, 1, 1], or anything that broadcasts
-            against one row of it.
+        training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain
+            PyTorch operations.
+        args: further positional inputs of the branch. Tensors whose dimension 0 is B, alone or
+            inside tuples, lists and dicts, are compacted like `x`; wrap one in :class:`Shared` to
+            keep it whole. For a list `x`, an entry that is a list as long as `x` is compacted item
+            by item, and every other entry is passed on as it is.
+        norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction.
+            (One with hooks or a forward of its own is called on the kept rows instead.)
+        layer_scale: learned factor on the branch's output: [C], [C, 1, 1], or anything that
+            broadcasts against one row of it.
         residual: tensor to add to, of the branch's output shape. Default: `x`.
         rows: rows drawn elsewhere (a :class:`DepthPlan`, a mask); then `p`, `mode`, `sampler` and
             `generator` are not used in training, and the scale is that of the rows.
         sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
             ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static.
-        rescale: "train" divides by the survival probability in training (inverted scaling); "eval" is the
-            paper's rule, unscaled in training and multiplied by 1 - p in evaluation; "none" never
-            scales (training and evaluation then differ in expectation).
+        rescale: "train" divides by the survival probability in training (inverted scaling); "eval"
+            is the paper's rule, unscaled in training and multiplied by 1 - p in evaluation; "none"
+            never scales (training and evaluation then differ in expectation).
         generator: CPU generator to draw from. Default: PyTorch's, which activation checkpointing
             restores.
-        empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its parameters
-            get zero gradients (as DDP and FSDP need); "skip" returns `residual` and leaves them without.
+        empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its
+            parameters get zero gradients (as DDP and FSDP need); "skip" returns `residual` and
+            leaves them without.
         inplace: add into `residual` (default `x`) in place and return it.
 
     Returns:
-        The shape and strides of `residual`, the dtype of ``residual + out``. Dropped rows are those of
-        `residual` to the last bit.
+        The shape and strides of `residual`, the dtype of ``residual + out``. Dropped rows are those
+        of `residual` to the last bit.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -367,8 +374,8 @@ def fused_stochastic_depth(
         RuntimeError: in place where PyTorch forbids it.
 
     Note:
-        Rows are drawn on the host: no synchronisation, and the same seed gives the same rows on every
-        device. Kernels use no atomics: same inputs, same bits.
+        Rows are drawn on the host: no synchronisation, and the same seed gives the same rows on
+        every device. Kernels use no atomics: same inputs, same bits.
 
     Reference:
         Huang, Sun, Liu, Sedra, Weinberger: "Deep Networks with Stochastic Depth", ECCV 2016.
@@ -399,6 +406,10 @@ def fused_stochastic_depth(
         return _fused_list(
             list(x), branch, args, norm, layer_scale, residual, rows, law, factor, empty, inplace
         )
+    if TYPE_CHECKING:  # a list of tensors has gone its own way
+        assert isinstance(x, Tensor)
+        assert residual is None or isinstance(residual, Tensor)
+        assert rows is None or isinstance(rows, KeptRows)
     _check_input(x)
     if residual is not None:
         _check_residual(residual, x)
@@ -412,9 +423,7 @@ def fused_stochastic_depth(
         _check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return x if residual is None else residual
-    kept, stream = _open_branch(x, rows, norm, residual is None and not inplace)
-    if stream is None:
-        stream = x if residual is None else residual
+    kept, stream = _open_branch(x, rows, norm, residual, inplace)
     out = branch(kept, *[_compact_arg(arg, rows) for arg in args]) if args else branch(kept)
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
@@ -427,7 +436,7 @@ def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
         return [None] * count
     if not isinstance(value, (list, tuple)) or len(value) != count:
         got = f"{len(value)} entries" if isinstance(value, (list, tuple)) else type(value).__name__
-        raise ValueError(f"{name}: expected a list with one entry for each of {count} tensors, got {got}")
+        raise ValueError(f"{name}: expected a list of {count}, one entry a tensor, got {got}")
     return list(value)
 
 
@@ -444,7 +453,7 @@ def _fused_list(
     empty: str,
     inplace: bool,
 ) -> list[Tensor]:
-    """fused_stochastic_depth for a list of tensors; `law` is None where every row runs the branch."""
+    """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
         raise ValueError("x: expected at least one tensor, got an empty list")
     residuals = _per_tensor(residual, len(xs), "residual")
@@ -452,14 +461,13 @@ def _fused_list(
         _check_input(x)
         if base is not None:
             _check_residual(base, x)
-    streams = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
 
     if law is None:
         inputs = xs if norm is None else [norm(x) for x in xs]
         outs = _per_tensor(branch(inputs, *map(_whole_arg, args)), len(xs), "branch output")
         return [
-            _add_dense(stream, out, layer_scale, factor, inplace)
-            for stream, out in zip(streams, outs, strict=True)
+            _add_dense(x if base is None else base, out, layer_scale, factor, inplace)
+            for x, base, out in zip(xs, residuals, outs, strict=True)
         ]
 
     p, mode, sampler, rescale, generator = law
@@ -471,21 +479,21 @@ def _fused_list(
             _check_rows(given, x)
         plan.append(given)
     if empty == "skip" and not any(each.k for each in plan):
-        return streams
+        return [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
 
-    inputs = []
-    for i, (x, each) in enumerate(zip(xs, plan, strict=True)):
-        kept, stream = _open_branch(x, each, norm, residuals[i] is None and not inplace)
-        inputs.append(kept)
-        if stream is not None:
-            streams[i] = stream
+    kept_inputs: list[Tensor] = []
+    streams: list[Tensor] = []
+    for x, each, base in zip(xs, plan, residuals, strict=True):
+        kept, stream = _open_branch(x, each, norm, base, inplace)
+        kept_inputs.append(kept)
+        streams.append(stream)
     kept_args = [
         [_compact_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
         if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
         else _whole_arg(arg)
         for arg in args
     ]
-    outs = _per_tensor(branch(inputs, *kept_args), len(xs), "branch output")
+    outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
     return [
         C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)

@@ -17,14 +17,16 @@ __all__ = ["StochasticDepth"]
 class StochasticDepth(nn.Module):
     """A residual branch with stochastic depth: ``x + drop_path(layer_scale * branch(norm(x)))``.
 
-    In training the branch runs on the kept rows only; in evaluation the plain expression is computed.
+    In training the branch runs on the kept rows only; in evaluation the plain expression is
+    computed.
 
     Args:
         branch: maps [k, ...] to [k, ...], row by row.
         p: drop probability; may be changed between calls (``module.p = 0.2``).
         mode: "row" or "batch".
         norm: nn.LayerNorm or nn.RMSNorm on the branch's input, fused with the compaction.
-        layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a buffer.
+        layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a
+            buffer.
         sampler, rescale, empty, inplace: as in :func:`sdkernels.fused_stochastic_depth`.
 
     Raises:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sdkernels import _extension, traceable
 
-C = _extension.load()
+if TYPE_CHECKING:
+    from sdkernels import _C as C
+else:
+    C = _extension.load()
 
 BACKENDS = ("auto", "cpp", "traceable")
 DEVICES = ("cpu", "cuda")

@@ -1,7 +1,7 @@
 """Stochastic depth as others write it, for tests and benchmarks: nothing here is fast or fused.
 
-Both functions take the branch and the options of :func:`sdkernels.fused_stochastic_depth` and can be given
-the same kept rows.
+Both functions take the branch and the options of :func:`sdkernels.fused_stochastic_depth` and can
+be given the same kept rows.
 """
 
 from __future__ import annotations

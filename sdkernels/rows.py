@@ -45,8 +45,8 @@ def _check_batch(batch: object) -> int:
 def _check_generator(generator: torch.Generator | None) -> None:
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
-            "generator: expected a CPU generator (rows are drawn on the host, so that a seed gives the "
-            f"same rows on every device), got one on {generator.device}"
+            "generator: expected a CPU generator (rows are drawn on the host, so that a seed gives "
+            f"the same rows on every device), got one on {generator.device}"
         )
 
 
@@ -73,12 +73,12 @@ def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C
     if sampler == "fixed":
         if mode == "batch":
             raise ValueError(
-                'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice of; '
-                'use sampler="bernoulli"'
+                'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice '
+                'of; use sampler="bernoulli"'
             )
         count = fixed_count(batch, p)
-        # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation, so
-        # training must average to keep as well: 1 but for the rounding of count.
+        # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation,
+        # so training must average to keep as well: 1 but for the rounding of count.
         inverse = batch / count if count else 1.0
         scale = {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
         return C.Draw(keep, count, False), scale
@@ -90,9 +90,9 @@ def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C
 class KeptRows:
     """The rows of a batch that run a branch, and the factor on its output.
 
-    Make one with :meth:`sample`, :meth:`from_mask` or :meth:`from_index`; the constructor checks types and
-    sizes only (looking at the values of a CUDA tensor would stop the device), and the kernels refuse or
-    trap on rows that do not fit together.
+    Make one with :meth:`sample`, :meth:`from_mask` or :meth:`from_index`; the constructor checks
+    types and sizes only (looking at the values of a CUDA tensor would stop the device), and the
+    kernels refuse or trap on rows that do not fit together.
 
     Attributes:
         index: [k] int64, the kept row numbers, unique and ascending.
@@ -120,7 +120,8 @@ class KeptRows:
                 raise TypeError(f"{name}: expected an int64 tensor, got {got}")
             if tensor.dim() != 1 or not tensor.is_contiguous():
                 raise ValueError(
-                    f"{name}: expected a contiguous tensor of one dimension, got {tuple(tensor.shape)}"
+                    f"{name}: expected a contiguous tensor of one dimension, got shape "
+                    f"{tuple(tensor.shape)} and strides {tensor.stride()}"
                 )
         if self.index.device != self.slot.device:
             raise ValueError(
@@ -154,8 +155,8 @@ class KeptRows:
     ) -> KeptRows:
         """Draw the rows to keep.
 
-        Rows are drawn on the host and sent to the device in one copy, without synchronisation: a seed
-        gives the same rows on every device.
+        Rows are drawn on the host and sent to the device in one copy, without synchronisation: a
+        seed gives the same rows on every device.
 
         Args:
             batch: number of rows B.
@@ -163,9 +164,9 @@ class KeptRows:
             mode: "row" decides for each row, "batch" once for all.
             sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
                 ``clamp(round(B * (1 - p)), 1, B)`` rows, every such subset equally likely.
-            rescale: "train" makes the scale 1 / (1 - p) (Bernoulli) or B / k (fixed); "eval" leaves it at 1
-                (times B * (1 - p) / k for the fixed count, which its rounding may put beside 1);
-                "none" is 1.
+            rescale: "train" makes the scale 1 / (1 - p) (Bernoulli) or B / k (fixed); "eval" leaves
+                it at 1 (times B * (1 - p) / k for the fixed count, which its rounding may put
+                beside 1); "none" is 1.
             generator: CPU generator to draw from. Default: PyTorch's, which
                 ``torch.manual_seed`` seeds and activation checkpointing restores.
             device: where `index` and `slot` go. Default: CPU.
@@ -175,8 +176,9 @@ class KeptRows:
 
         Raises:
             TypeError: `p` is not a number.
-            ValueError: `p` lies outside [0, 1], `batch` is no count, an unknown `mode`, `sampler` or
-                `rescale`, "fixed" together with mode="batch", or a generator that is not on the CPU.
+            ValueError: `p` lies outside [0, 1], `batch` is no count, an unknown `mode`, `sampler`
+                or `rescale`, "fixed" together with mode="batch", or a generator that is not on the
+                CPU.
 
         Example:
             >>> _ = torch.manual_seed(0)
@@ -229,8 +231,8 @@ class KeptRows:
 
         Raises:
             TypeError: `index` is not an int64 tensor.
-            ValueError: `index` is not a vector, not ascending, repeats a row or names one outside the
-                batch.
+            ValueError: `index` is not a vector, not ascending, repeats a row or names one outside
+                the batch.
 
         Example:
             >>> KeptRows.from_index(torch.tensor([1, 2]), batch=3).slot
@@ -295,8 +297,8 @@ class DepthPlan:
     """The kept rows of every branch of a step, drawn together and sent to the device in one copy.
 
     ``len(plan)`` is the number of branches and ``plan[i]`` the :class:`KeptRows` of branch i.
-    :meth:`resample_` draws the next step's rows into the same memory: with ``sampler="fixed"`` shapes and
-    addresses stay as they are, which is what a captured CUDA graph needs.
+    :meth:`resample_` draws the next step's rows into the same memory: with ``sampler="fixed"``
+    shapes and addresses stay as they are, which is what a captured CUDA graph needs.
     """
 
     def __init__(
@@ -354,10 +356,10 @@ class DepthPlan:
     def resample_(self) -> DepthPlan:
         """Draw new rows for every branch, in place; returns self.
 
-        KeptRows taken from the plan before share its memory: they change with it for the fixed sampler,
-        and are out of date for the Bernoulli one, whose number of rows changes. A graph whose backward has
-        not run yet refuses rows that were refreshed under it, as PyTorch refuses any saved tensor that
-        was modified in place.
+        KeptRows taken from the plan before share its memory: they change with it for the fixed
+        sampler, and are out of date for the Bernoulli one, whose number of rows changes. A graph
+        whose backward has not run yet refuses rows that were refreshed under it, as PyTorch refuses
+        any saved tensor that was modified in place.
         """
         rows, self._kept = _draw_plan(self.batch, self._laws, self._generator, self.device)
         self._rows.copy_(rows, non_blocking=True)

@@ -16,15 +16,16 @@ def _check(depth: int, **probabilities: float | None) -> None:
 def linear_decay(depth: int, p_last: float, *, first: float | None = None) -> list[float]:
     """Drop probabilities that rise linearly with depth.
 
-    Branch ``l = 1..depth`` is dropped with probability ``l / depth * p_last``: equation 4 of Huang et
-    al., "Deep Networks with Stochastic Depth" (ECCV 2016), where the survival probability of branch l is
-    ``1 - l/L * (1 - p_L)`` and ``p_last = 1 - p_L``.
+    Branch ``l = 1..depth`` is dropped with probability ``l / depth * p_last``: equation 4 of Huang
+    et al., "Deep Networks with Stochastic Depth" (ECCV 2016), where the survival probability of
+    branch l is ``1 - l/L * (1 - p_L)`` and ``p_last = 1 - p_L``.
 
     Args:
         depth: number of residual branches.
         p_last: drop probability of the last branch.
-        first: drop probability of the first branch; the rest is spaced evenly from there. ``first=0.0`` is
-            timm's rule, which never drops the first branch. Default: the paper's rule.
+        first: drop probability of the first branch; the rest is spaced evenly from there.
+            ``first=0.0`` is timm's rule, which never drops the first branch. Default: the paper's
+            rule.
 
     Returns:
         A list of `depth` drop probabilities.

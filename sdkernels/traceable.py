@@ -1,7 +1,7 @@
 """The row ops in PyTorch code: correct on every device, and what the kernels are compared with.
 
-Each function has the signature of the op of the same name (``csrc/module.cpp``). Arithmetic is in float32
-(float64 for float64 data) with one rounding at the end, as in the kernels.
+Each function has the signature of the op of the same name (``csrc/module.cpp``). Arithmetic is in
+float32 (float64 for float64 data) with one rounding at the end, as in the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// What the CPU ops share: dtypes, the look at row values, and sums that do not depend on the threads.
+// What the CPU ops share: dtypes, the look at row values, and sums that do not depend on the
+// threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -26,15 +27,17 @@ inline Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
-// The kernels trust the rows, so they are looked at first: a few integers against whole rows of data.
+// The kernels trust the rows, so they are looked at first: a few integers against whole rows of
+// data.
 inline void check_index_values(const at::Tensor& index, int64_t batch) {
   const int64_t* rows = index.const_data_ptr<int64_t>();
   int64_t previous = -1;
   for (int64_t j = 0; j < index.size(0); ++j) {
     TORCH_CHECK_VALUE(rows[j] >= 0 && rows[j] < batch, "rows.index: entry ", j, " is ", rows[j],
                       ", expected a row number from 0 to ", batch - 1);
-    TORCH_CHECK_VALUE(rows[j] > previous, "rows.index: expected unique, ascending row numbers, got ",
-                      rows[j], " after ", previous);
+    TORCH_CHECK_VALUE(rows[j] > previous,
+                      "rows.index: expected unique, ascending row numbers, got ", rows[j],
+                      " after ", previous);
     previous = rows[j];
   }
 }

@@ -38,16 +38,18 @@ std::optional<Stride> line_stride(const Tensor& x, int64_t normalized_dims) {
 }
 
 // normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(
-    const Tensor& x, const Tensor& index, at::IntArrayRef normalized_shape,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
-    at::ScalarType dtype, bool keep_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
+                                                        at::IntArrayRef normalized_shape,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps,
+                                                        bool rms, at::ScalarType dtype,
+                                                        bool keep_rows) {
   check_norm(x, normalized_shape, weight, bias);
   check_index_tensor(index, "rows.index", x.device());
   check_index_values(index, x.size(0));
   const auto acc = acc_type(x.scalar_type());
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && acc_type(dtype) == acc, "dtype: cannot write ", dtype,
-                   " from x of ", x.scalar_type());
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && acc_type(dtype) == acc, "dtype: cannot write ",
+                   dtype, " from x of ", x.scalar_type());
   const auto stride = line_stride(x, normalized_shape.size());
   if (!stride)
     return compact_norm(x.contiguous(), index, normalized_shape, weight, bias, eps, rms, dtype,
@@ -90,9 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(
 // d_x, d_weight, d_bias; an empty tensor for each that `wanted` leaves out.
 std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
     const OptionalTensor& d_stream, const Tensor& d_normed, const Tensor& kept, const Tensor& mean,
-    const Tensor& rstd, const Tensor& index, const Tensor& slot,
-    at::IntArrayRef normalized_shape, const OptionalTensor& weight, bool rms,
-    std::array<bool, 3> wanted) {
+    const Tensor& rstd, const Tensor& index, const Tensor& slot, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, bool rms, std::array<bool, 3> wanted) {
   check_norm(kept, normalized_shape, weight, {});
   check_index_tensor(index, "rows.index", kept.device());
   check_index_tensor(slot, "rows.slot", kept.device());
@@ -105,13 +106,15 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   TORCH_CHECK_VALUE(d_normed.sizes() == kept.sizes(), "d_normed: expected shape ", kept.sizes(),
                     ", got ", d_normed.sizes());
   TORCH_CHECK_TYPE(d_normed.is_floating_point() && acc_type(d_normed.scalar_type()) == acc,
-                   "d_normed: got ", d_normed.scalar_type(), " beside kept of ", kept.scalar_type());
-  TORCH_CHECK_VALUE(len == 0 || (rstd.numel() == kept_lines && rstd.is_contiguous() &&
-                                 rstd.scalar_type() == acc),
-                    "rstd: expected ", kept_lines, " values of ", acc);
-  TORCH_CHECK_VALUE(len == 0 || rms || (mean.numel() == kept_lines && mean.is_contiguous() &&
-                                        mean.scalar_type() == acc),
-                    "mean: expected ", kept_lines, " values of ", acc);
+                   "d_normed: got ", d_normed.scalar_type(), " beside kept of ",
+                   kept.scalar_type());
+  TORCH_CHECK_VALUE(
+      len == 0 || (rstd.numel() == kept_lines && rstd.is_contiguous() && rstd.scalar_type() == acc),
+      "rstd: expected ", kept_lines, " values of ", acc);
+  TORCH_CHECK_VALUE(
+      len == 0 || rms ||
+          (mean.numel() == kept_lines && mean.is_contiguous() && mean.scalar_type() == acc),
+      "mean: expected ", kept_lines, " values of ", acc);
   auto sizes = kept.sizes().vec();
   sizes[0] = slot.size(0);
   if (d_stream)
@@ -156,9 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   p.d_x_stride = {lines * len, len};
   p.d_stream_stride = *stream_stride;
   if (!wanted[1] && !wanted[2]) {
-    at::parallel_for(0, all_lines, at::divup(kGrain, len), [&](int64_t begin, int64_t end) {
-      kernel(p, begin, end, nullptr, nullptr);
-    });
+    at::parallel_for(0, all_lines, at::divup(kGrain, len),
+                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
     return {d_x, d_weight, d_bias};
   }
   // One array of partial sums: the weight's, then the bias's.

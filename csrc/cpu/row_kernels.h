@@ -1,7 +1,7 @@
 // The CPU kernels: raw pointers and sizes, no PyTorch header.
 //
-// They are compiled once per instruction set (row_kernels_*.cpp); kernels() picks the widest one that
-// this processor runs.
+// They are compiled once per instruction set (row_kernels_*.cpp); kernels() picks the widest one
+// that this processor runs.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ enum class Dtype : int8_t { f32, bf16, f16, f64 };
 // Arithmetic is float, and double where the data are double: the types marked "acc" below.
 
 // y = residual, and y[kept] += scale * layer_scale * out.
-// Exactly one of slot and index is set: with slot, all B rows are written (out of place); with index,
-// only the k kept rows are (in place, y == residual).
+// Exactly one of slot and index is set: with slot, all B rows are written (out of place); with
+// index, only the k kept rows are (in place, y == residual).
 struct ScatterAdd {
   void* y;
   const void* residual;
@@ -59,8 +59,9 @@ struct CompactNorm {
   Stride x_stride;
 };
 
-// d_x = d_stream, and d_x[kept] += the norm's gradient; weight_sum += d_normed * x_hat, bias_sum += d_normed.
-// d_stream is null where nothing but the branch used x. With d_x null only the sums are computed.
+// d_x = d_stream, and d_x[kept] += the norm's gradient; weight_sum += d_normed * x_hat, bias_sum +=
+// d_normed. d_stream is null where nothing but the branch used x. With d_x null only the sums are
+// computed.
 struct CompactNormBackward {
   void* d_x;
   const void* d_stream;
@@ -74,8 +75,9 @@ struct CompactNormBackward {
   Stride d_x_stride, d_stream_stride;
 };
 
-// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, and lines of
-// [rows, lines] in the norms. The sums are arrays of acc that belong to the calling thread alone.
+// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, and
+// lines of [rows, lines] in the norms. The sums are arrays of acc that belong to the calling thread
+// alone.
 using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
 using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
                                           void* layer_scale_sum);

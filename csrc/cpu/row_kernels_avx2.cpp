@@ -12,12 +12,11 @@
 // Headers stand above this line: their inline functions must stay baseline code.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#define __F16C__ 1
 #else
 #pragma GCC target("avx2,fma,f16c")
-#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
+#define SDKERNELS_AVX2
 #define SDKERNELS_ISA avx2
 #define SDKERNELS_ISA_NAME "avx2"
 #include "row_kernels_impl.h"

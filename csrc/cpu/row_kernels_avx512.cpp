@@ -3,6 +3,9 @@
 
 #include "row_kernels.h"
 
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own intrinsics
+#endif
 #include <immintrin.h>
 
 #include <cmath>
@@ -11,14 +14,14 @@
 
 // Headers stand above this line: their inline functions must stay baseline code.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
-#define __F16C__ 1
-#define __AVX512F__ 1
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
+#define SDKERNELS_AVX512
 #define SDKERNELS_ISA avx512
 #define SDKERNELS_ISA_NAME "avx512"
 #include "row_kernels_impl.h"

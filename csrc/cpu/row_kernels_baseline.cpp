@@ -3,11 +3,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors never cross a function that is not inlined
-#endif
 
 #define SDKERNELS_ISA baseline
 #define SDKERNELS_ISA_NAME "baseline"
@@ -24,18 +23,39 @@ extern const Kernels table;
 }
 #endif
 
-static const Kernels& choose() {
+namespace {
+
+bool runs_on_this_processor(const Kernels& table) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return avx512::table;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return avx2::table;
+  if (&table == &avx512::table)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  // f16c is older than avx2, and not every compiler can be asked for it.
+  if (&table == &avx2::table)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return baseline::table;
+  return &table == &baseline::table;
 }
+
+const Kernels& choose() {
+  const char* variable = std::getenv("SDKERNELS_CPU_CAPABILITY");
+  const std::string wanted = variable ? variable : "";
+  std::string names;
+  for (const Kernels* table : {
+#if defined(__x86_64__)
+           &avx512::table, &avx2::table,
+#endif
+           &baseline::table}) {
+    if (!runs_on_this_processor(*table)) continue;
+    if (wanted.empty() || wanted == table->capability) return *table;
+    names += names.empty() ? table->capability : std::string(", ") + table->capability;
+  }
+  throw std::invalid_argument("SDKERNELS_CPU_CAPABILITY: expected one of " + names +
+                              " on this processor, got '" + wanted + "'");
+}
+
+}  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

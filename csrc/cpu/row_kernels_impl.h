@@ -1,5 +1,6 @@
-// The kernels themselves, compiled by each row_kernels_*.cpp with SDKERNELS_ISA naming its namespace.
-// Everything has internal linkage: the linker must not merge code of different instruction sets.
+// The kernels themselves, compiled by each row_kernels_*.cpp with SDKERNELS_ISA naming its
+// namespace. Everything has internal linkage: the linker must not merge code of different
+// instruction sets.
 
 #ifndef SDKERNELS_ISA
 #error "define SDKERNELS_ISA before including this file"
@@ -48,28 +49,30 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
   using A = Acc<Y>;
   const A scale = static_cast<A>(p.scale);
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
-  for_segments(p.lines, p.len, begin, end, [&](int64_t i, int64_t line, int64_t first, int64_t count) {
-    const int64_t row = p.index ? p.index[i] : i;
-    const int64_t slot = p.index ? i : p.slot[i];
-    Y* y = at(static_cast<Y*>(p.y), p.y_stride, row, line) + first;
-    const R* residual = at(static_cast<const R*>(p.residual), p.residual_stride, row, line) + first;
-    if (slot < 0) {
-      copy(y, residual, count);
-      return;
-    }
-    const O* out = at(static_cast<const O*>(p.out), p.out_stride, slot, line) + first;
-    if (layer_scale && p.layer_scale_element) {
-      const A* gamma = layer_scale + line * p.layer_scale_line + first;
-      for_vectors(count, [&](int64_t c, auto n) {
-        store(y + c, load(residual + c, n) + scale * load(gamma + c, n) * load(out + c, n), n);
+  for_segments(
+      p.lines, p.len, begin, end, [&](int64_t i, int64_t line, int64_t first, int64_t count) {
+        const int64_t row = p.index ? p.index[i] : i;
+        const int64_t slot = p.index ? i : p.slot[i];
+        Y* y = at(static_cast<Y*>(p.y), p.y_stride, row, line) + first;
+        const R* residual =
+            at(static_cast<const R*>(p.residual), p.residual_stride, row, line) + first;
+        if (slot < 0) {
+          copy(y, residual, count);
+          return;
+        }
+        const O* out = at(static_cast<const O*>(p.out), p.out_stride, slot, line) + first;
+        if (layer_scale && p.layer_scale_element) {
+          const A* gamma = layer_scale + line * p.layer_scale_line + first;
+          for_vectors(count, [&](int64_t c, auto n) {
+            store(y + c, load(residual + c, n) + scale * load(gamma + c, n) * load(out + c, n), n);
+          });
+        } else {
+          const A factor = layer_scale ? scale * layer_scale[line * p.layer_scale_line] : scale;
+          for_vectors(count, [&](int64_t c, auto n) {
+            store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
+          });
+        }
       });
-    } else {
-      const A factor = layer_scale ? scale * layer_scale[line * p.layer_scale_line] : scale;
-      for_vectors(count, [&](int64_t c, auto n) {
-        store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
-      });
-    }
-  });
 }
 
 template <class G, class O>
@@ -78,32 +81,34 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
   using A = Acc<G>;
   const A scale = static_cast<A>(p.scale);
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
-  for_segments(p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
-    const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
-    O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
-    const O* out =
-        p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
-    const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
-    A* total = out ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
-    if (!layer_scale) {
-      for_vectors(count, [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
-    } else if (!p.layer_scale_element) {
-      const A gamma = layer_scale[offset];
-      Vec<A> sums = {};
-      for_vectors(count, [&](int64_t c, auto n) {
-        const Vec<A> scaled = scale * load(grad + c, n);
-        if (out) sums += scaled * load(out + c, n);
-        store(d_out + c, gamma * scaled, n);
+  for_segments(
+      p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
+        const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
+        O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
+        const O* out =
+            p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
+        const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
+        A* total = out ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+        if (!layer_scale) {
+          for_vectors(count,
+                      [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
+        } else if (!p.layer_scale_element) {
+          const A gamma = layer_scale[offset];
+          Vec<A> sums = {};
+          for_vectors(count, [&](int64_t c, auto n) {
+            const Vec<A> scaled = scale * load(grad + c, n);
+            if (out) sums += scaled * load(out + c, n);
+            store(d_out + c, gamma * scaled, n);
+          });
+          if (out) *total += sum<A>(sums);
+        } else {
+          for_vectors(count, [&](int64_t c, auto n) {
+            const Vec<A> scaled = scale * load(grad + c, n);
+            if (out) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
+            store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
+          });
+        }
       });
-      if (out) *total += sum<A>(sums);
-    } else {
-      for_vectors(count, [&](int64_t c, auto n) {
-        const Vec<A> scaled = scale * load(grad + c, n);
-        if (out) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
-        store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
-      });
-    }
-  });
 }
 
 // Four independent sums, so that additions overlap instead of waiting for each other.
@@ -138,7 +143,8 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
       mean = sum_line(x, p.len, [](Vec<A> v) { return v; }) / count;
       static_cast<A*>(p.mean)[i] = mean;
     }
-    const A variance = sum_line(x, p.len, [&](Vec<A> v) { return (v - mean) * (v - mean); }) / count;
+    const A variance =
+        sum_line(x, p.len, [&](Vec<A> v) { return (v - mean) * (v - mean); }) / count;
     const A rstd = 1 / std::sqrt(variance + static_cast<A>(p.eps));
     static_cast<A*>(p.rstd)[i] = rstd;
     N* normed = static_cast<N*>(p.normed) + i * p.len;

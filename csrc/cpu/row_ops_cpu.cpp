@@ -17,8 +17,8 @@ using OptionalTensor = std::optional<Tensor>;
 struct CopyRows {
   char* y;
   const char* x;
-  const int64_t* map;    // row of y -> row of x, negative for a row of zeros
-  int64_t lines, bytes;  // bytes of one line
+  const int64_t* map;         // row of y -> row of x, negative for a row of zeros
+  int64_t lines, bytes;       // bytes of one line
   Stride y_stride, x_stride;  // in bytes
 };
 
@@ -210,10 +210,10 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
-    return scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale, dtype);
+    return scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale,
+                                     dtype);
   }
-  const auto kernel =
-      kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
+  const auto kernel = kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
   TORCH_INTERNAL_ASSERT(kernel);
   ScatterAddBackward p{};
   p.d_out = d_out.mutable_data_ptr();

@@ -1,6 +1,9 @@
-// Sixteen lanes of float or double, in the vector extensions that gcc and clang share: one source for
-// every instruction set, and the same lane order (so the same sums) on each of them.
-// Included by row_kernels_impl.h inside the namespace of one instruction set.
+// Sixteen lanes of float or double, in the vector extensions that gcc and clang share: one source
+// for every instruction set, and the same lane order (so the same sums) on each of them. Included
+// by row_kernels_impl.h inside the namespace of one instruction set. SDKERNELS_AVX2 and
+// SDKERNELS_AVX512 say what the file that includes it is compiled for (the compiler's own macros do
+// not follow a target pragma); intrinsics stand only where the compiler does not find the
+// instruction itself.
 
 constexpr int64_t kLanes = 16;
 
@@ -61,16 +64,19 @@ SDKERNELS_INLINE Doubles load(const double* p) {
   return v;
 }
 SDKERNELS_INLINE Ints load_halves(const void* p) {
+#if defined(SDKERNELS_AVX512)
+  return bits_as<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#else
   Halves v;
   __builtin_memcpy(&v, p, sizeof(v));
   return __builtin_convertvector(v, Ints);
+#endif
 }
 SDKERNELS_INLINE Floats load(const bf16* p) { return bits_as<Floats>(load_halves(p) << 16); }
 SDKERNELS_INLINE Floats load(const f16* p) {
-#if defined(__AVX512F__)
-  return bits_as<Floats>(
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__F16C__)
+#if defined(SDKERNELS_AVX512)
+  return bits_as<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(SDKERNELS_AVX2)
   const __m128i* halves = reinterpret_cast<const __m128i*>(p);
   const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)),
                            _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
@@ -90,11 +96,15 @@ SDKERNELS_INLINE Floats load(const f16* p) {
 #endif
 }
 
-SDKERNELS_INLINE void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof(v)); }
-SDKERNELS_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof(v)); }
+SDKERNELS_INLINE void store(float* p, const Floats& v) { __builtin_memcpy(p, &v, sizeof(v)); }
+SDKERNELS_INLINE void store(double* p, const Doubles& v) { __builtin_memcpy(p, &v, sizeof(v)); }
 SDKERNELS_INLINE void store_halves(void* p, Ints v) {
+#if defined(SDKERNELS_AVX512)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
+#else
   const Halves h = __builtin_convertvector(v, Halves);
   __builtin_memcpy(p, &h, sizeof(h));
+#endif
 }
 SDKERNELS_INLINE void store(bf16* p, Floats v) {
   const Ints u = bits_as<Ints>(v);
@@ -104,10 +114,10 @@ SDKERNELS_INLINE void store(bf16* p, Floats v) {
   store_halves(p, select(nan, (u >> 16) | 0x40, rounded));
 }
 SDKERNELS_INLINE void store(f16* p, Floats v) {
-#if defined(__AVX512F__)
+#if defined(SDKERNELS_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(SDKERNELS_AVX2)
   __m256 parts[2];
   __builtin_memcpy(parts, &v, sizeof(v));
   __m128i* halves = reinterpret_cast<__m128i*>(p);
@@ -127,7 +137,8 @@ SDKERNELS_INLINE void store(f16* p, Floats v) {
 #endif
 }
 
-// The last n < kLanes elements of a line: nothing beyond them is touched, missing lanes read as zero.
+// The last n < kLanes elements of a line: nothing beyond them is touched, missing lanes read as
+// zero.
 template <class T>
 SDKERNELS_INLINE Vec<T> load(const T* p, int64_t n) {
   T lanes[kLanes] = {};
@@ -143,7 +154,7 @@ SDKERNELS_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
 
 // One order of addition for every instruction set: a tree over the lanes.
 template <class A, class V>
-SDKERNELS_INLINE A sum(V v) {
+SDKERNELS_INLINE A sum(const V& v) {
   A lanes[kLanes];
   __builtin_memcpy(lanes, &v, sizeof(v));
   for (int64_t half = kLanes / 2; half > 0; half /= 2)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 else:
     C = _extension.load()
 
+__all__ = ["BackendChoice", "C", "backend_table"]
+
 BACKENDS = ("auto", "cpp", "traceable")
 DEVICES = ("cpu", "cuda")
 

@@ -2,7 +2,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
-#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <mutex>
@@ -57,7 +56,7 @@ at::CPUGeneratorImpl* generator_of(const std::optional<at::Generator>& generator
 std::tuple<at::Tensor, at::Tensor> sample_rows(int64_t batch, const Draw& draw,
                                                const std::optional<at::Generator>& generator,
                                                const std::optional<at::Device>& device) {
-  c10::SmallVector<int64_t, 512> rows(2 * batch);  // slot, then index
+  std::vector<int64_t> rows(2 * batch);  // slot, then index
   auto* const source = generator_of(generator);
   int64_t k = 0;
   {

@@ -1,18 +1,24 @@
 """Per-sample stochastic depth that computes only what it keeps."""
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from sdkernels.functional import (
-    Shared,
-    compact_layer_norm,
-    compact_rms_norm,
-    compact_rows,
-    fused_stochastic_depth,
-    scatter_add_rows,
-)
-from sdkernels.modules import StochasticDepth
-from sdkernels.rows import DepthPlan, KeptRows
-from sdkernels.schedules import linear_decay, uniform
+try:
+    from sdkernels.functional import (
+        Shared,
+        compact_layer_norm,
+        compact_rms_norm,
+        compact_rows,
+        fused_stochastic_depth,
+        scatter_add_rows,
+    )
+    from sdkernels.modules import StochasticDepth
+    from sdkernels.rows import DepthPlan, KeptRows
+    from sdkernels.schedules import linear_decay, uniform
+except ImportError:
+    # `python -m sdkernels.info` imports this file first, and is there to report what does not load.
+    if "sdkernels.info" not in sys.orig_argv:
+        raise
 
 try:
     __version__ = version("sdkernels")

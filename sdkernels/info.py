@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-_VARIABLES = ("SDKERNELS_BACKEND", "SDKERNELS_BUILD")
+_VARIABLES = ("SDKERNELS_BACKEND", "SDKERNELS_BUILD", "SDKERNELS_CPU_CAPABILITY")
 
 
 @dataclass

@@ -1,0 +1,57 @@
+# `make` lists the targets. PYTHON makes the virtual environment VENV. VENV=none uses PYTHON's own
+# environment as it is: nothing is installed, no network is needed, and only what changed is compiled
+# (so `make build VENV=none PYTHON=.venv/bin/python` is the quick way while editing csrc).
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BUILT := sdkernels/_build.json
+
+ifeq ($(VENV),none)
+RUN := $(PYTHON)
+CLANG_FORMAT := clang-format
+BUILD := $(RUN) setup.py --quiet build_ext --inplace
+else
+RUN := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
+TOOLS := $(VENV)/.tools
+BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
+endif
+
+.PHONY: help build test bench lint clean
+
+help:
+	@echo 'make build   compile the extension'
+	@echo 'make test    run the tests and the examples in the docstrings'
+	@echo 'make bench   run the quick benchmarks'
+	@echo 'make lint    check style, types and formatting'
+	@echo 'make clean   remove what was built, but not $(VENV)'
+
+build: $(BUILT)
+
+test: $(BUILT)
+	$(RUN) -m pytest
+
+bench: $(BUILT)
+	$(RUN) -m benchmarks --preset quick
+
+lint: $(TOOLS)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+
+# The build writes this file last. Folders are listed by find too: a deleted source is a change.
+$(BUILT): $(TOOLS) pyproject.toml setup.py $(shell find csrc)
+	$(BUILD)
+
+# What compiles and lints; mypy needs torch as well. `test` and `bench` packages follow with the build.
+$(TOOLS): constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt torch setuptools ninja ruff mypy clang-format
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info sdkernels/_C.*.so $(BUILT)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out
+	find sdkernels tests benchmarks -name __pycache__ -exec rm -rf {} +

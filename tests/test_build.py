@@ -1,0 +1,286 @@
+"""What setup.py decides to build, what is checked before the extension is loaded, and `info`."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdkernels
+from sdkernels import _extension, ops
+from sdkernels._extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(sdkernels.__file__).resolve().parent
+
+
+def import_setup():
+    spec = importlib.util.spec_from_file_location("sdkernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build = import_setup()
+
+
+def run(*arguments, cwd=ROOT, **environ):
+    """Run this Python in `cwd`, with `environ` on top of the environment."""
+    command = [sys.executable, *arguments]
+    env = {**os.environ, **environ}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+TOOLKIT = build.Toolkit("/cuda", has_nvcc=True, has_cuda_runtime_h=True, version="13.0")
+NO_NVCC = dataclasses.replace(TOOLKIT, has_nvcc=False, version=None)
+NO_HEADERS = dataclasses.replace(TOOLKIT, has_cuda_runtime_h=False)
+BROKEN_NVCC = dataclasses.replace(TOOLKIT, version=None)
+OTHER_MINOR = dataclasses.replace(TOOLKIT, version="13.2")
+OTHER_MAJOR = dataclasses.replace(TOOLKIT, version="12.8")
+
+
+def environment(requested="auto", **changes):
+    """Everything that a CUDA build needs, but for `changes`."""
+    complete = build.Environment(requested, "77.0.3", "2.13.0", "13.0", TOOLKIT, has_kernels=True)
+    return dataclasses.replace(complete, **changes)
+
+
+def no_torch(requested):
+    return environment(requested, torch=None, torch_cuda=None, toolkit=None)
+
+
+OBSTACLES = {
+    "no-kernels": (environment(has_kernels=False), "no CUDA kernels"),
+    "cpu-torch": (environment(torch_cuda=None), "torch 2.13.0 was built without CUDA"),
+    "no-toolkit": (environment(toolkit=None), "set CUDA_HOME"),
+    "no-nvcc": (environment(toolkit=NO_NVCC), "/cuda/bin/nvcc is missing"),
+    "no-headers": (environment(toolkit=NO_HEADERS), "/cuda/include/cuda_runtime.h is missing"),
+    "broken-nvcc": (environment(toolkit=BROKEN_NVCC), "/cuda/bin/nvcc --version"),
+    "other-major": (environment(toolkit=OTHER_MAJOR), "CUDA 13.0, but /cuda is CUDA 12.8"),
+}
+
+OUTCOMES = {
+    "complete": (environment(), "cuda", "CUDA 13.0"),
+    "complete-cuda": (environment("cuda"), "cuda", "CUDA 13.0"),
+    "complete-cpu": (environment("cpu"), "cpu", "SDKERNELS_BUILD=cpu"),
+    "other-minor": (environment(toolkit=OTHER_MINOR), "cuda", "CUDA 13"),
+    "old-setuptools": (environment(setuptools="65.5.0"), "stop", "65.5.0 is too old, install 77"),
+    "invalid-mode": (environment("gpu"), "stop", "auto, cpu, cuda; got 'gpu'"),
+}
+for mode in build.MODES:
+    OUTCOMES[f"no-torch-{mode}"] = (no_torch(mode), "stop", "--no-build-isolation")
+for name, (case, reason) in OBSTACLES.items():
+    OUTCOMES[name] = (case, "cpu", reason)
+    OUTCOMES[f"{name}-cuda"] = (dataclasses.replace(case, requested="cuda"), "stop", reason)
+    OUTCOMES[f"{name}-cpu"] = (dataclasses.replace(case, requested="cpu"), "cpu", "=cpu")
+
+
+@pytest.mark.parametrize(("case", "target", "reason"), OUTCOMES.values(), ids=OUTCOMES.keys())
+def test_decision(case, target, reason):
+    decision = build.decide(case)
+    assert decision.target == target
+    assert reason in decision.reason
+    assert "\n" not in decision.reason
+
+
+def make_toolkit(root, nvcc_script=None, with_header=False):
+    (root / "bin").mkdir(parents=True)
+    (root / "include").mkdir()
+    if nvcc_script is not None:
+        nvcc = root / "bin/nvcc"
+        nvcc.write_text(f"#!/bin/sh\n{nvcc_script}\n")
+        nvcc.chmod(0o755)
+    if with_header:
+        (root / "include/cuda_runtime.h").touch()
+    return root
+
+
+def test_inspect_toolkit(tmp_path):
+    version = "echo 'Cuda compilation tools, release 12.8, V12.8.93'"
+    complete = make_toolkit(tmp_path / "complete", version, with_header=True)
+    assert build.inspect_toolkit(complete) == build.Toolkit(str(complete), True, True, "12.8")
+    wrapper = make_toolkit(tmp_path / "wrapper", version)
+    assert build.inspect_toolkit(wrapper) == build.Toolkit(str(wrapper), True, False, "12.8")
+    failing = make_toolkit(tmp_path / "failing", "exit 1", with_header=True)
+    assert build.inspect_toolkit(failing) == build.Toolkit(str(failing), True, True, None)
+    empty = make_toolkit(tmp_path / "empty")
+    assert build.inspect_toolkit(empty) == build.Toolkit(str(empty), False, False, None)
+
+
+def test_nvcc_that_cannot_be_executed(tmp_path):
+    toolkit = make_toolkit(tmp_path / "toolkit", "exit 0", with_header=True)
+    (toolkit / "bin/nvcc").chmod(0o644)
+    assert build.inspect_toolkit(toolkit).version is None
+
+
+def test_inspect_environment():
+    here = build.inspect_environment({"SDKERNELS_BUILD": "cpu"})
+    assert (here.requested, here.torch, here.torch_cuda) == (
+        "cpu",
+        torch.__version__,
+        torch.version.cuda,
+    )
+    assert build.inspect_environment({}).requested == "auto"
+
+
+def test_inspect_environment_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
+    assert build.inspect_environment({}).torch is None
+
+
+def test_invalid_mode_stops_setup():
+    result = run("setup.py", "--version", SDKERNELS_BUILD="gpu")
+    assert result.returncode == 1
+    message = "sdkernels: SDKERNELS_BUILD should be auto, cpu, cuda; got 'gpu'"
+    assert result.stderr.strip() == message
+
+
+ARCH = "TORCH_CUDA_ARCH_LIST"
+
+
+@pytest.mark.parametrize(
+    ("environ", "toolkit_version", "gpu_visible", "expected"),
+    [
+        ({}, "12.6", False, "8.0;8.6;8.9;9.0+PTX"),
+        ({}, "12.8", False, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ({}, "13.0", False, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ({}, "13.0", True, "native"),
+        ({ARCH: "9.0a"}, "13.0", True, "9.0a"),
+    ],
+    ids=["cuda-12.6", "cuda-12.8", "cuda-13.0", "gpu", "chosen"],
+)
+def test_cuda_arch_list(environ, toolkit_version, gpu_visible, expected):
+    assert build.cuda_arch_list(environ, toolkit_version, gpu_visible) == expected
+
+
+def test_flags_reach_the_compiler():
+    config = _extension.load().build_config()
+    assert config["cxx_flags"] == " ".join(build.cxx_flags(sys.platform))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP is used on Linux only")
+def test_openmp_library_is_torchs():
+    library = Path(_extension.load().__file__).read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
+    assert b"libgomp" not in library
+    assert b"libomp" not in library
+
+
+CPU = TorchBuild("2.13.0+cpu", None)
+CUDA = TorchBuild("2.13.0+cu130", "13.0")
+
+
+def write_record(path, built):
+    path.write_text(json.dumps({"torch": built.version, "cuda": built.cuda}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("built", "running"),
+    [
+        (CPU, CPU),
+        (CPU, CUDA),
+        (CUDA, CUDA),
+        (CUDA, TorchBuild("2.13.0+cu132", "13.2")),
+    ],
+    ids=str,
+)
+def test_extension_fits(built, running, tmp_path):
+    _extension.check(write_record(tmp_path / "_build.json", built), running)
+
+
+@pytest.mark.parametrize(
+    ("built", "running"),
+    [
+        (CPU, TorchBuild("2.13.1+cpu", None)),
+        (CPU, TorchBuild("2.14.0.dev20261101+cpu", None)),
+        (CUDA, CPU),
+        (CUDA, TorchBuild("2.13.0+cu128", "12.8")),
+        (CUDA, TorchBuild("2.12.0+cu130", "13.0")),
+    ],
+    ids=str,
+)
+def test_extension_mismatch(built, running, tmp_path):
+    message = f"built for {built}, this is {running}; rebuild with: pip install "
+    with pytest.raises(ExtensionMismatchError, match=re.escape(message)):
+        _extension.check(write_record(tmp_path / "_build.json", built), running)
+
+
+def test_load_looks_at_the_running_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    with pytest.raises(ExtensionMismatchError, match=r"this is torch 2\.10\.0"):
+        _extension.load()
+
+
+def test_extension_never_built(tmp_path):
+    with pytest.raises(ExtensionMissingError, match="build it with: pip install --no-build-iso"):
+        _extension.check(tmp_path / "_build.json", CPU)
+
+
+def test_extension_built_for_another_python(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExtensionMissingError, match=r"not built for Python 3\.\d+; build it with"):
+        _extension.load()
+
+
+@pytest.fixture
+def misfit(tmp_path):
+    """A folder with a copy of the package that says it was built for an older torch."""
+    copy = tmp_path / "sdkernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    write_record(copy / "_build.json", TorchBuild("2.0.0", None))
+    return tmp_path
+
+
+def test_import_of_a_misfit(misfit):
+    result = run("-c", "import sdkernels", cwd=misfit)
+    assert result.returncode == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("sdkernels._extension.ExtensionMismatchError: sdkernels was built for")
+
+
+def test_info_reports_a_misfit(misfit):
+    result = run("-m", "sdkernels.info", cwd=misfit)
+    assert result.returncode == 1
+    assert torch.__version__ in result.stdout
+    assert "ExtensionMismatchError: sdkernels was built for torch 2.0.0" in result.stdout
+
+
+def test_info_reports_a_missing_extension(misfit):
+    (misfit / "sdkernels/_build.json").unlink()
+    result = run("-m", "sdkernels.info", "--json", cwd=misfit)
+    assert result.returncode == 1
+    info = json.loads(result.stdout)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["error"].startswith("ExtensionMissingError: ")
+    assert info["build"] == {}
+    assert info["backends"] == []
+
+
+def test_info_json():
+    result = run("-m", "sdkernels.info", "--json", SDKERNELS_BUILD="cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    info = json.loads(result.stdout)
+    assert info["error"] is None
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["build"] == _extension.load().build_config()
+    assert info["environment"]["SDKERNELS_BUILD"] == "cpu"
+    assert info["backends"] == [dataclasses.asdict(choice) for choice in ops.backend_table()]
+
+
+def test_info_text():
+    result = run("-m", "sdkernels.info")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["torch", torch.__version__] in lines
+    for choice in ops.backend_table():
+        row = [choice.op, choice.device, choice.backend, *choice.reason.split()]
+        assert row in lines

@@ -4,8 +4,8 @@
 // differentiable pieces instead of the fused kernels.
 #include "autograd.h"
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -285,11 +285,12 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
 };
 
 void refuse_functorch() {
-  TORCH_CHECK_NOT_IMPLEMENTED(!at::functorch::functorchTLSAccessor(),
-                              "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot "
-                              "go through the compacted "
-                              "branch; use torch.autograd, or evaluation mode (training=False), "
-                              "where the op is plain PyTorch");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
+      "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot "
+      "go through the compacted "
+      "branch; use torch.autograd, or evaluation mode (training=False), "
+      "where the op is plain PyTorch");
 }
 
 bool requires_grad(const OptionalTensor& x) { return x && x->requires_grad(); }

@@ -19,8 +19,12 @@ inline void check_rows_tensor(const at::Tensor& x, const char* name) {
                     ": expected a tensor with a batch dimension, got 0 dimensions");
 }
 
+inline bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
 inline void check_floating(const at::Tensor& x, const char* name) {
-  TORCH_CHECK_TYPE(x.is_floating_point() && x.element_size() >= 2, name,
+  TORCH_CHECK_TYPE(is_supported(x.scalar_type()), name,
                    ": expected float16, bfloat16, float32 or float64, got ", x.scalar_type());
 }
 

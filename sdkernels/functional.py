@@ -20,6 +20,7 @@ from sdkernels.rows import (
     check_probability,
     draw,
 )
+from sdkernels.traceable import acc_type
 
 __all__ = [
     "Shared",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 EMPTY = ("run", "skip")
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 class Shared:
@@ -69,6 +71,8 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
+    _check_tensor(x, "x")
+    _check_rows(rows, x)
     return C.compact(x, rows.index, rows.slot, False, False)[0]
 
 
@@ -103,6 +107,7 @@ def compact_layer_norm(
         >>> compact_layer_norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), rows, 2).round(decimals=3)
         tensor([[-1.,  1.]])
     """
+    _check_norm_arguments(x, rows, normalized_shape, weight=weight, bias=bias)
     return _compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False, False)[0]
 
 
@@ -123,7 +128,8 @@ def compact_rms_norm(
         rows: the rows to keep, of a batch of B rows.
         normalized_shape: the last dimensions of one row.
         weight: of shape `normalized_shape`.
-        eps: added to the mean square. Default: ``torch.finfo(x.dtype).eps``.
+        eps: added to the mean square. Default, as in PyTorch: the machine epsilon of the type that
+            the arithmetic is in, float32 (float64 for float64 input).
 
     Returns:
         [k, ...], contiguous.
@@ -136,6 +142,7 @@ def compact_rms_norm(
         >>> compact_rms_norm(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), rows, 2).round(decimals=3)
         tensor([[1., 1.]])
     """
+    _check_norm_arguments(x, rows, normalized_shape, weight=weight)
     return _compact_norm(x, rows, normalized_shape, weight, None, eps, True, False, False)[0]
 
 
@@ -172,6 +179,11 @@ def scatter_add_rows(
         >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
         tensor([3., 1., 5.])
     """
+    _check_input(x)
+    _check_rows(rows, x)
+    _check_tensor(out, "out")
+    if layer_scale is not None:
+        _check_tensor(layer_scale, "layer_scale")
     return C.scatter_add(x, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
 
 
@@ -188,7 +200,7 @@ def _compact_norm(
 ) -> tuple[Tensor, Tensor]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = torch.finfo(acc_type(x.dtype)).eps
     dtype = x.dtype
     # What follows a norm under autocast casts its output at once: write that dtype directly.
     if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
@@ -275,13 +287,35 @@ def _add_dense(
     return residual.add_(out) if inplace else residual + out
 
 
-def _check_input(x: object, name: str = "x") -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check_input(x: Any, name: str = "x") -> None:
+    _check_tensor(x, name)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, "
+            f"got {str(x.dtype).removeprefix('torch.')}"
+        )
     if x.dim() == 0:
         raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
+
+
+def _check_norm_arguments(
+    x: Tensor, rows: KeptRows, normalized_shape: object, **parameters: object
+) -> None:
+    _check_input(x)
+    _check_rows(rows, x)
+    if not isinstance(normalized_shape, (int, list, tuple)):
+        raise TypeError(
+            "normalized_shape: expected an int or a sequence of ints, "
+            f"got {type(normalized_shape).__name__}"
+        )
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            _check_tensor(parameter, name)
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -293,7 +327,7 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_rows(rows: object, x: Tensor) -> None:
+def _check_rows(rows: Any, x: Tensor) -> None:
     if not isinstance(rows, KeptRows):
         raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
     if rows.batch != x.shape[0]:

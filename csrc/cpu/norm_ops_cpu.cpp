@@ -37,6 +37,11 @@ std::optional<Stride> line_stride(const Tensor& x, int64_t normalized_dims) {
   return Stride{x.stride(0), *line};
 }
 
+// x, or a copy of it that has lines.
+Tensor in_lines(const Tensor& x, int64_t normalized_dims) {
+  return line_stride(x, normalized_dims) ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
 // normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
 std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
                                                         at::IntArrayRef normalized_shape,
@@ -48,13 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   check_index_tensor(index, "rows.index", x.device());
   check_index_values(index, x.size(0));
   const auto acc = acc_type(x.scalar_type());
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && acc_type(dtype) == acc, "dtype: cannot write ",
-                   dtype, " from x of ", x.scalar_type());
-  const auto stride = line_stride(x, normalized_shape.size());
-  if (!stride)
-    return compact_norm(x.contiguous(), index, normalized_shape, weight, bias, eps, rms, dtype,
-                        keep_rows);
-
+  TORCH_CHECK_TYPE(is_supported(dtype) && acc_type(dtype) == acc, "dtype: cannot write ", dtype,
+                   " from x of ", x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes[0] = index.size(0);
   const int64_t len = c10::multiply_integers(normalized_shape);
@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   Tensor rstd = at::empty({index.size(0) * lines}, acc_options);
   if (normed.numel() == 0) return {normed, kept, mean.zero_(), rstd.zero_()};
 
+  const Tensor lines_of_x = in_lines(x, normalized_shape.size());
   const auto gamma = in_acc(weight, acc);
   const auto beta = in_acc(bias, acc);
   const auto kernel = kernels().compact_norm(dtype_of(x), dtype_of(normed));
@@ -76,14 +77,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   p.kept = keep_rows ? kept.mutable_data_ptr() : nullptr;
   p.mean = rms ? nullptr : mean.mutable_data_ptr();
   p.rstd = rstd.mutable_data_ptr();
-  p.x = x.const_data_ptr();
+  p.x = lines_of_x.const_data_ptr();
   p.weight = data_of(gamma);
   p.bias = data_of(beta);
   p.index = index.const_data_ptr<int64_t>();
   p.eps = eps;
   p.lines = lines;
   p.len = len;
-  p.x_stride = *stride;
+  p.x_stride = *line_stride(lines_of_x, normalized_shape.size());
   at::parallel_for(0, rstd.numel(), at::divup(kGrain, len),
                    [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {normed, kept, mean, rstd};
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
                     kept.size(0));
   TORCH_CHECK_VALUE(d_normed.sizes() == kept.sizes(), "d_normed: expected shape ", kept.sizes(),
                     ", got ", d_normed.sizes());
-  TORCH_CHECK_TYPE(d_normed.is_floating_point() && acc_type(d_normed.scalar_type()) == acc,
+  TORCH_CHECK_TYPE(is_supported(d_normed.scalar_type()) && acc_type(d_normed.scalar_type()) == acc,
                    "d_normed: got ", d_normed.scalar_type(), " beside kept of ",
                    kept.scalar_type());
   TORCH_CHECK_VALUE(
@@ -122,13 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
                           d_stream->scalar_type() == kept.scalar_type(),
                       "d_stream: expected shape ", sizes, " and ", kept.scalar_type(), ", got ",
                       d_stream->sizes(), " and ", d_stream->scalar_type());
-  const auto stream_stride = d_stream ? line_stride(*d_stream, normalized_shape.size()) : Stride{};
-  if (!stream_stride || !d_normed.is_contiguous() || !kept.is_contiguous()) {
-    const OptionalTensor dense = d_stream ? OptionalTensor(d_stream->contiguous()) : d_stream;
-    return compact_norm_backward(dense, d_normed.contiguous(), kept.contiguous(), mean, rstd, index,
-                                 slot, normalized_shape, weight, rms, wanted);
-  }
-
   const auto parameter_options = weight ? weight->options() : kept.options();
   const auto parameter = [&](bool is_wanted) {
     return is_wanted ? at::zeros(normalized_shape, parameter_options)
@@ -142,14 +136,18 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   const int64_t all_lines = slot.size(0) * lines;
   if (all_lines * len == 0) return {d_x, d_weight, d_bias};
 
+  OptionalTensor stream;
+  if (d_stream) stream = in_lines(*d_stream, normalized_shape.size());
+  const Tensor dense_d_normed = d_normed.contiguous();
+  const Tensor dense_kept = kept.contiguous();
   const auto gamma = in_acc(weight, acc);
   const auto kernel = kernels().compact_norm_backward(dtype_of(kept), dtype_of(d_normed));
   TORCH_INTERNAL_ASSERT(kernel);
   CompactNormBackward p{};
   p.d_x = wanted[0] ? d_x.mutable_data_ptr() : nullptr;
-  p.d_stream = data_of(d_stream);
-  p.d_normed = d_normed.const_data_ptr();
-  p.kept = kept.const_data_ptr();
+  p.d_stream = data_of(stream);
+  p.d_normed = dense_d_normed.const_data_ptr();
+  p.kept = dense_kept.const_data_ptr();
   p.mean = rms ? nullptr : mean.const_data_ptr();
   p.rstd = rstd.const_data_ptr();
   p.weight = data_of(gamma);
@@ -157,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   p.lines = lines;
   p.len = len;
   p.d_x_stride = {lines * len, len};
-  p.d_stream_stride = *stream_stride;
+  if (stream) p.d_stream_stride = *line_stride(*stream, normalized_shape.size());
   if (!wanted[1] && !wanted[2]) {
     at::parallel_for(0, all_lines, at::divup(kGrain, len),
                      [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });

@@ -48,7 +48,7 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
   const auto geometry = row_geometry({&y, &x});
   if (!geometry) {
     // x walks its rows in an order that y cannot follow in two levels.
-    const Tensor dense = at::empty_like(y);
+    const Tensor dense = at::empty(y.sizes(), y.options());
     map_rows(dense, x.contiguous(), map);
     y.copy_(dense);
     return;
@@ -84,7 +84,8 @@ Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) 
                     kept.size(0));
   check_row_values(index, slot);
   Tensor x = empty_rows(kept, slot.size(0), kept.scalar_type());
-  if (x.numel() > 0) map_rows(x, kept, slot);
+  if (kept.numel() == 0) return x.zero_();
+  map_rows(x, kept, slot);
   return x;
 }
 
@@ -117,7 +118,9 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
     y.copy_(wide);
     return;
   }
-  const auto [geometry, gamma] = scaled_geometry({&y, &residual, &out}, layer_scale, acc);
+  // The strides of a tensor without elements mean nothing.
+  const Tensor& rows_of_out = out.numel() > 0 ? out : residual;
+  const auto [geometry, gamma] = scaled_geometry({&y, &residual, &rows_of_out}, layer_scale, acc);
   if (!geometry) {
     const Tensor dense = at::empty(y.sizes(), y.options());
     scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
@@ -171,6 +174,7 @@ void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, 
   check_scatter_add(residual, out, index, slot, layer_scale);
   at::assert_no_internal_overlap(residual);
   at::assert_no_overlap(residual, out);
+  if (layer_scale) at::assert_no_overlap(residual, *layer_scale);
   if (out.numel() > 0)
     scatter_add_into(residual, residual, out, index, slot, layer_scale, scale, /*inplace=*/true);
 }
@@ -184,6 +188,7 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   check_floating(grad, "grad");
   check_index_tensor(index, "rows.index", grad.device());
   check_index_values(index, grad.size(0));
+  TORCH_CHECK_TYPE(is_supported(dtype), "dtype: expected a floating point type, got ", dtype);
   TORCH_CHECK_VALUE(!out || layer_scale, "out: only wanted for the gradient of layer_scale");
   if (layer_scale) check_layer_scale(*layer_scale, grad.sizes().slice(1), grad.device());
   if (out) {

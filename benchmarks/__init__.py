@@ -1,0 +1,1 @@
+"""Benchmarks of sdkernels: ``python -m benchmarks --help``; ``README.md`` says what is measured."""

@@ -4,6 +4,7 @@
 // differentiable pieces instead of the fused kernels.
 #include "autograd.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -175,11 +176,15 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     result[0] = grad;
+    const bool needs_out = ctx->needs_input_grad(1);
+    const bool needs_layer_scale = out.defined() && ctx->needs_input_grad(2);
+    if (!needs_out && !needs_layer_scale) return result;
     if (!at::GradMode::is_enabled()) {
       auto [d_out, d_layer_scale] =
-          scatter_add_backward_op(grad, optional(out), index, optional(layer_scale), scale, dtype);
+          scatter_add_backward_op(grad, needs_layer_scale ? optional(out) : std::nullopt, index,
+                                  optional(layer_scale), scale, dtype);
       result[1] = std::move(d_out);
-      if (out.defined()) result[2] = std::move(d_layer_scale);
+      if (needs_layer_scale) result[2] = std::move(d_layer_scale);
       return result;
     }
     const auto acc = c10::promoteTypes(acc_type(grad.scalar_type()), acc_type(dtype));
@@ -300,23 +305,25 @@ bool requires_grad(const OptionalTensor& x) { return x && x->requires_grad(); }
 Stream stream_of(const Tensor& x, bool with_stream, bool inplace) {
   if (!with_stream) return Stream::kNone;
   if (!inplace) return Stream::kAlias;
-  if (!at::GradMode::is_enabled() || !x.requires_grad() || x.is_view()) return Stream::kNone;
+  if (!at::GradMode::is_enabled() || !x.requires_grad() || x.is_view() || x.retains_grad())
+    return Stream::kNone;
   return Stream::kInplace;
 }
 
-// What PyTorch forbids in place, refused before anything is written.
+}  // namespace
+
 void check_inplace(const Tensor& x, bool any_requires_grad) {
+  at::assert_no_internal_overlap(x);
   torch::autograd::check_inplace(x, at::GradMode::is_enabled() && any_requires_grad);
 }
 
-}  // namespace
+void check_inplace(const Tensor& x) { check_inplace(x, x.requires_grad()); }
 
 std::tuple<Tensor, Tensor> compact(const Tensor& x, const Tensor& index, const Tensor& slot,
                                    bool with_stream, bool inplace) {
   refuse_functorch();
   check_rows_tensor(x, "x");
   check_kept_rows(x, index, slot);
-  if (inplace) check_inplace(x, x.requires_grad());
   const Stream stream = stream_of(x, with_stream, inplace);
   auto outputs = CompactRows::apply(x, index, slot, stream);
   return {outputs[0], stream == Stream::kNone ? x : outputs[1]};
@@ -330,7 +337,6 @@ std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, co
   refuse_functorch();
   check_norm(x, normalized_shape, weight, bias);
   check_kept_rows(x, index, slot);
-  if (inplace) check_inplace(x, x.requires_grad());
   const bool needs_grad = at::GradMode::is_enabled() &&
                           (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
   const Stream stream = stream_of(x, with_stream, inplace);
@@ -343,14 +349,13 @@ Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& inde
                    const Tensor& slot, const OptionalTensor& layer_scale, double scale,
                    bool inplace) {
   refuse_functorch();
-  check_rows_tensor(residual, "residual");
-  check_kept_rows(residual, index, slot);
-  check_out(residual, out, index);
-  if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
-  if (inplace)
-    check_inplace(residual,
-                  residual.requires_grad() || out.requires_grad() || requires_grad(layer_scale));
-  return ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, inplace);
+  check_scatter_add(residual, out, index, slot, layer_scale);
+  if (!inplace) return ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, false);
+  check_inplace(residual,
+                residual.requires_grad() || out.requires_grad() || requires_grad(layer_scale));
+  // Without grad mode the result is an alias; the caller gets its own tensor back all the same.
+  ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, true);
+  return residual;
 }
 
 }  // namespace sdkernels

@@ -27,4 +27,8 @@ at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const 
                        const at::Tensor& slot, const std::optional<at::Tensor>& layer_scale,
                        double scale, bool inplace);
 
+// Raises what PyTorch raises where x must not be written in place.
+void check_inplace(const at::Tensor& x);
+void check_inplace(const at::Tensor& x, bool any_requires_grad);
+
 }  // namespace sdkernels

@@ -9,6 +9,7 @@
 
 #include "autograd.h"
 #include "cpu/row_kernels.h"
+#include "row_ops.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -62,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", compact, no_gil);
   m.def("compact_norm", compact_norm, no_gil);
   m.def("scatter_add", scatter_add, no_gil);
+  m.def("check_inplace", py::overload_cast<const at::Tensor&>(check_inplace), no_gil);
+  m.def("check_scatter_add", check_scatter_add, no_gil);
   py::class_<Draw>(m, "Draw").def(py::init<double, int64_t, bool>(), py::arg("keep"),
                                   py::arg("count"), py::arg("whole_batch"));
   m.def("sample_rows", sample_rows, no_gil);

@@ -82,6 +82,15 @@ inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row
                     " does not broadcast against one row of shape ", row);
 }
 
+inline void check_scatter_add(const at::Tensor& residual, const at::Tensor& out,
+                              const at::Tensor& index, const at::Tensor& slot,
+                              const std::optional<at::Tensor>& layer_scale) {
+  check_rows_tensor(residual, "residual");
+  check_kept_rows(residual, index, slot);
+  check_out(residual, out, index);
+  if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
+}
+
 inline void check_norm(const at::Tensor& x, at::IntArrayRef normalized_shape,
                        const std::optional<at::Tensor>& weight,
                        const std::optional<at::Tensor>& bias) {
@@ -111,16 +120,14 @@ inline at::ScalarType acc_type(at::ScalarType type) {
 // A batch like `x` with `rows` rows: the order of x's strides is kept (channels_last stays so).
 inline at::Tensor empty_rows(const at::Tensor& x, int64_t rows, at::ScalarType dtype) {
   const auto options = x.options().dtype(dtype);
-  if (x.is_contiguous()) {
-    c10::SmallVector<int64_t, 6> sizes(x.sizes());
-    sizes[0] = rows;
-    return at::empty(sizes, options);
-  }
+  c10::SmallVector<int64_t, 6> sizes(x.sizes());
+  sizes[0] = rows;
+  if (x.is_contiguous()) return at::empty(sizes, options);
   if (rows == x.size(0)) return at::empty_like(x, options);
   if (rows < x.size(0)) return at::empty_like(x.narrow(0, 0, rows), options);
-  auto sizes = x.sizes().vec();
-  sizes[0] = rows;
-  return at::empty_like(x.narrow(0, 0, 1).expand(sizes), options);
+  // PyTorch's rule for the order of dimensions, asked without allocating anything.
+  const at::Tensor like = at::empty_strided(sizes, x.strides(), options.device(at::kMeta));
+  return at::empty_strided(sizes, at::empty_like(like).strides(), options);
 }
 
 // How several tensors with the same row shape are walked together: `lines` runs of `len` elements,
@@ -185,6 +192,9 @@ inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> 
     return !layer_scale || stride(n, level.inner) == 0 || stride(n, level.inner) == 1;
   };
   const Level* elements = contiguous(levels[0]) ? &levels[0] : nullptr;
+  // Walking strided elements one by one is slower than a dense copy of them.
+  constexpr int64_t kMostStrided = 16;
+  if (!elements && levels[0].size > kMostStrided) return std::nullopt;
   if (levels.size() > (elements ? 2u : 1u)) return std::nullopt;
   const Level* runs = !elements ? &levels[0] : levels.size() == 2 ? &levels[1] : nullptr;
   if (elements) {

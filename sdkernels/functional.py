@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.ops import C
-from sdkernels.rows import (
-    MODES,
-    RESCALES,
-    SAMPLERS,
-    KeptRows,
-    _check_generator,
-    check_choice,
-    check_probability,
-    draw,
-)
+from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
+from sdkernels.schedules import check_probability
 from sdkernels.traceable import acc_type
 
 __all__ = [
@@ -71,7 +63,7 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
-    _check_tensor(x, "x")
+    _check_batched(x)
     _check_rows(rows, x)
     return C.compact(x, rows.index, rows.slot, False, False)[0]
 
@@ -157,7 +149,7 @@ def scatter_add_rows(
     """Add a branch's output to the kept rows.
 
     Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
-    the arithmetic in float32, one rounding, and the dtype of ``x + out``.
+    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``.
 
     Args:
         x: [B, ...], floating point: the stream.
@@ -203,39 +195,55 @@ def _compact_norm(
         eps = torch.finfo(acc_type(x.dtype)).eps
     dtype = x.dtype
     # What follows a norm under autocast casts its output at once: write that dtype directly.
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if (
+        dtype != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        dtype = torch.get_autocast_dtype(device)
     return C.compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
 
 
-def _is_fusable(norm: nn.Module) -> TypeGuard[nn.LayerNorm | nn.RMSNorm]:
-    """Whether the norm's forward is PyTorch's own, with nothing hooked onto its call."""
-    for kind in (nn.LayerNorm, nn.RMSNorm):
-        if isinstance(norm, kind):
-            return type(norm).forward is kind.forward and not (
-                norm._forward_hooks
-                or norm._forward_pre_hooks
-                or norm._backward_hooks
-                or norm._backward_pre_hooks
-                or _has_any_global_hook()
-            )
-    raise TypeError(
-        f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; "
-        "call any other norm inside the branch"
+def check_norm(norm: object) -> None:
+    if norm is not None and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        raise TypeError(
+            f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; "
+            "call any other norm inside the branch"
+        )
+
+
+def _is_plain(norm: nn.LayerNorm | nn.RMSNorm) -> bool:
+    """Whether calling the norm does what PyTorch's own forward does, and nothing else."""
+    kind = nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm
+    return (
+        type(norm).forward is kind.forward
+        and "forward" not in norm.__dict__
+        and not (
+            norm._forward_hooks
+            or norm._forward_pre_hooks
+            or norm._backward_hooks
+            or norm._backward_pre_hooks
+            or _has_any_global_hook()
+        )
     )
 
 
 def _open_branch(
-    x: Tensor, rows: KeptRows, norm: nn.Module | None, residual: Tensor | None, inplace: bool
+    x: Tensor,
+    rows: KeptRows,
+    norm: nn.LayerNorm | nn.RMSNorm | None,
+    residual: Tensor | None,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The branch's input, and what its output is added to: by default x, through the same node."""
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
         kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
-    elif not _is_fusable(norm):
+    elif not _is_plain(norm):
         kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
         kept = norm(kept)
     else:
@@ -246,10 +254,15 @@ def _open_branch(
     return kept, stream if residual is None else residual
 
 
-def _compact_arg(arg: Any, rows: KeptRows) -> Any:
-    """An entry of args as the branch gets it: tensors of the batch compacted, in containers too."""
+def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
+    """An entry of args as the branch gets it; `rows` is None where every row runs the branch.
+
+    Tensors of the batch are compacted, in tuples, lists and dicts too.
+    """
+    if isinstance(arg, Shared):
+        return arg.value
     if isinstance(arg, Tensor):
-        if arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
+        if rows is None or arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
             return arg
         if arg.device != rows.index.device:
             raise ValueError(
@@ -257,24 +270,31 @@ def _compact_arg(arg: Any, rows: KeptRows) -> Any:
                 f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
             )
         return C.compact(arg, rows.index, rows.slot, False, False)[0]
-    if isinstance(arg, Shared):
-        return arg.value
-    if type(arg) in (list, tuple):
-        return type(arg)(_compact_arg(entry, rows) for entry in arg)
-    if type(arg) is dict:
-        return {key: _compact_arg(entry, rows) for key, entry in arg.items()}
+    if isinstance(arg, (list, tuple)):
+        entries = [_branch_arg(entry, rows) for entry in arg]
+        # A named tuple takes its fields one by one.
+        return type(arg)(*entries) if hasattr(arg, "_fields") else type(arg)(entries)
+    if isinstance(arg, dict):
+        return type(arg)((key, _branch_arg(entry, rows)) for key, entry in arg.items())
     return arg
 
 
-def _whole_arg(arg: Any) -> Any:
-    """An entry of args where every row runs the branch."""
-    if isinstance(arg, Shared):
-        return arg.value
-    if type(arg) in (list, tuple):
-        return type(arg)(_whole_arg(entry) for entry in arg)
-    if type(arg) is dict:
-        return {key: _whole_arg(entry) for key, entry in arg.items()}
-    return arg
+def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None:
+    """What the kernels check of a branch's output, where every row runs the branch."""
+    _check_branch_output(out)
+    if out.shape != residual.shape:
+        raise ValueError(
+            f"out: expected residual's shape {tuple(residual.shape)}, got {tuple(out.shape)} (the "
+            "branch must return one row for each row, in order, of the residual's shape)"
+        )
+    if layer_scale is not None:
+        row = residual.shape[1:]
+        sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
+        if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(
+                f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
+                f"of shape {list(row)}"
+            )
 
 
 def _add_dense(
@@ -292,15 +312,24 @@ def _check_tensor(value: object, name: str) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def _check_input(x: Any, name: str = "x") -> None:
+def _check_batched(x: Any, name: str = "x") -> None:
     _check_tensor(x, name)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
+
+
+def _check_branch_output(out: object) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+
+
+def _check_input(x: Any, name: str = "x") -> None:
+    _check_batched(x, name)
     if x.dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, "
             f"got {str(x.dtype).removeprefix('torch.')}"
         )
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
 
 
 def _check_norm_arguments(
@@ -325,6 +354,8 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
             f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
             f"(shape {tuple(residual.shape)})"
         )
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
 
 
 def _check_rows(rows: Any, x: Tensor) -> None:
@@ -345,7 +376,7 @@ def fused_stochastic_depth(
     training: bool = True,
     *,
     args: Sequence[Any] = (),
-    norm: nn.Module | None = None,
+    norm: nn.LayerNorm | nn.RMSNorm | None = None,
     layer_scale: Tensor | None = None,
     residual: Tensor | Sequence[Tensor] | None = None,
     rows: KeptRows | Sequence[KeptRows] | None = None,
@@ -370,7 +401,7 @@ def fused_stochastic_depth(
         x: [B, ...], floating point, any strides; or a list of such tensors (multi-crop), each with
             rows of its own: the branch then maps a list of tensors to a list of tensors.
         branch: maps [k, ...] (and `args`) to [k, ...], row by row. With k = 0 it runs on an empty
-            batch.
+            batch. It must not write into `x`.
         p: drop probability, as in torchvision. With p = 0 the plain expression is computed.
         mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
         training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain
@@ -380,7 +411,9 @@ def fused_stochastic_depth(
             keep it whole. For a list `x`, an entry that is a list as long as `x` is compacted item
             by item, and every other entry is passed on as it is.
         norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction.
-            (One with hooks or a forward of its own is called on the kept rows instead.)
+            (One with hooks or a forward of its own is called on the kept rows instead.) Under
+            autocast the fused norm writes the autocast dtype, which the branch's first matrix
+            product would cast to.
         layer_scale: learned factor on the branch's output: [C], [C, 1, 1], or anything that
             broadcasts against one row of it.
         residual: tensor to add to, of the branch's output shape. Default: `x`.
@@ -396,11 +429,12 @@ def fused_stochastic_depth(
         empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its
             parameters get zero gradients (as DDP and FSDP need); "skip" returns `residual` and
             leaves them without.
-        inplace: add into `residual` (default `x`) in place and return it.
+        inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
+            the values of `x` are untouched, but autograd counts it as written.
 
     Returns:
-        The shape and strides of `residual`, the dtype of ``residual + out``. Dropped rows are those
-        of `residual` to the last bit.
+        The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.
+        Dropped rows are those of `residual` to the last bit.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -426,14 +460,18 @@ def fused_stochastic_depth(
         p = check_probability(p)
     elif not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
-    check_choice("mode", mode, MODES)
-    check_choice("sampler", sampler, SAMPLERS)
-    check_choice("rescale", rescale, RESCALES)
+    check_law(mode, sampler, rescale)
     check_choice("empty", empty, EMPTY)
+    check_norm(norm)
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
+    if layer_scale is not None:
+        _check_tensor(layer_scale, "layer_scale")
     if generator is not None:
-        _check_generator(generator)
+        check_generator(generator)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
-    dense = not training or (p == 0.0 and rows is None)
+    # In place, the branch needs a copy of its rows: it may save them for its backward.
+    dense = not training or (p == 0.0 and rows is None and not inplace)
 
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
@@ -447,20 +485,22 @@ def fused_stochastic_depth(
     _check_input(x)
     if residual is not None:
         _check_residual(residual, x)
+    base = x if residual is None else residual
+    if inplace:
+        C.check_inplace(base)
     if dense:
-        base = x if residual is None else residual
-        out = branch(x if norm is None else norm(x), *map(_whole_arg, args))
+        out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
+        _check_dense(base, out, layer_scale)
         return _add_dense(base, out, layer_scale, factor, inplace)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
         _check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
-        return x if residual is None else residual
+        return base
     kept, stream = _open_branch(x, rows, norm, residual, inplace)
-    out = branch(kept, *[_compact_arg(arg, rows) for arg in args]) if args else branch(kept)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+    out = branch(kept, *[_branch_arg(arg, rows) for arg in args]) if args else branch(kept)
+    _check_branch_output(out)
     return C.scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
 
 
@@ -478,7 +518,7 @@ def _fused_list(
     xs: list[Tensor],
     branch: Callable[..., Any],
     args: Sequence[Any],
-    norm: nn.Module | None,
+    norm: nn.LayerNorm | nn.RMSNorm | None,
     layer_scale: Tensor | None,
     residual: Any,
     rows: Any,
@@ -496,12 +536,21 @@ def _fused_list(
         if base is not None:
             _check_residual(base, x)
 
+    bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
+    if inplace:
+        for base in bases:
+            C.check_inplace(base)
+
     if law is None:
         inputs = xs if norm is None else [norm(x) for x in xs]
-        outs = _per_tensor(branch(inputs, *map(_whole_arg, args)), len(xs), "branch output")
+        outs = _per_tensor(
+            branch(inputs, *[_branch_arg(arg, None) for arg in args]), len(xs), "branch output"
+        )
+        for base, out in zip(bases, outs, strict=True):
+            _check_dense(base, out, layer_scale)
         return [
-            _add_dense(x if base is None else base, out, layer_scale, factor, inplace)
-            for x, base, out in zip(xs, residuals, outs, strict=True)
+            _add_dense(base, out, layer_scale, factor, inplace)
+            for base, out in zip(bases, outs, strict=True)
         ]
 
     p, mode, sampler, rescale, generator = law
@@ -513,7 +562,7 @@ def _fused_list(
             _check_rows(given, x)
         plan.append(given)
     if empty == "skip" and not any(each.k for each in plan):
-        return [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
+        return bases
 
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
@@ -522,12 +571,16 @@ def _fused_list(
         kept_inputs.append(kept)
         streams.append(stream)
     kept_args = [
-        [_compact_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
+        [_branch_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
         if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
-        else _whole_arg(arg)
+        else _branch_arg(arg, None)
         for arg in args
     ]
     outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
+    for stream, out, each in zip(streams, outs, plan, strict=True):
+        # All of them before the first is added, which may be in place.
+        _check_branch_output(out)
+        C.check_scatter_add(stream, out, each.index, each.slot, layer_scale)
     return [
         C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)

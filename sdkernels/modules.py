@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkernels.functional import EMPTY, fused_stochastic_depth
-from sdkernels.rows import MODES, RESCALES, SAMPLERS, KeptRows, check_choice, check_probability
+from sdkernels.functional import EMPTY, check_norm, fused_stochastic_depth
+from sdkernels.rows import KeptRows, check_choice, check_law
+from sdkernels.schedules import check_probability
 
 __all__ = ["StochasticDepth"]
 
@@ -48,7 +49,7 @@ class StochasticDepth(nn.Module):
         p: float,
         mode: str = "row",
         *,
-        norm: nn.Module | None = None,
+        norm: nn.LayerNorm | nn.RMSNorm | None = None,
         layer_scale: Tensor | None = None,
         sampler: str = "bernoulli",
         rescale: str = "train",
@@ -56,10 +57,9 @@ class StochasticDepth(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("mode", mode, MODES)
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("rescale", rescale, RESCALES)
+        check_law(mode, sampler, rescale)
         check_choice("empty", empty, EMPTY)
+        check_norm(norm)
         self.norm = norm
         self.branch = branch
         if isinstance(layer_scale, nn.Parameter) or layer_scale is None:

@@ -41,7 +41,7 @@ def _missing(backend: str, device: str) -> str | None:
 
 
 def _requested() -> str:
-    requested = os.environ.get("SDKERNELS_BACKEND", "auto")
+    requested = os.environ.get("SDKERNELS_BACKEND") or "auto"
     if requested not in BACKENDS:
         raise ValueError(
             f"SDKERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {requested!r}"
@@ -93,21 +93,14 @@ def backend_table() -> list[BackendChoice]:
     return list(_table)
 
 
-def _empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """`rows` rows like those of `x`, with its order of strides (as the kernels allocate them)."""
-    if x.is_contiguous():
-        return x.new_empty((rows, *x.shape[1:]), dtype=dtype)
-    return torch.empty_like(x[:1].expand(rows, *x.shape[1:]), dtype=dtype)
-
-
 @torch.library.register_fake("sdkernels::compact_rows")
 def _(x: Tensor, index: Tensor) -> Tensor:
-    return _empty_rows(x, index.shape[0], x.dtype)
+    return traceable.empty_rows(x, index.shape[0], x.dtype)
 
 
 @torch.library.register_fake("sdkernels::expand_rows")
 def _(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _empty_rows(kept, slot.shape[0], kept.dtype)
+    return traceable.empty_rows(kept, slot.shape[0], kept.dtype)
 
 
 @torch.library.register_fake("sdkernels::scatter_add_rows")
@@ -119,8 +112,8 @@ def _(
     layer_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    dtype = torch.promote_types(residual.dtype, out.dtype)
-    return _empty_rows(residual, residual.shape[0], dtype)
+    dtype = traceable.scatter_add_dtype(residual, out, layer_scale)
+    return traceable.empty_rows(residual, residual.shape[0], dtype)
 
 
 @torch.library.register_fake("sdkernels::scatter_add_rows_")
@@ -144,7 +137,7 @@ def _(
     scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    d_out = _empty_rows(grad if out is None else out, index.shape[0], dtype)
+    d_out = traceable.empty_rows(grad if out is None else out, index.shape[0], dtype)
     if out is None or layer_scale is None:
         return d_out, grad.new_empty(0)
     return d_out, torch.empty_like(layer_scale)
@@ -189,9 +182,9 @@ def _(
     rms: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = kept if weight is None else weight
+    acc = traceable.acc_type(kept.dtype)
     return (
         kept.new_empty((slot.shape[0], *kept.shape[1:]) if wanted[0] else 0),
-        like.new_empty(normalized_shape if wanted[1] else 0),
-        like.new_empty(normalized_shape if wanted[2] else 0),
+        kept.new_empty(normalized_shape if wanted[1] else 0, dtype=acc),
+        kept.new_empty(normalized_shape if wanted[2] else 0, dtype=acc),
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Decimal
+from fractions import Fraction
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from sdkernels.ops import C
+from sdkernels.schedules import check_probability
 
 __all__ = ["DepthPlan", "KeptRows"]
 
@@ -26,24 +27,30 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
 
-def check_probability(p: object) -> float:
-    """`p` as a float in [0, 1]."""
-    if not isinstance(p, Real):
-        raise TypeError(f"p: expected a drop probability as a number, got {type(p).__name__}")
-    value = float(p)
-    if not 0.0 <= value <= 1.0:  # also refuses NaN
-        raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
-    return value
+def check_law(mode: object, sampler: object, rescale: object) -> None:
+    """The options that say what is drawn, and how it is scaled."""
+    check_choice("mode", mode, MODES)
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("rescale", rescale, RESCALES)
+    if sampler == "fixed" and mode == "batch":
+        raise ValueError(
+            'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice of; '
+            'use sampler="bernoulli"'
+        )
 
 
 def _check_batch(batch: object) -> int:
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+    if not isinstance(batch, Integral) or isinstance(batch, bool) or batch < 0:
         raise ValueError(f"batch: expected the number of rows of the batch, got {batch!r}")
-    return batch
+    return int(batch)
 
 
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and generator.device.type != "cpu":
+def check_generator(generator: object) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
         raise ValueError(
             "generator: expected a CPU generator (rows are drawn on the host, so that a seed gives "
             f"the same rows on every device), got one on {generator.device}"
@@ -53,29 +60,20 @@ def _check_generator(generator: torch.Generator | None) -> None:
 def fixed_count(batch: int, p: float) -> int:
     """The rows that ``sampler="fixed"`` keeps: ``clamp(round(batch * (1 - p)), 1, batch)``.
 
-    Computed in decimal from the shortest text of `p`, so that binary rounding cannot change it
+    Computed exactly from the decimal text of `p`, so that binary rounding cannot change it
     (``int(10 * (1 - 0.8))`` is 1); a half is rounded to even, as Python's ``round`` does.
 
     >>> fixed_count(10, 0.8), fixed_count(2, 0.9), fixed_count(0, 0.5)
     (2, 1, 0)
     """
-    kept = int((batch * (1 - Decimal(repr(p)))).to_integral_value(ROUND_HALF_EVEN))
-    return min(max(kept, 1), batch)
+    return min(max(round(batch * (1 - Fraction(repr(p)))), 1), batch)
 
 
 @lru_cache(maxsize=4096)
 def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
-    """What to draw, and the scale of the kept rows."""
-    check_choice("mode", mode, MODES)
-    check_choice("sampler", sampler, SAMPLERS)
-    check_choice("rescale", rescale, RESCALES)
+    """What to draw, and the scale of the kept rows; the arguments were looked at before."""
     keep = 1.0 - p
     if sampler == "fixed":
-        if mode == "batch":
-            raise ValueError(
-                'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice '
-                'of; use sampler="bernoulli"'
-            )
         count = fixed_count(batch, p)
         # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation,
         # so training must average to keep as well: 1 but for the rounding of count.
@@ -187,7 +185,8 @@ class KeptRows:
             (4, 8, 2.0)
         """
         p = check_probability(p)
-        _check_generator(generator)
+        check_law(mode, sampler, rescale)
+        check_generator(generator)
         if device is not None:
             device = torch.device(device)
         return draw(_check_batch(batch), p, mode, sampler, rescale, generator, device)
@@ -313,6 +312,7 @@ class DepthPlan:
         self._kept = kept
         self._laws = laws
         self._generator = generator
+        self._views: dict[int, KeptRows] = {}
 
     @classmethod
     def sample(
@@ -347,7 +347,12 @@ class DepthPlan:
             [6, 4]
         """
         batch = _check_batch(batch)
-        _check_generator(generator)
+        check_law(mode, sampler, rescale)
+        check_generator(generator)
+        if not isinstance(drop_probs, Sequence) or isinstance(drop_probs, str):
+            raise TypeError(
+                f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
+            )
         laws = [_law(batch, check_probability(p), mode, sampler, rescale) for p in drop_probs]
         target = torch.device("cpu" if device is None else device)
         rows, kept = _draw_plan(batch, laws, generator, target)
@@ -361,8 +366,11 @@ class DepthPlan:
         whose backward has not run yet refuses rows that were refreshed under it, as PyTorch refuses
         any saved tensor that was modified in place.
         """
-        rows, self._kept = _draw_plan(self.batch, self._laws, self._generator, self.device)
+        rows, kept = _draw_plan(self.batch, self._laws, self._generator, self.device)
         self._rows.copy_(rows, non_blocking=True)
+        if kept != self._kept:
+            self._views.clear()
+        self._kept = kept
         return self
 
     @property
@@ -379,9 +387,15 @@ class DepthPlan:
         return len(self._kept)
 
     def __getitem__(self, branch: int) -> KeptRows:
-        kept = self._kept[branch]
-        slot, index = self._rows[branch].unbind()
-        return KeptRows._trusted(index[:kept], slot, self._laws[branch][1])
+        if not isinstance(branch, int):
+            raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
+        view = self._views.get(branch)
+        if view is None:
+            kept = self._kept[branch]
+            slot, index = self._rows[branch].unbind()
+            view = KeptRows._trusted(index[:kept], slot, self._laws[branch][1])
+            self._views[branch] = view
+        return view
 
     def __iter__(self) -> Iterator[KeptRows]:
         return (self[branch] for branch in range(len(self)))

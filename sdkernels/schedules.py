@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 __all__ = ["linear_decay", "uniform"]
 
 
-def _check(depth: int, **probabilities: float | None) -> None:
+def check_probability(p: object, name: str = "p") -> float:
+    """`p` as a float in [0, 1]; errors call it `name`."""
+    if not isinstance(p, Real):
+        raise TypeError(f"{name}: expected a drop probability as a number, got {type(p).__name__}")
+    value = float(p)
+    if not 0.0 <= value <= 1.0:  # also refuses NaN
+        raise ValueError(f"{name}: expected a drop probability in [0, 1], got {p}")
+    return value
+
+
+def _check_depth(depth: object) -> None:
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise ValueError(f"depth: expected the number of branches, got {depth!r}")
-    for name, p in probabilities.items():
-        if p is not None and not 0.0 <= p <= 1.0:
-            raise ValueError(f"{name}: expected a drop probability in [0, 1], got {p}")
 
 
 def linear_decay(depth: int, p_last: float, *, first: float | None = None) -> list[float]:
@@ -31,6 +40,7 @@ def linear_decay(depth: int, p_last: float, *, first: float | None = None) -> li
         A list of `depth` drop probabilities.
 
     Raises:
+        TypeError: a probability is not a number.
         ValueError: `depth` is no count, or a probability lies outside [0, 1].
 
     Example:
@@ -39,9 +49,11 @@ def linear_decay(depth: int, p_last: float, *, first: float | None = None) -> li
         >>> linear_decay(3, 0.5, first=0.0)
         [0.0, 0.25, 0.5]
     """
-    _check(depth, p_last=p_last, first=first)
+    _check_depth(depth)
+    p_last = check_probability(p_last, "p_last")
     if first is None:
         return [branch / depth * p_last for branch in range(1, depth + 1)]
+    first = check_probability(first, "first")
     if depth == 1:
         return [first]
     # Both ends weighted, so that no rounding can carry the last value past p_last.
@@ -61,11 +73,12 @@ def uniform(depth: int, p: float) -> list[float]:
         A list of `depth` drop probabilities.
 
     Raises:
+        TypeError: `p` is not a number.
         ValueError: `depth` is no count, or `p` lies outside [0, 1].
 
     Example:
         >>> uniform(3, 0.2)
         [0.2, 0.2, 0.2]
     """
-    _check(depth, p=p)
-    return [float(p)] * depth
+    _check_depth(depth)
+    return [check_probability(p)] * depth

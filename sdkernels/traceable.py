@@ -17,21 +17,38 @@ def acc_type(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def like_layout(x: Tensor, layout: Tensor) -> Tensor:
-    """`x`, with its dimensions in memory in the order that `layout` has them."""
-    if x.stride() == layout.stride():
-        return x
-    return torch.empty_like(layout, dtype=x.dtype).copy_(x)
+def empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """`rows` rows like those of `x`, its dimensions in the same order in memory."""
+    shape = (rows, *x.shape[1:])
+    if x.is_contiguous():
+        return x.new_empty(shape, dtype=dtype)
+    if rows == x.shape[0]:
+        return torch.empty_like(x, dtype=dtype)
+    # PyTorch's rule for the order of dimensions, asked without allocating anything.
+    like = torch.empty_strided(shape, x.stride(), device="meta")
+    return x.new_empty_strided(shape, torch.empty_like(like).stride(), dtype=dtype)
+
+
+def _in_order_of(layout: Tensor, x: Tensor) -> Tensor:
+    """`x` with its dimensions in the order in memory of `layout`."""
+    return x if layout.is_contiguous() else empty_rows(layout, x.shape[0], x.dtype).copy_(x)
 
 
 def compact_rows(x: Tensor, index: Tensor) -> Tensor:
-    kept = x.index_select(0, index)
-    return like_layout(kept, x[:1].expand(kept.shape)) if not x.is_contiguous() else kept
+    return _in_order_of(x, x.index_select(0, index))
 
 
 def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     rows = kept.new_zeros((slot.shape[0], *kept.shape[1:]))
-    return like_layout(rows.index_copy(0, index, kept), kept[:1].expand(rows.shape))
+    return _in_order_of(kept, rows.index_copy(0, index, kept))
+
+
+def scatter_add_dtype(residual: Tensor, out: Tensor, layer_scale: Tensor | None) -> torch.dtype:
+    """The dtype of ``residual + layer_scale * out``."""
+    dtype = torch.promote_types(residual.dtype, out.dtype)
+    if layer_scale is None or layer_scale.dim() == 0:
+        return dtype
+    return torch.promote_types(dtype, layer_scale.dtype)
 
 
 def _scaled(out: Tensor, layer_scale: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
@@ -47,8 +64,8 @@ def scatter_add_rows(
     layer_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    acc = acc_type(residual.dtype, out.dtype)
-    dtype = torch.promote_types(residual.dtype, out.dtype)
+    dtype = scatter_add_dtype(residual, out, layer_scale)
+    acc = acc_type(dtype)
     added = residual.index_select(0, index).to(acc) + _scaled(out, layer_scale, scale, acc)
     return residual.to(dtype, copy=True).index_copy_(0, index, added.to(dtype))
 
@@ -80,7 +97,7 @@ def scatter_add_rows_backward(
     if out is None or layer_scale is None:
         return d_out, grad.new_empty(0)
     d_scale = (_scaled(kept, None, scale, acc) * out.to(acc)).sum_to_size(layer_scale.shape)
-    return like_layout(d_out, out), d_scale.to(layer_scale.dtype)
+    return _in_order_of(out, d_out), d_scale.to(layer_scale.dtype)
 
 
 def _dims(normalized_shape: Sequence[int]) -> list[int]:
@@ -135,7 +152,7 @@ def compact_norm_backward(
     rstd = rstd.view(stat_shape)
     x_hat = kept.to(acc) * rstd if rms else (kept.to(acc) - mean.view(stat_shape)) * rstd
     d = d_normed.to(acc)
-    empty = kept.new_empty(0, dtype=kept.dtype if weight is None else weight.dtype)
+    empty = kept.new_empty(0, dtype=acc)
     d_x, d_weight, d_bias = kept.new_empty(0), empty, empty.clone()
     if wanted[0]:
         d_x_hat = d if weight is None else d * weight.to(acc)
@@ -148,9 +165,9 @@ def compact_norm_backward(
         else:
             d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, 1.0).to(kept.dtype)
     if wanted[1]:
-        d_weight = (d * x_hat).sum_to_size(normalized_shape).to(empty.dtype)
+        d_weight = (d * x_hat).sum_to_size(normalized_shape)
     if wanted[2]:
-        d_bias = d.sum_to_size(normalized_shape).to(empty.dtype)
+        d_bias = d.sum_to_size(normalized_shape)
     return d_x, d_weight, d_bias
 
 

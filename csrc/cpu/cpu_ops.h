@@ -6,6 +6,9 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../row_ops.h"
 #include "row_kernels.h"
 
@@ -80,14 +83,17 @@ class ChunkedSum {
            chunk * entries_ * partials_.element_size();
   }
 
-  // [entries], in double: at::sum would cut its work by the number of threads.
-  at::Tensor total() const {
-    at::Tensor total = at::zeros({entries_}, at::TensorOptions().dtype(at::kDouble));
-    double* sums = total.mutable_data_ptr<double>();
+  // The entries of the sum from `first` on, as many as `sizes` holds. Added in double by this
+  // thread alone: at::sum would cut its work by the number of threads.
+  at::Tensor total(int64_t first, at::IntArrayRef sizes) const {
+    at::Tensor total = at::empty(sizes, partials_.options());
+    const int64_t count = total.numel();
+    std::vector<double> sums(count);
     AT_DISPATCH_FLOATING_TYPES(partials_.scalar_type(), "total", [&] {
-      const scalar_t* partial = partials_.const_data_ptr<scalar_t>();
+      const scalar_t* partial = partials_.const_data_ptr<scalar_t>() + first;
       for (int64_t chunk = 0; chunk < chunks(); ++chunk, partial += entries_)
-        for (int64_t i = 0; i < entries_; ++i) sums[i] += partial[i];
+        for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
+      std::copy_n(sums.data(), count, total.mutable_data_ptr<scalar_t>());
     });
     return total;
   }

@@ -123,18 +123,16 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
                           d_stream->scalar_type() == kept.scalar_type(),
                       "d_stream: expected shape ", sizes, " and ", kept.scalar_type(), ", got ",
                       d_stream->sizes(), " and ", d_stream->scalar_type());
-  const auto parameter_options = weight ? weight->options() : kept.options();
-  const auto parameter = [&](bool is_wanted) {
-    return is_wanted ? at::zeros(normalized_shape, parameter_options)
-                     : at::empty({0}, parameter_options);
-  };
+  // The sums stay in the type of the arithmetic: autograd rounds them to the parameters' own.
+  const auto acc_options = kept.options().dtype(acc);
   Tensor d_x = wanted[0] ? at::empty(sizes, kept.options()) : at::empty({0}, kept.options());
-  Tensor d_weight = parameter(wanted[1]);
-  Tensor d_bias = parameter(wanted[2]);
   const int64_t lines = c10::multiply_integers(
       sizes.begin() + 1, sizes.end() - static_cast<int64_t>(normalized_shape.size()));
+  const auto zeros = [&](bool is_wanted) {
+    return is_wanted ? at::zeros(normalized_shape, acc_options) : at::empty({0}, acc_options);
+  };
   const int64_t all_lines = slot.size(0) * lines;
-  if (all_lines * len == 0) return {d_x, d_weight, d_bias};
+  if (all_lines * len == 0) return {d_x, zeros(wanted[1]), zeros(wanted[2])};
 
   OptionalTensor stream;
   if (d_stream) stream = in_lines(*d_stream, normalized_shape.size());
@@ -159,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   if (!wanted[1] && !wanted[2]) {
     at::parallel_for(0, all_lines, at::divup(kGrain, len),
                      [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
-    return {d_x, d_weight, d_bias};
+    return {d_x, zeros(false), zeros(false)};
   }
   // One array of partial sums: the weight's, then the bias's.
   const ChunkedSum sum(2 * len, all_lines, len, acc);
@@ -171,10 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
              wanted[2] ? partial + bias_offset : nullptr);
     }
   });
-  const Tensor total = sum.total();
-  if (wanted[1]) d_weight.copy_(total.narrow(0, 0, len).view(normalized_shape));
-  if (wanted[2]) d_bias.copy_(total.narrow(0, len, len).view(normalized_shape));
-  return {d_x, d_weight, d_bias};
+  return {d_x, wanted[1] ? sum.total(0, normalized_shape) : zeros(false),
+          wanted[2] ? sum.total(len, normalized_shape) : zeros(false)};
 }
 
 }  // namespace

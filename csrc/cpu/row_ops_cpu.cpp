@@ -110,12 +110,17 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
                       const Tensor& index, const Tensor& slot, const OptionalTensor& layer_scale,
                       double scale, bool inplace) {
   const auto is_double = [](const Tensor& x) { return x.scalar_type() == at::kDouble; };
-  const auto acc = is_double(residual) || is_double(out) ? at::kDouble : at::kFloat;
+  const auto acc = is_double(y) || is_double(residual) || is_double(out) ? at::kDouble : at::kFloat;
   if (acc == at::kDouble && !(is_double(y) && is_double(residual) && is_double(out))) {
     // In the kernels double goes with double only: this is rare, and widening is exact.
-    const Tensor wide = at::empty_like(y, y.options().dtype(acc));
-    scatter_add_into(wide, residual.to(acc), out.to(acc), index, slot, layer_scale, scale, false);
-    y.copy_(wide);
+    if (inplace) {
+      const Tensor kept = residual.index_select(0, index).to(acc);
+      const Tensor rows = at::arange(index.size(0), index.options());
+      scatter_add_into(kept, kept, out.to(acc), rows, rows, layer_scale, scale, true);
+      y.index_copy_(0, index, kept.to(y.scalar_type()));
+    } else {
+      scatter_add_into(y, residual.to(acc), out.to(acc), index, slot, layer_scale, scale, false);
+    }
     return;
   }
   // The strides of a tensor without elements mean nothing.
@@ -150,19 +155,14 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
                    [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-void check_scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
-                       const Tensor& slot, const OptionalTensor& layer_scale) {
-  check_rows_tensor(residual, "residual");
-  check_kept_rows(residual, index, slot);
-  check_out(residual, out, index);
-  if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
-  check_row_values(index, slot);
-}
-
 Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
                         const Tensor& slot, const OptionalTensor& layer_scale, double scale) {
   check_scatter_add(residual, out, index, slot, layer_scale);
-  const auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  check_row_values(index, slot);
+  auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  if (layer_scale &&
+      layer_scale->dim() > 0)  // as for any operand, one without dimensions is left out
+    dtype = c10::promoteTypes(dtype, layer_scale->scalar_type());
   Tensor y = empty_rows(residual, residual.size(0), dtype);
   if (y.numel() > 0)
     scatter_add_into(y, residual, out, index, slot, layer_scale, scale, /*inplace=*/false);
@@ -172,6 +172,7 @@ Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor&
 void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
                        const OptionalTensor& layer_scale, double scale) {
   check_scatter_add(residual, out, index, slot, layer_scale);
+  check_row_values(index, slot);
   at::assert_no_internal_overlap(residual);
   at::assert_no_overlap(residual, out);
   if (layer_scale) at::assert_no_overlap(residual, *layer_scale);
@@ -206,17 +207,17 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   }
 
   Tensor d_out = empty_rows(out ? *out : grad, index.size(0), dtype);
-  Tensor d_layer_scale = at::empty({0}, grad.options());
-  if (out) d_layer_scale = at::zeros(layer_scale->sizes(), layer_scale->options());
-  if (d_out.numel() == 0) return {d_out, d_layer_scale};
+  const Tensor none = at::empty({0}, grad.options());
+  if (d_out.numel() == 0) return {d_out, out ? at::zeros_like(*layer_scale) : none};
 
   c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
   if (out) tensors.push_back(&*out);
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
-    return scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale,
-                                     dtype);
+    const auto dense =
+        scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale, dtype);
+    return {d_out.copy_(std::get<0>(dense)), std::get<1>(dense)};
   }
   const auto kernel = kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
   TORCH_INTERNAL_ASSERT(kernel);
@@ -238,16 +239,18 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   if (!out) {
     at::parallel_for(0, elements, kGrain,
                      [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr); });
-    return {d_out, d_layer_scale};
+    return {d_out, none};
   }
   const ChunkedSum sum(gamma->numel(), elements, 1, acc);
   at::parallel_for(0, sum.chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       kernel(p, sum.begin(chunk), sum.end(chunk), sum.partial(chunk));
   });
-  const Tensor total = sum.total().as_strided(gamma->sizes(), gamma->strides());
-  d_layer_scale.copy_(total.sum_to_size(layer_scale->sizes()));
-  return {d_out, d_layer_scale};
+  // A layer scale that was written out for a whole row is summed back to its own shape.
+  Tensor total = sum.total(0, {gamma->numel()}).as_strided(gamma->sizes(), gamma->strides());
+  if (gamma->sizes() != layer_scale->sizes())
+    total = total.to(at::kDouble).sum_to_size(layer_scale->sizes());
+  return {d_out, total.to(layer_scale->scalar_type())};
 }
 
 }  // namespace

@@ -1,0 +1,62 @@
+"""Fixtures that several test files share."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomized: CI runs the same examples every time. `--hypothesis-profile=brief` is for the runs
+# of whole files in a subprocess, under another backend or instruction set; "thorough" looks for new
+# ones.
+_COMMON = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("repeatable", max_examples=60, **_COMMON)
+settings.register_profile("brief", max_examples=12, **_COMMON)
+settings.register_profile("thorough", max_examples=2000, **{**_COMMON, "derandomize": False})
+settings.load_profile("repeatable")
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers alone and after others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device on which the ops run here."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """Every allocation starts as NaN: an element that an op does not write shows."""
+    # With deterministic algorithms ATen fills what at::empty returns, on every device.
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Allocations that go past the dispatcher are filled by the CPU allocator (in half precision
+    # only every second element becomes NaN).
+    libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    junk_fill = ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    junk_fill.value = True
+    assert torch.empty(4).isnan().all()
+    yield
+    junk_fill.value = False
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

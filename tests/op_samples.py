@@ -1,0 +1,178 @@
+"""Arguments for every dispatcher op, made from a `Case`, and what the op should return for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case, Inputs
+from layouts import LAYOUTS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Arguments = tuple[Any, ...]
+
+
+def _rows_like(case: Case, rows: int, dtype: torch.dtype, layout: str) -> Tensor:
+    values = torch.randn((rows, *case.shape[1:]), generator=case.generator()).to(dtype)
+    return LAYOUTS[layout if rows else "contiguous"](values)
+
+
+def _norm_fields(inputs: Inputs) -> tuple[list[int], Tensor | None, Tensor | None, float, bool]:
+    norm = inputs.norm
+    assert norm is not None
+    bias = getattr(norm, "bias", None)
+    detached = [None if p is None else p.detach() for p in (norm.weight, bias)]
+    return list(norm.normalized_shape), *detached, norm.eps, isinstance(norm, nn.RMSNorm)
+
+
+def _statistics(kept: Tensor, dims: list[int], rms: bool) -> tuple[Tensor, Tensor]:
+    """The mean (empty for RMSNorm), flat, and the variance or mean square of each line."""
+    if rms:
+        return kept.new_empty(0), kept.square().mean(dims)
+    mean = kept.mean(dims, keepdim=True)
+    return mean.flatten(), (kept - mean).square().mean(dims)
+
+
+def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Arguments:
+    """The arguments of `op` in the setting of `case`."""
+    inputs = case.inputs(device)
+    x, rows = inputs.x.detach(), inputs.rows
+    index, slot = rows.index, rows.slot
+    layer_scale = None if inputs.layer_scale is None else inputs.layer_scale.detach()
+    kept = _rows_like(case, case.kept, case.dtype, case.layout).to(device)
+    out = _rows_like(case, case.kept, case.branch_dtype, case.grad_layout).to(device)
+    if op == "compact_rows":
+        return x, index
+    if op == "expand_rows":
+        return kept, index, slot
+    if op == "scatter_add_rows":
+        return x, out, index, slot, layer_scale, rows.scale
+    if op == "scatter_add_rows_":
+        return x.clone(), out, index, slot, layer_scale, rows.scale
+    if op == "scatter_add_rows_backward":
+        wanted = None if layer_scale is None else out
+        return inputs.grad, wanted, index, layer_scale, rows.scale, case.branch_dtype
+    shape, weight, bias, eps, rms = _norm_fields(inputs)
+    # In half precision, or beside it under autocast, the norm may write another dtype than x's.
+    dtype = case.dtype if torch.float64 in (case.dtype, case.branch_dtype) else case.branch_dtype
+    if op == "compact_norm":
+        return x, index, shape, weight, bias, eps, rms, dtype, True
+    d_stream = None if case.scale == 1.0 else inputs.grad.to(case.dtype)
+    acc = torch.float64 if case.dtype == torch.float64 else torch.float32
+    dims = list(range(-len(shape), 0))
+    mean, variance = _statistics(kept.to(acc), dims, rms)
+    rstd = (variance + eps).rsqrt().flatten()
+    wanted = [True, weight is not None, bias is not None]
+    d_normed = out.to(dtype)
+    return d_stream, d_normed, kept, mean, rstd, index, slot, shape, weight, rms, wanted
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
+
+
+def _scatter_add(
+    x: Tensor, out: Tensor, index: Tensor, slot: Tensor, layer_scale: Tensor | None, scale: float
+) -> Tensor:
+    added = out.double() * scale
+    if layer_scale is not None:
+        added = added * layer_scale.double()
+    return x.double().index_add(0, index, added)
+
+
+def _scatter_add_backward(
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    scaled = grad.double()[index] * scale
+    d_out = scaled if layer_scale is None else scaled * layer_scale.double()
+    if out is None:
+        return d_out, grad.new_empty(0).double()
+    return d_out, (scaled * out.double()).sum_to_size(layer_scale.shape)
+
+
+def _norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> Tensor:
+    if rms:
+        return F.rms_norm(x, shape, _double(weight), eps)
+    return F.layer_norm(x, shape, _double(weight), _double(bias), eps)
+
+
+def _compact_norm(
+    x: Tensor,
+    index: Tensor,
+    shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    keep_rows: bool,
+) -> tuple[Tensor, ...]:
+    kept = x.double()[index]
+    mean, variance = _statistics(kept, list(range(-len(shape), 0)), rms)
+    normed = _norm(kept, shape, weight, bias, eps, rms)
+    return normed, kept, mean, (variance + eps).rsqrt().flatten()
+
+
+def _compact_norm_backward(
+    d_stream: Tensor | None,
+    d_normed: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    shape: list[int],
+    weight: Tensor | None,
+    rms: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    kept = kept.double().requires_grad_()
+    gamma = torch.ones(shape) if weight is None else weight
+    gamma = gamma.double().requires_grad_()
+    stat_shape = kept.shape[: kept.dim() - len(shape)] + (1,) * len(shape)
+    dims = list(range(-len(shape), 0))
+    variance = _statistics(kept, dims, rms)[1]
+    eps = rstd.double().pow(-2).view(stat_shape) - variance.detach().view(stat_shape)
+    centered = kept if rms else kept - kept.mean(dims, keepdim=True)
+    x_hat = centered * (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    d_kept, d_gamma = torch.autograd.grad((x_hat * gamma), (kept, gamma), d_normed.double())
+    base = kept.new_zeros((slot.shape[0], *kept.shape[1:])) if d_stream is None else d_stream
+    nothing = kept.new_empty(0).detach()
+    return (
+        base.double().index_add(0, index, d_kept),
+        d_gamma if wanted[1] else nothing,
+        d_normed.double().sum_to_size(shape) if wanted[2] else nothing,
+    )
+
+
+# What each op computes, in float64.
+EXPECTED: dict[str, Callable[..., Any]] = {
+    "compact_rows": lambda x, index: x.double()[index],
+    "expand_rows": lambda kept, index, slot: kept.new_zeros(
+        (slot.shape[0], *kept.shape[1:]), dtype=torch.float64
+    ).index_copy(0, index, kept.double()),
+    "scatter_add_rows": _scatter_add,
+    "scatter_add_rows_": _scatter_add,
+    "scatter_add_rows_backward": _scatter_add_backward,
+    "compact_norm": _compact_norm,
+    "compact_norm_backward": _compact_norm_backward,
+}
+
+
+def call(function: Callable[..., Any], op: str, args: Arguments) -> tuple[Tensor, ...]:
+    """The results of an op as a tuple; of an in-place op, what it wrote."""
+    if op.endswith("_"):
+        written = args[0].clone()
+        assert function(written, *args[1:]) is None
+        return (written,)
+    results = function(*args)
+    return results if isinstance(results, tuple) else (results,)

@@ -1,0 +1,118 @@
+"""SDKERNELS_BACKEND and SDKERNELS_CPU_CAPABILITY: the same tests, run by other code."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdkernels import ops, traceable
+
+TESTS = Path(__file__).resolve().parent
+
+# Run in another process: what they test must not depend on who does the work.
+CORE = ["test_ops.py", "test_functional.py", "test_accuracy.py", "test_dropped_rows.py"]
+
+
+def run(program: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program with `environ` on top of the environment, without variables of ours."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=TESTS.parent,
+        env=clean | {"OMP_NUM_THREADS": "2"} | environ,
+        capture_output=True,
+        text=True,
+    )
+
+
+# Who serves the CPU, and why; then the tests that are named on the command line, if any.
+PROGRAM = """
+import sys
+from sdkernels import ops
+capability = ops.C.build_config()["cpu_capability"]
+print(*{(c.backend, c.reason) for c in ops.backend_table() if c.device == "cpu"}, capability)
+if sys.argv[1:]:
+    import pytest
+    sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def run_tests(selection: str, **environ: str) -> str:
+    """Run the core tests and return the line that says who served them."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=brief", "-k", selection]
+    result = run(PROGRAM, *options, *(str(TESTS / file) for file in CORE), **environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.splitlines()[0]
+
+
+def test_traceable_backend():
+    first_line = run_tests("not layouts", SDKERNELS_BACKEND="traceable")
+    assert first_line.startswith("('traceable', 'SDKERNELS_BACKEND=traceable')")
+
+
+def test_backend_by_name():
+    named = run(PROGRAM, SDKERNELS_BACKEND="cpp")
+    assert named.stdout.startswith("('cpp', 'SDKERNELS_BACKEND=cpp')"), named.stderr
+    chosen = run(PROGRAM, SDKERNELS_BACKEND="auto")
+    assert chosen.stdout.startswith("('cpp', 'native kernels')"), chosen.stderr
+
+
+@pytest.mark.parametrize(("backend", "is_pytorch_code"), [("traceable", True), ("cpp", False)])
+def test_backend_is_the_one_that_runs(backend, is_pytorch_code):
+    """Not only the one in the table."""
+    program = """
+import torch, sdkernels
+with torch.profiler.profile() as profiler:
+    torch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))
+print("aten::index_select" in {event.name for event in profiler.events()})
+"""
+    result = run(program, SDKERNELS_BACKEND=backend)
+    assert result.stdout.strip() == str(is_pytorch_code), result.stderr
+
+
+def test_invalid_backend():
+    result = run("import sdkernels", SDKERNELS_BACKEND="cuda")
+    assert result.returncode != 0
+    message = "SDKERNELS_BACKEND: expected one of auto, cpp, traceable, got 'cuda'"
+    assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def capabilities() -> list[str]:
+    """The instruction sets of this processor, from the message that refuses another one."""
+    refused = run(PROGRAM, SDKERNELS_CPU_CAPABILITY="none")
+    assert refused.returncode != 0
+    found = re.search(
+        r"SDKERNELS_CPU_CAPABILITY: expected one of (.*) on this processor, got 'none'$",
+        refused.stderr.splitlines()[-1],
+    )
+    assert found
+    return found[1].split(", ")
+
+
+def test_widest_instruction_set_is_chosen(capabilities):
+    assert ops.C.build_config()["cpu_capability"] in capabilities
+    if "SDKERNELS_CPU_CAPABILITY" not in os.environ:
+        assert ops.C.build_config()["cpu_capability"] == capabilities[0]
+    if platform.machine() == "x86_64":
+        every = ["avx512", "avx2", "baseline"]
+        assert capabilities == every[-len(capabilities) :]
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set(capability, capabilities):
+    if capability not in capabilities:
+        pytest.skip(f"this processor has {', '.join(capabilities)}")
+    if capability == capabilities[0]:
+        pytest.skip("this one serves every other test")
+    first_line = run_tests("not layouts and not opcheck", SDKERNELS_CPU_CAPABILITY=capability)
+    assert first_line.endswith(capability)
+
+
+def test_every_op_has_a_backend_on_every_device():
+    table = {(choice.op, choice.device) for choice in ops.backend_table()}
+    assert table == {(op, d) for op in traceable.OPS for d in ("cpu", "cuda", "other")}

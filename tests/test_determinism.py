@@ -1,0 +1,114 @@
+"""Same inputs, same bits: run after run, and for any number of threads."""
+
+import threading
+
+import pytest
+import torch
+from cases import Case, generated_cases
+from comparison import assert_same_bits, run_fused
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from sdkernels import KeptRows, StochasticDepth
+
+# Enough elements for seven threads, with sums over all of them: for layer_scale one number for each
+# element of a line, each line, one element of a row or everything.
+PARALLEL_CASES = [
+    Case("large", norm="layer", layer_scale="C"),
+    Case("large", norm="rms", layer_scale="C1"),
+    Case("large", norm="layer_2d", layer_scale="NC", layout="sequence_first"),
+    Case("large", norm="layer_no_bias", layer_scale="1"),
+    Case("large", dtype=torch.bfloat16, branch_dtype=torch.bfloat16, layer_scale="scalar"),
+    Case("large", branch_dtype=torch.bfloat16, norm="layer", layer_scale="C"),
+    Case("large", dtype=torch.float64, branch_dtype=torch.float64, norm="layer", layer_scale="C"),
+    Case("image", layout="channels_last", layer_scale="C1"),
+    Case("image", layer_scale="C1W"),
+]
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, value in first.items():
+        assert_same_bits(second[name], value)
+
+
+def run_ours(case: Case) -> dict[str, Tensor]:
+    """The case with a branch of elementwise functions: PyTorch's sums may follow the threads."""
+    inputs = case.inputs()
+    results = run_fused(inputs)
+    return {name: value for name, value in results.items() if not name.startswith("branch.")}
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("case", PARALLEL_CASES, ids=str)
+def test_any_number_of_threads(case):
+    torch.set_num_threads(1)
+    expected = run_ours(case)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        assert_same(expected, run_ours(case))
+
+
+@pytest.mark.parametrize("case", PARALLEL_CASES, ids=str)
+def test_run_after_run(case):
+    expected = run_ours(case)
+    for _ in range(5):
+        assert_same(expected, run_ours(case))
+
+
+@given(case=generated_cases())
+@settings(max_examples=30)
+def test_generated_cases(case):
+    assert_same(run_fused(case.inputs()), run_fused(case.inputs()))
+
+
+def test_backward_in_several_threads():
+    """Python threads that share a module, as nn.DataParallel runs them."""
+    module = StochasticDepth(
+        nn.Linear(64, 64), 0.5, norm=nn.LayerNorm(64), layer_scale=nn.Parameter(torch.rand(64))
+    )
+    inputs = [torch.randn(16, 48, 64) for _ in range(4)]
+    rows = [KeptRows.sample(16, 0.5) for _ in inputs]
+    expected = [
+        torch.autograd.grad(module(x, rows=r).square().sum(), list(module.parameters()))
+        for x, r in zip(inputs, rows, strict=True)
+    ]
+    results: list[list[tuple[Tensor, ...]]] = [[] for _ in inputs]
+    start = threading.Barrier(len(inputs))
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(5):
+            loss = module(inputs[i], rows=rows[i]).square().sum()
+            results[i].append(torch.autograd.grad(loss, list(module.parameters())))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, repeated in enumerate(results):
+        assert len(repeated) == 5
+        for gradients in repeated:
+            torch.testing.assert_close(gradients, expected[i])
+
+
+def test_sampling_in_several_threads():
+    """One generator drawn from by several threads: every draw is whole."""
+    generator = torch.Generator().manual_seed(0)
+    drawn: list[KeptRows] = []
+
+    def work() -> None:
+        for _ in range(200):
+            drawn.append(KeptRows.sample(64, 0.5, sampler="fixed", generator=generator))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(drawn) == 800
+    for rows in drawn:
+        assert rows.k == 32
+        assert torch.equal(rows.slot[rows.index], torch.arange(32))
+        assert (rows.slot >= 0).sum() == 32
+    assert len({tuple(rows.index.tolist()) for rows in drawn}) == 800

@@ -1,0 +1,37 @@
+"""The examples in the public docstrings are there, are run, and are run by plain `pytest`."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import sdkernels
+
+PUBLIC = [name for name in sdkernels.__all__ if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_a_docstring(name):
+    thing = getattr(sdkernels, name)
+    assert inspect.getdoc(thing)
+    module = importlib.import_module(thing.__module__)
+    found = doctest.DocTestFinder().find(thing, name, module=module)
+    examples = [example for test in found for example in test.examples]
+    # Shared is two lines that the docstring of its one user explains.
+    assert examples or name == "Shared"
+
+
+MODULES = ["sdkernels." + module.name for module in pkgutil.iter_modules(sdkernels.__path__)]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("._C")])
+def test_examples(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_pytest_collects_the_examples(pytestconfig):
+    assert "--doctest-modules" in pytestconfig.getini("addopts")
+    assert "sdkernels" in pytestconfig.getini("testpaths")

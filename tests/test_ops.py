@@ -1,0 +1,184 @@
+"""The dispatcher ops: literal cases, then against float64 and against traceable PyTorch code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, generated_cases
+from comparison import assert_close
+from hypothesis import given
+from layouts import layouts_for
+from op_samples import EXPECTED, arguments, call
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from sdkernels import traceable
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+OPS = torch.ops.sdkernels
+NORM_OPS = ("compact_norm", "compact_norm_backward")
+INDEX, SLOT = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
+
+
+def test_compact_rows():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert OPS.compact_rows(x, INDEX).tolist() == [[1, 2], [5, 6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.complex64])
+def test_compact_rows_of_other_dtypes(dtype):
+    x = torch.tensor([[1, 0], [0, 1], [1, 1]]).to(dtype)
+    kept = OPS.compact_rows(x, INDEX)
+    assert kept.dtype == dtype
+    assert torch.equal(kept, torch.tensor([[1, 0], [1, 1]]).to(dtype))
+
+
+def test_expand_rows():
+    kept = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert OPS.expand_rows(kept, INDEX, SLOT).tolist() == [[1, 2], [0, 0], [3, 4]]
+
+
+def test_scatter_add_rows():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    layer_scale = torch.tensor([1.0, 0.5])
+    expected = [[21, 22], [3, 4], [65, 46]]
+    assert OPS.scatter_add_rows(x, out, INDEX, SLOT, layer_scale, 2.0).tolist() == expected
+    assert x.tolist() == [[1, 2], [3, 4], [5, 6]]
+    OPS.scatter_add_rows_(x, out, INDEX, SLOT, layer_scale, 2.0)
+    assert x.tolist() == expected
+
+
+def test_scatter_add_rows_backward():
+    grad = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    layer_scale = torch.tensor([1.0, 0.5])
+    d_out, d_layer_scale = OPS.scatter_add_rows_backward(
+        grad, out, INDEX, layer_scale, 2.0, torch.float32
+    )
+    assert d_out.tolist() == [[2, 2], [10, 6]]
+    assert d_layer_scale.tolist() == [2 * (1 * 10 + 5 * 30), 2 * (2 * 20 + 6 * 40)]
+    d_out, nothing = OPS.scatter_add_rows_backward(
+        grad, None, INDEX, layer_scale, 2.0, torch.float32
+    )
+    assert d_out.tolist() == [[2, 2], [10, 6]]
+    assert nothing.shape == (0,)
+
+
+def test_compact_norm():
+    x = torch.tensor([[1.0, 3.0], [0.0, 0.0], [3.0, 4.0]])
+    weight, bias = torch.tensor([2.0, 3.0]), torch.tensor([10.0, 20.0])
+    layer = OPS.compact_norm(x, INDEX, [2], weight, bias, 0.0, False, torch.float32, True)
+    normed, kept, mean, rstd = layer
+    assert normed.tolist() == [[8, 23], [8, 23]]
+    assert kept.tolist() == [[1, 3], [3, 4]]
+    assert mean.tolist() == [2, 3.5]
+    assert rstd.tolist() == [1, 2]
+    x = torch.tensor([[1.0, 7.0], [0.0, 0.0], [1.0, 1.0]])
+    rms = OPS.compact_norm(x, INDEX, [2], None, None, 0.0, True, torch.float32, False)
+    normed, kept, mean, rstd = rms
+    torch.testing.assert_close(normed, torch.tensor([[0.2, 1.4], [1.0, 1.0]]))
+    assert kept.shape == mean.shape == (0,)
+    torch.testing.assert_close(rstd, torch.tensor([0.2, 1.0]))
+
+
+def test_compact_norm_backward():
+    # One line of four: x_hat = (1, -1, 1, -1), and d_normed is chosen to have a simple projection.
+    kept = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    d_stream = torch.tensor([[100.0, 200.0, 300.0, 400.0], [1.0, 2.0, 3.0, 4.0]])
+    d_normed = torch.tensor([[4.0, 0.0, 0.0, 0.0]])
+    d_x, d_weight, d_bias = OPS.compact_norm_backward(
+        d_stream, d_normed, kept, torch.zeros(1), torch.ones(1), torch.tensor([1]),
+        torch.tensor([-1, 0]), [4], torch.tensor([1.0, 2.0, 3.0, 4.0]), False, [True, True, True],
+    )  # fmt: skip
+    # d_x_hat - mean(d_x_hat) - x_hat * mean(d_x_hat * x_hat) = (4,0,0,0) - 1 - x_hat
+    assert d_x.tolist() == [[100, 200, 300, 400], [1 + 2, 2 + 0, 3 - 2, 4 + 0]]
+    assert d_weight.tolist() == [4, 0, 0, 0]
+    assert d_bias.tolist() == [4, 0, 0, 0]
+
+
+def assert_same_layout(actual: Tensor, expected: Tensor) -> None:
+    """The same strides, but for dimensions that are never walked."""
+    assert actual.shape == expected.shape
+    if actual.numel():
+        walked = [d for d in range(actual.dim()) if actual.shape[d] > 1]
+        assert [actual.stride(d) for d in walked] == [expected.stride(d) for d in walked]
+
+
+def check(op: str, case: Case, device: torch.device) -> None:
+    if op in NORM_OPS and case.norm is None:
+        return
+    args = arguments(op, case, device)
+    actual = call(getattr(OPS, op), op, args)
+    same = call(traceable.OPS[op], op, args)
+    expected = EXPECTED[op](*args)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for i, (a, b, c) in enumerate(zip(actual, same, expected, strict=True)):
+        assert a.dtype == b.dtype, f"result {i}"
+        assert_same_layout(a, b)
+        assert_close(a, c, case.tolerance, f"result {i}")
+        assert_close(b, c, case.tolerance, f"result {i} of traceable")
+        if op in ("compact_rows", "expand_rows"):
+            assert torch.equal(a.double(), c)
+
+
+@pytest.mark.parametrize("op", traceable.OPS)
+@given(case=generated_cases(width=None))
+def test_generated_cases(op, case, device):
+    check(op, case, device)
+
+
+@pytest.mark.parametrize("op", traceable.OPS)
+def test_large(op, device):
+    """Work for several threads, in pieces that end within a line."""
+    check(op, Case("large", layout="sequence_first", norm="layer", layer_scale="C"), device)
+    check(op, Case("large", norm="rms", layer_scale="NC", layout="sliced"), device)
+
+
+OPCHECK_CASES = [
+    Case(norm="layer", layer_scale="C"),
+    Case(kept=0, norm="rms_plain"),
+    Case("conv", layout="channels_last", grad_layout="channels_last", layer_scale="C1"),
+    Case("wide", dtype=torch.bfloat16, layout="sequence_first", norm="layer_2d", scale=1.0),
+    Case("vector", batch=1, kept=1, layout="sliced", norm="rms", layer_scale="1"),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+@pytest.mark.parametrize("op", traceable.OPS)
+def test_opcheck(op, case, device):
+    """The schema says what the op writes, and the fake says what it returns."""
+    if op in NORM_OPS and case.norm is None:
+        case = replace(case, norm="layer")
+    torch.library.opcheck(getattr(OPS, op), arguments(op, case, device))
+
+
+LAYOUT_CASES = [
+    (layout, grad_layout)
+    for layout in layouts_for(4)
+    for grad_layout in ("contiguous", "channels_last", layout)
+]
+
+
+@pytest.mark.parametrize("op", traceable.OPS)
+def test_fake_layouts(op, device):
+    """A fake with other strides than the kernel's makes torch.compile compute nonsense."""
+    for layout, grad_layout in LAYOUT_CASES:
+        for kept in (0, 5, 8):
+            case = Case(
+                "conv",
+                kept=kept,
+                layout=layout,
+                grad_layout=grad_layout,
+                norm="layer",
+                layer_scale="C1",
+            )
+            args = arguments(op, case, device)
+            with FakeTensorMode() as mode:
+                fakes = tree_map_only(Tensor, mode.from_tensor, args)
+                faked = call(getattr(OPS, op), op, fakes)
+            for result, fake in zip(call(getattr(OPS, op), op, args), faked, strict=True):
+                assert result.dtype == fake.dtype
+                assert_same_layout(fake, result)

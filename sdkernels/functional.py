@@ -402,7 +402,8 @@ def fused_stochastic_depth(
             rows of its own: the branch then maps a list of tensors to a list of tensors.
         branch: maps [k, ...] (and `args`) to [k, ...], row by row. With k = 0 it runs on an empty
             batch. It must not write into `x`.
-        p: drop probability, as in torchvision. With p = 0 the plain expression is computed.
+        p: drop probability, as in torchvision. With p = 0 the plain expression is
+            computed (unless `inplace`).
         mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
         training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain
             PyTorch operations.

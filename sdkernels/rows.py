@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -318,7 +318,7 @@ class DepthPlan:
     def sample(
         cls,
         batch: int,
-        drop_probs: Sequence[float],
+        drop_probs: Iterable[float],
         *,
         mode: str = "row",
         sampler: str = "bernoulli",
@@ -349,7 +349,7 @@ class DepthPlan:
         batch = _check_batch(batch)
         check_law(mode, sampler, rescale)
         check_generator(generator)
-        if not isinstance(drop_probs, Sequence) or isinstance(drop_probs, str):
+        if not isinstance(drop_probs, Iterable) or isinstance(drop_probs, str):
             raise TypeError(
                 f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
             )

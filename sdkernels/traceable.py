@@ -161,9 +161,10 @@ def compact_norm_backward(
             d_kept = d_kept - d_x_hat.mean(dims, keepdim=True)
         d_kept = d_kept * rstd
         if d_stream is None:
-            d_x = expand_rows(d_kept.to(kept.dtype), index, slot)
+            d_x = expand_rows(d_kept.to(kept.dtype), index, slot).contiguous()
         else:
-            d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, 1.0).to(kept.dtype)
+            d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, 1.0)
+            d_x = d_x.to(kept.dtype).contiguous()
     if wanted[1]:
         d_weight = (d * x_hat).sum_to_size(normalized_shape)
     if wanted[2]:

@@ -150,7 +150,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last_sliced_height": lambda x: LAYOUTS["channels_last"](x)[:, :, 1:],
 }
 # These as well, but not together with a layer scale of [C, 1, 1]: that is written out for one row.
-MORE_VIEWS = VIEWS | {"reversed": LAYOUTS["reversed"], "sliced_width": lambda x: x[..., 1:-1]}
+MORE_VIEWS = VIEWS | {"sliced_width": lambda x: x[..., 1:-1]}
 SMALL = 4096  # layer_scale and weights in float32, and the like
 
 
@@ -168,7 +168,7 @@ def test_no_temporaries(view, dtype):
     x = make_x(view, dtype)
     rows = every_second(x)
     out = compact_rows(x, rows)
-    layer_scale = torch.rand(x.shape[1], 1, 1)
+    layer_scale = torch.rand(x.shape[1], 1, 1).to(dtype)
     assert peak_bytes(lambda: torch.empty(1000)) == 4000  # that this measures anything at all
     assert peak_bytes(lambda: compact_rows(x, rows)) == output_bytes(out)
     scattered = peak_bytes(lambda: scatter_add_rows(x, out, rows, layer_scale))

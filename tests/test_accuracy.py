@@ -151,7 +151,10 @@ def floats_around_halves(dtype: torch.dtype) -> Tensor:
     info = torch.finfo(torch.float32)
     rest = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, 1e-45]
     edge = [65519.9, 65520.0, 65520.1, -65520.0, 65536.0, 1e5, -1e30]
-    return torch.cat([points, up, down, torch.tensor(rest + edge), torch.randn(1000) * 1e-6])
+    # Rounded like numbers, the first two of these would become infinity, the others zero.
+    nans = torch.tensor([0x7F800001, -0x7FFFFF, 0x7FFFFFFF, -1], dtype=torch.int32)
+    rest = torch.cat([torch.tensor(rest + edge), nans.view(torch.float32)])
+    return torch.cat([points, up, down, rest, torch.randn(1000) * 1e-6])
 
 
 @pytest.mark.parametrize("cut", [0, 5])

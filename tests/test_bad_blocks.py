@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import native
 
 from sdkernels import (
     KeptRows,
@@ -102,6 +103,7 @@ OVERLAPS = {
 }
 
 
+@native
 @pytest.mark.parametrize("add", OVERLAPS.values(), ids=OVERLAPS.keys())
 def test_input_that_overlaps_what_is_written(add):
     x = X.clone()

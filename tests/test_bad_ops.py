@@ -2,14 +2,9 @@
 
 import pytest
 import torch
+from backends import native
 
-from sdkernels import ops
-
-# PyTorch code stays inside of its tensors without looking at these values first.
-pytestmark = pytest.mark.skipif(
-    any(choice.device == "cpu" and choice.backend != "cpp" for choice in ops.backend_table()),
-    reason="the native kernels do not serve the CPU",
-)
+pytestmark = native
 
 X = torch.arange(12.0).view(4, 3)
 OUT = torch.ones(2, 3)

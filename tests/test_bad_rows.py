@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import native
 
 from sdkernels import (
     KeptRows,
@@ -9,19 +10,12 @@ from sdkernels import (
     compact_rms_norm,
     compact_rows,
     fused_stochastic_depth,
-    ops,
     scatter_add_rows,
 )
 
 X = torch.arange(12.0).view(4, 3)
 INDEX = torch.tensor([0, 2])
 HUGE = 2**40
-
-# PyTorch code needs no look at the values for its own sake: it stays inside of its tensors.
-native = pytest.mark.skipif(
-    any(choice.device == "cpu" and choice.backend != "cpp" for choice in ops.backend_table()),
-    reason="the native kernels do not serve the CPU",
-)
 
 VALUES = {
     "too-large": ([0, 4], [0, -1, -1, -1], r"rows\.index: entry 1 is 4, .*from 0 to 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,6 +67,17 @@ def _refusal(op: str, reason: str) -> Callable[..., object]:
     return refuse
 
 
+def _override(
+    library: torch.library.Library, op: str, function: Callable[..., object], device: str
+) -> None:
+    with warnings.catch_warnings():
+        # PyTorch warns of every override; this one was asked for.
+        warnings.filterwarnings(
+            "ignore", message="(?s).*[Oo]verriding a previously registered kernel"
+        )
+        library.impl(op, function, device.upper(), allow_override=True)
+
+
 def _register_backends() -> tuple[torch.library.Library, list[BackendChoice]]:
     requested = _requested()
     library = torch.library.Library("sdkernels", "IMPL")
@@ -77,9 +89,9 @@ def _register_backends() -> tuple[torch.library.Library, list[BackendChoice]]:
             backend, reason = _choose(requested, device)
             table.append(BackendChoice(op, device, backend, reason))
             if backend == "none":
-                library.impl(op, _refusal(op, reason), device.upper(), allow_override=True)
+                _override(library, op, _refusal(op, reason), device)
             elif backend == "traceable" and not _missing("cpp", device):
-                library.impl(op, function, device.upper(), allow_override=True)
+                _override(library, op, function, device)
         table.append(BackendChoice(op, "other", "traceable", "PyTorch code, on any device"))
     return library, table
 

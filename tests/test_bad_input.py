@@ -174,6 +174,11 @@ PLAIN = {
 @cases(PLAIN)
 def test_where_every_row_runs(changes, error, message, options):
     assert_refused(changes, error, message, **options)
+    branch = changes.get("branch", identity)
+    several = {"x": [X, X], "branch": lambda xs, *args: [identity(xs[0]), branch(xs[1])]}
+    if "residual" in changes:
+        several["residual"] = [X, changes["residual"]]
+    assert_refused(changes | several, error, message, **options, inplace=True)
 
 
 def test_shared_argument_of_the_batch_size_stays_whole():
@@ -235,10 +240,10 @@ TARGETS = {
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
 @pytest.mark.parametrize(("make", "message"), TARGETS.values(), ids=TARGETS.keys())
 def test_inplace_where_pytorch_forbids_it(make, message, place, options):
-    call = {"branch": identity, "p": 0.5, "inplace": True, **options, **place(make())}
+    call = {"p": 0.5, "inplace": True, **options, **place(make())}
     given = tensors([call["x"], call.get("residual")])
     before = [tensor.detach().clone() for tensor in given]
     with pytest.raises(RuntimeError, match=message):
-        fused_stochastic_depth(**call)
+        fused_stochastic_depth(branch=lambda *_: pytest.fail("the branch ran first"), **call)
     for now, then in zip(given, before, strict=True):
         assert torch.equal(now, then)

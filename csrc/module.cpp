@@ -65,8 +65,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_add", scatter_add, no_gil);
   m.def("check_inplace", py::overload_cast<const at::Tensor&>(check_inplace), no_gil);
   m.def("check_scatter_add", check_scatter_add, no_gil);
-  py::class_<Draw>(m, "Draw").def(py::init<double, int64_t, bool>(), py::arg("keep"),
-                                  py::arg("count"), py::arg("whole_batch"));
+  py::class_<Draw>(m, "Draw")
+      .def(py::init<double, int64_t, bool>(), py::arg("keep"), py::arg("count"),
+           py::arg("whole_batch"))
+      .def(py::pickle(
+          [](const Draw& draw) { return py::make_tuple(draw.keep, draw.count, draw.whole_batch); },
+          [](const py::tuple& state) {
+            return Draw{state[0].cast<double>(), state[1].cast<int64_t>(), state[2].cast<bool>()};
+          }));
   m.def("sample_rows", sample_rows, no_gil);
   m.def("sample_plan", sample_plan, no_gil);
   m.def("build_config", build_config);

@@ -250,7 +250,8 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   Tensor total = sum.total(0, {gamma->numel()}).as_strided(gamma->sizes(), gamma->strides());
   if (gamma->sizes() != layer_scale->sizes())
     total = total.to(at::kDouble).sum_to_size(layer_scale->sizes());
-  return {d_out, total.to(layer_scale->scalar_type())};
+  // A sum written out for a row has the row's strides; the result has those of layer_scale.
+  return {d_out, at::empty_like(*layer_scale).copy_(total)};
 }
 
 }  // namespace

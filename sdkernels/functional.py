@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sdkernels.break_even import break_even, check_min_saving
 from sdkernels.ops import C
 from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
 from sdkernels.schedules import check_probability
@@ -237,8 +238,11 @@ def _open_branch(
     norm: nn.LayerNorm | nn.RMSNorm | None,
     residual: Tensor | None,
     inplace: bool,
+    whole: bool,
 ) -> tuple[Tensor, Tensor]:
     """The branch's input, and what its output is added to: by default x, through the same node."""
+    if whole:
+        return x if norm is None else norm(x), x if residual is None else residual
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
@@ -252,6 +256,30 @@ def _open_branch(
         shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
         kept, stream = _compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
     return kept, stream if residual is None else residual
+
+
+def _runs_whole(rows: KeptRows, min_saving: float | str, inplace: bool) -> bool:
+    """Whether the branch runs on every row, because so few are dropped.
+
+    In place it never does: the branch may save its input, which has to be a copy of the rows then.
+    """
+    if inplace or min_saving == 0.0:
+        return False
+    dropped = rows.batch - rows.k
+    return dropped < break_even(min_saving, rows.slot.device.type) * rows.batch
+
+
+def _kept_output(
+    out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
+) -> Tensor:
+    """The kept rows of the branch's output."""
+    if not whole:
+        _check_branch_output(out)
+        return out  # type: ignore[no-any-return]
+    _check_dense(base, out, layer_scale)
+    if rows.k == rows.batch:
+        return out  # type: ignore[no-any-return]
+    return C.compact(out, rows.index, rows.slot, False, False)[0]
 
 
 def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
@@ -385,6 +413,7 @@ def fused_stochastic_depth(
     generator: torch.Generator | None = None,
     empty: str = "run",
     inplace: bool = False,
+    min_saving: float | str = 0.0,
 ) -> Any:
     """Stochastic depth that runs the residual branch on the kept rows only.
 
@@ -432,6 +461,14 @@ def fused_stochastic_depth(
             leaves them without.
         inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
             the values of `x` are untouched, but autograd counts it as written.
+        min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
+            all B rows, and the kept rows of its output are added: the same rows, values and
+            gradients, to rounding. Memory follows B then, a branch with batch statistics sees the
+            whole batch, and a NaN or infinity in a dropped row can reach the gradients of the
+            branch's parameters. "auto": the share below which compaction was measured not to pay
+            (``python -m sdkernels.info`` shows it; ``SDKERNELS_MIN_SAVING`` sets it; 0 on devices
+            where it was not measured). For a list `x`, each tensor is decided on by itself. Has no
+            effect together with `inplace`. Default: 0, always compact.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.
@@ -470,6 +507,8 @@ def fused_stochastic_depth(
         _check_tensor(layer_scale, "layer_scale")
     if generator is not None:
         check_generator(generator)
+    if min_saving != 0.0:
+        min_saving = check_min_saving(min_saving)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
@@ -477,7 +516,18 @@ def fused_stochastic_depth(
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
         return _fused_list(
-            list(x), branch, args, norm, layer_scale, residual, rows, law, factor, empty, inplace
+            list(x),
+            branch,
+            args,
+            norm,
+            layer_scale,
+            residual,
+            rows,
+            law,
+            factor,
+            empty,
+            inplace,
+            min_saving,
         )
     if TYPE_CHECKING:  # a list of tensors has gone its own way
         assert isinstance(x, Tensor)
@@ -499,9 +549,11 @@ def fused_stochastic_depth(
         _check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return base
-    kept, stream = _open_branch(x, rows, norm, residual, inplace)
-    out = branch(kept, *[_branch_arg(arg, rows) for arg in args]) if args else branch(kept)
-    _check_branch_output(out)
+    whole = _runs_whole(rows, min_saving, inplace)
+    kept, stream = _open_branch(x, rows, norm, residual, inplace, whole)
+    chosen = None if whole else rows
+    out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
+    out = _kept_output(out, rows, base, layer_scale, whole)
     return C.scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
 
 
@@ -527,6 +579,7 @@ def _fused_list(
     factor: float,
     empty: str,
     inplace: bool,
+    min_saving: float | str,
 ) -> list[Tensor]:
     """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
@@ -565,22 +618,27 @@ def _fused_list(
     if empty == "skip" and not any(each.k for each in plan):
         return bases
 
+    whole = [_runs_whole(each, min_saving, inplace) for each in plan]
+    chosen = [None if all_rows else each for each, all_rows in zip(plan, whole, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
-    for x, each, base in zip(xs, plan, residuals, strict=True):
-        kept, stream = _open_branch(x, each, norm, base, inplace)
+    for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
+        kept, stream = _open_branch(x, each, norm, base, inplace, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
     kept_args = [
-        [_branch_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
+        [_branch_arg(entry, each) for entry, each in zip(arg, chosen, strict=True)]
         if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
         else _branch_arg(arg, None)
         for arg in args
     ]
     outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
+    outs = [
+        _kept_output(out, each, base, layer_scale, all_rows)
+        for out, each, base, all_rows in zip(outs, plan, bases, whole, strict=True)
+    ]
     for stream, out, each in zip(streams, outs, plan, strict=True):
         # All of them before the first is added, which may be in place.
-        _check_branch_output(out)
         C.check_scatter_add(stream, out, each.index, each.slot, layer_scale)
     return [
         C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)

@@ -75,6 +75,9 @@ PYBIND11_MODULE(_C, m) {
           [](const py::tuple& state) {
             return Draw{state[0].cast<double>(), state[1].cast<int64_t>(), state[2].cast<bool>()};
           }));
+  py::class_<StepKey>(m, "StepKey")
+      .def(py::init<uint64_t, uint64_t, uint64_t>(), py::arg("seed"), py::arg("step"),
+           py::arg("rank"));
   m.def("sample_rows", sample_rows, no_gil);
   m.def("sample_plan", sample_plan, no_gil);
   m.def("build_config", build_config);

@@ -132,8 +132,9 @@ class KeptRows:
         >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)
         >>> rows.slot
         tensor([ 0, -1,  1, -1])
-        >>> dataclasses.replace(rows, weight=torch.tensor([0.5, 1.0])).k
-        2
+        >>> from dataclasses import replace
+        >>> replace(rows, weight=torch.tensor([0.5, 1.0])).weight
+        tensor([0.5000, 1.0000])
     """
 
     index: Tensor

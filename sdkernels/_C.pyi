@@ -25,12 +25,18 @@ def scatter_add(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     inplace: bool,
 ) -> Tensor: ...
 def check_inplace(x: Tensor) -> None: ...
 def check_scatter_add(
-    residual: Tensor, out: Tensor, index: Tensor, slot: Tensor, layer_scale: Tensor | None
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
 ) -> None: ...
 
 class Draw:

@@ -150,7 +150,8 @@ def scatter_add_rows(
     """Add a branch's output to the kept rows.
 
     Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
-    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``.
+    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``. Where the
+    rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
 
     Args:
         x: [B, ...], floating point: the stream.
@@ -177,7 +178,15 @@ def scatter_add_rows(
     _check_tensor(out, "out")
     if layer_scale is not None:
         _check_tensor(layer_scale, "layer_scale")
-    return C.scatter_add(x, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+    return _scatter_add(x, out, rows, layer_scale, inplace)
+
+
+def _scatter_add(
+    stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
+) -> Tensor:
+    return C.scatter_add(
+        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
+    )
 
 
 def _compact_norm(
@@ -448,7 +457,8 @@ def fused_stochastic_depth(
             broadcasts against one row of it.
         residual: tensor to add to, of the branch's output shape. Default: `x`.
         rows: rows drawn elsewhere (a :class:`DepthPlan`, a mask); then `p`, `mode`, `sampler` and
-            `generator` are not used in training, and the scale is that of the rows.
+            `generator` are not used in training, and scale and weights are those of the rows. In
+            evaluation rows are not used: a gate that holds there too needs ``training=True``.
         sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
             ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static.
         rescale: "train" divides by the survival probability in training (inverted scaling); "eval"
@@ -554,7 +564,7 @@ def fused_stochastic_depth(
     chosen = None if whole else rows
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
-    return C.scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+    return _scatter_add(stream, out, rows, layer_scale, inplace)
 
 
 def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
@@ -639,8 +649,8 @@ def _fused_list(
     ]
     for stream, out, each in zip(streams, outs, plan, strict=True):
         # All of them before the first is added, which may be in place.
-        C.check_scatter_add(stream, out, each.index, each.slot, layer_scale)
+        C.check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
-        C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)
+        _scatter_add(stream, out, each, layer_scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)
     ]

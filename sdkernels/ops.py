@@ -122,6 +122,7 @@ def _(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
     dtype = traceable.scatter_add_dtype(residual, out, layer_scale)
@@ -135,6 +136,7 @@ def _(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> None:
     return None
@@ -146,13 +148,17 @@ def _(
     out: Tensor | None,
     index: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    d_out = traceable.empty_rows(grad if out is None else out, index.shape[0], dtype)
-    if out is None or layer_scale is None:
-        return d_out, grad.new_empty(0)
-    return d_out, torch.empty_like(layer_scale)
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    return (
+        traceable.empty_rows(grad if out is None else out, index.shape[0], dtype),
+        torch.empty_like(layer_scale) if wanted[0] and layer_scale is not None else nothing,
+        torch.empty_like(row_weight) if wanted[1] and row_weight is not None else nothing.clone(),
+    )
 
 
 @torch.library.register_fake("sdkernels::compact_norm")
@@ -200,3 +206,9 @@ def _(
         kept.new_empty(normalized_shape if wanted[1] else 0, dtype=acc),
         kept.new_empty(normalized_shape if wanted[2] else 0, dtype=acc),
     )
+
+
+@torch.library.register_fake("sdkernels::compact_mask")
+def _(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size() if k is None else k
+    return mask.new_empty(count, dtype=torch.int64), mask.new_empty(mask.shape, dtype=torch.int64)

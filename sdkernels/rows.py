@@ -118,20 +118,29 @@ class KeptRows:
         index: [k] int64, the kept row numbers, unique and ascending.
         slot: [batch] int64, the inverse map: ``slot[index[j]] == j``, and -1 for a dropped row.
         scale: factor on the branch's output.
+        weight: [k] floating point, a further factor for each kept row, or None. It may require
+            grad: a gate that decides from the input which rows run the branch (Mixture-of-Depths,
+            SkipNet) is trained through it. It does not widen the dtype of the result.
 
     Raises:
-        TypeError: `index` or `slot` is not an int64 tensor, or `scale` no number.
-        ValueError: they are not contiguous vectors on one device, or keep more rows than there are.
+        TypeError: `index` or `slot` is not an int64 tensor, `scale` no number, or `weight` not a
+            floating point tensor.
+        ValueError: they are not contiguous vectors on one device, keep more rows than there are, or
+            `weight` does not have one entry a kept row.
 
     Example:
         >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)
         >>> rows.slot
         tensor([ 0, -1,  1, -1])
+        >>> from dataclasses import replace
+        >>> replace(rows, weight=torch.tensor([0.5, 1.0])).weight
+        tensor([0.5000, 1.0000])
     """
 
     index: Tensor
     slot: Tensor
     scale: float = 1.0
+    weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in (("index", self.index), ("slot", self.slot)):
@@ -153,12 +162,29 @@ class KeptRows:
             )
         if not isinstance(self.scale, Real):
             raise TypeError(f"scale: expected a number, got {type(self.scale).__name__}")
+        if self.weight is not None:
+            self._check_weight(self.weight)
+
+    def _check_weight(self, weight: object) -> None:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weight: expected a floating point tensor, got {got}")
+        if weight.shape != self.index.shape:
+            raise ValueError(
+                f"weight: expected shape [{self.k}], one entry a kept row, got {list(weight.shape)}"
+            )
+        if weight.device != self.index.device:
+            raise ValueError(
+                f"weight: expected the device of index, {self.index.device}, got {weight.device}"
+            )
 
     @classmethod
-    def _trusted(cls, index: Tensor, slot: Tensor, scale: float) -> KeptRows:
+    def _trusted(
+        cls, index: Tensor, slot: Tensor, scale: float, weight: Tensor | None = None
+    ) -> KeptRows:
         """Rows that this package has just drawn: no checks, this is on the path of every call."""
         rows = object.__new__(cls)
-        rows.__dict__.update(index=index, slot=slot, scale=scale)
+        rows.__dict__.update(index=index, slot=slot, scale=scale, weight=weight)
         return rows
 
     @classmethod
@@ -214,33 +240,52 @@ class KeptRows:
         return draw(_check_batch(batch), p, mode, sampler, rescale, generator, device)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, scale: float = 1.0) -> KeptRows:
+    def from_mask(
+        cls,
+        mask: Tensor,
+        scale: float = 1.0,
+        *,
+        k: int | None = None,
+        weight: Tensor | None = None,
+    ) -> KeptRows:
         """The rows where a mask is true.
-
-        Counting the rows of a CUDA mask waits for the device.
 
         Args:
             mask: [B] bool, true for a kept row.
             scale: factor on the branch's output.
+            k: the number of true entries. Default: it is counted, which for a CUDA mask waits for
+                the device.
+            weight: [k] or [B] floating point, a factor for each kept row or, of which those of the
+                kept rows are taken, for each row of the batch. Where k equals B both mean the same.
 
         Raises:
-            TypeError: `mask` is not a bool tensor.
-            ValueError: `mask` does not have one dimension.
+            TypeError: `mask` is not a bool tensor, `weight` not a floating point tensor, or `k` no
+                integer.
+            ValueError: `mask` does not have one dimension, `k` is not the number of its true
+                entries (on CUDA a wrong one stops the kernel that finds out), or `weight` has
+                another shape.
 
         Example:
             >>> KeptRows.from_mask(torch.tensor([True, False, True])).index
             tensor([0, 2])
+            >>> gate = torch.tensor([0.9, 0.2, 0.7])
+            >>> KeptRows.from_mask(gate > 0.5, weight=gate).weight
+            tensor([0.9000, 0.7000])
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected a bool tensor, got {got}")
         if mask.dim() != 1:
             raise ValueError(f"mask: expected shape [batch], got {tuple(mask.shape)}")
-        slot = torch.where(mask, mask.cumsum(0) - 1, -1)
-        return cls(mask.nonzero().flatten(), slot, scale)
+        if k is not None and (not isinstance(k, Integral) or isinstance(k, bool)):
+            raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+        index, slot = torch.ops.sdkernels.compact_mask(mask, k)
+        return cls(index, slot, scale, _weight_of_kept(weight, index, slot))
 
     @classmethod
-    def from_index(cls, index: Tensor, batch: int, scale: float = 1.0) -> KeptRows:
+    def from_index(
+        cls, index: Tensor, batch: int, scale: float = 1.0, *, weight: Tensor | None = None
+    ) -> KeptRows:
         """The rows with these numbers.
 
         Looking at a CUDA index waits for the device.
@@ -249,11 +294,12 @@ class KeptRows:
             index: [k] int64, unique and ascending, each in [0, batch).
             batch: number of rows B.
             scale: factor on the branch's output.
+            weight: [k] or [B] floating point, as in :meth:`from_mask`.
 
         Raises:
-            TypeError: `index` is not an int64 tensor.
+            TypeError: `index` is not an int64 tensor, or `weight` not a floating point tensor.
             ValueError: `index` is not a vector, not ascending, repeats a row or names one outside
-                the batch.
+                the batch, or `weight` has another shape.
 
         Example:
             >>> KeptRows.from_index(torch.tensor([1, 2]), batch=3).slot
@@ -278,7 +324,7 @@ class KeptRows:
                 )
         slot = index.new_full((batch,), -1)
         slot[index] = torch.arange(index.shape[0], device=index.device)
-        return cls(index, slot, scale)
+        return cls(index, slot, scale, _weight_of_kept(weight, index, slot))
 
     @property
     def batch(self) -> int:
@@ -292,11 +338,20 @@ class KeptRows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> KeptRows:
         """The same rows on another device."""
-        return KeptRows._trusted(
-            self.index.to(device, non_blocking=non_blocking),
-            self.slot.to(device, non_blocking=non_blocking),
-            self.scale,
+        index, slot, weight = (
+            None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.index, self.slot, self.weight)
         )
+        assert index is not None
+        assert slot is not None
+        return KeptRows._trusted(index, slot, self.scale, weight)
+
+
+def _weight_of_kept(weight: Tensor | None, index: Tensor, slot: Tensor) -> Tensor | None:
+    """The weights of the kept rows, from theirs or from those of the whole batch."""
+    if isinstance(weight, Tensor) and weight.shape == slot.shape != index.shape:
+        return weight.index_select(0, index)
+    return weight
 
 
 def draw(

@@ -59,28 +59,26 @@ def output_of(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def timm_model(path: str, **options: Any) -> Callable[[], nn.Module]:
+def timm_model(path: str, block: str | None = None, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         module, name = path.split(":")
-        found: Any = getattr(load(f"timm.models.{module}"), name)
-        return found(**{"num_classes": 5, "drop_path_rate": DROP, **options})
-
-    return make
-
-
-def vit(**options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        module: Any = load("timm.models.vision_transformer")
-        block = options.pop("block", None)
+        file = load(f"timm.models.{module}")
+        arguments = {"num_classes": 5, "drop_path_rate": DROP, **options}
         if block:
-            options["block_fn"] = getattr(module, block)
-        size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-        return module.VisionTransformer(**size, num_classes=5, drop_path_rate=DROP, **options)
+            arguments["block" if name == "ResNet" else "block_fn"] = getattr(file, block)
+        found: Any = getattr(file, name)
+        return found(**arguments)
 
     return make
 
 
 TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def timm_vit(**options: Any) -> Callable[[], nn.Module]:
+    return timm_model("vision_transformer:VisionTransformer", **TIMM_VIT, **options)
+
+
 SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
 
 
@@ -216,20 +214,30 @@ HF_STAGES = {
 HF_CONVNEXT = {"num_stages": 2, **HF_STAGES}
 
 NETS: dict[str, Net] = {
-    "timm-vit": Net(vit(), ("Block",)),
-    "timm-deit3": Net(vit(init_values=0.1, qk_norm=True), ("Block",)),
-    "timm-vit-post-norm": Net(vit(block="ResPostBlock", init_values=0.5), ("ResPostBlock",)),
+    "timm-vit": Net(timm_vit(), ("Block",)),
+    "timm-deit3": Net(timm_vit(init_values=0.1, qk_norm=True), ("Block",)),
+    "timm-vit-post-norm": Net(timm_vit(block="ResPostBlock", init_values=0.5), ("ResPostBlock",)),
     "timm-vit-parallel": Net(
-        vit(block="ParallelScalingBlock", qk_norm=True), ("ParallelScalingBlock",)
+        timm_vit(block="ParallelScalingBlock", qk_norm=True), ("ParallelScalingBlock",)
     ),
     "timm-vit-things": Net(
-        vit(block="ParallelThingsBlock", init_values=0.1), ("ParallelThingsBlock",)
+        timm_vit(block="ParallelThingsBlock", init_values=0.1), ("ParallelThingsBlock",)
     ),
     "timm-relpos": Net(
         timm_model(
             "vision_transformer_relpos:VisionTransformerRelPos", **TIMM_VIT, init_values=0.1
         ),
         ("RelPosBlock",),
+    ),
+    "timm-relpos-post-norm": Net(
+        timm_model(
+            "vision_transformer_relpos:VisionTransformerRelPos",
+            **TIMM_VIT,
+            shared_rel_pos=True,
+            rel_pos_type="bias",
+            block="ResPostRelPosBlock",
+        ),
+        ("ResPostRelPosBlock",),
     ),
     "timm-eva": Net(
         timm_model("eva:Eva", **TIMM_VIT, use_rot_pos_emb=True, init_values=0.1), ("EvaBlock",)
@@ -306,23 +314,23 @@ NETS: dict[str, Net] = {
         ("ConvNeXtBlock", "PartitionAttentionCl"),
     ),
     "timm-resnet": Net(
-        lambda: timm_model(
+        timm_model(
             "resnet:ResNet",
-            block=load("timm.models.resnet").BasicBlock,
+            block="BasicBlock",
             layers=(1, 2, 1, 1),
             channels=(64, 64, 64, 64),
-        )(),
+        ),
         ("BasicBlock",),
         batch_norm=True,
     ),
     "timm-resnet-bottleneck": Net(
-        lambda: timm_model(
+        timm_model(
             "resnet:ResNet",
-            block=load("timm.models.resnet").Bottleneck,
+            block="Bottleneck",
             layers=(1, 2, 1, 1),
             channels=(16, 16, 16, 16),
             block_args={"attn_layer": "se"},
-        )(),
+        ),
         ("Bottleneck",),
         batch_norm=True,
     ),

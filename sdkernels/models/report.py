@@ -178,7 +178,7 @@ def _flops(model: nn.Module, args: Any, kwargs: Any) -> dict[int, int]:
             )
         )
     try:
-        with torch.no_grad(), counter:
+        with counter:
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -515,7 +515,7 @@ def test_a_changed_forward_is_left_alone(monkeypatch):
     report = sdkernels.patch(VIT.model())
     assert not report.patched
     assert len(report.left) == 2
-    assert "its forward is not one that is known: timm" in report.left[0].reason
+    assert "its forward is not one that is known: this is timm" in report.left[0].reason
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -20,6 +20,7 @@ DROP_PATHS = {
     "597794de8b05": "drop_prob",  # timm
     "0eec8523c183": "p",  # torchvision
     "c7b6cfc90bf4": "drop_prob",  # transformers
+    "7147c45d5530": "drop_prob",  # transformers before 5.14
 }
 
 # Fingerprint of the forward -> the attribute that holds the factor on the last dimension, and

@@ -64,16 +64,18 @@ def _file_of(library: str) -> ModuleType:
     return importlib.import_module(f"sdkernels.models.{library}")
 
 
-def find_known(kind: type) -> Known | None:
-    """The entry of a class, None if there is none."""
+def find_known(kind: Any) -> Known | None:
+    """The entry of a class, None if there is none: the one of its forward, if it has several."""
     library = kind.__module__.partition(".")[0]
     if library not in LIBRARIES:
         return None
     path = f"{kind.__module__}:{kind.__qualname__}"
-    entry: Known | None = next((k for k in _file_of(library).KNOWN if k.path == path), None)
-    if entry is None or getattr(sys.modules[kind.__module__], kind.__name__, None) is not kind:
+    entries: list[Known] = [known for known in _file_of(library).KNOWN if known.path == path]
+    there: Any = getattr(sys.modules[kind.__module__], kind.__name__, None)
+    if not entries or there is not kind:
         return None
-    return entry
+    read = fingerprint(kind.forward) or ""
+    return next((known for known in entries if read in known.fingerprints), entries[0])
 
 
 def library_version(library: str) -> str:
@@ -96,10 +98,10 @@ def _class_obstacle(kind: Any) -> str | None:
     if (fingerprint(kind.forward) or "") in known.fingerprints:
         return None
     library = kind.__module__.partition(".")[0]
-    read = ", ".join(dict.fromkeys(known.fingerprints.values()))
+    versions = ", ".join(dict.fromkeys(known.fingerprints.values()))
     return (
-        f"its forward is not one that is known: {library} {library_version(library)} is installed, "
-        f"read was {read}"
+        f"its forward is not one that is known: this is {library} {library_version(library)}, "
+        f"known are those of {versions}"
     )
 
 

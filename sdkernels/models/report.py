@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from sdkernels.models.blocks import Branch, PatchedBlock

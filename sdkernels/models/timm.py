@@ -19,13 +19,20 @@ NORMS = ("timm.layers.norm:LayerNorm",)
 # Vision transformers
 
 
-def _attention(block: Any, is_causal: bool) -> Any:
-    return lambda kept, mask: block.attn(kept, attn_mask=mask, is_causal=is_causal)
+def _attention(module: Any, is_causal: bool, **inputs: Any) -> Any:
+    """The attention module as a branch of x and a mask; older ones do not know every argument."""
+    if is_causal:
+        inputs["is_causal"] = True
+
+    def attend(kept: Tensor, mask: Tensor | None) -> Any:
+        return module(kept, **inputs) if mask is None else module(kept, attn_mask=mask, **inputs)
+
+    return attend
 
 
 def vit(block: Any, add: Add, x: Any, attn_mask: Any = None, is_causal: bool = False) -> Any:
     mask = (per_sample(attn_mask, x),)
-    attend = _attention(block, is_causal)
+    attend = _attention(block.attn, is_causal)
     x = add(0, x, attend, norm=block.norm1, layer_scale=block.ls1, args=mask)
     return add(1, x, block.mlp, norm=block.norm2, layer_scale=block.ls2)
 
@@ -34,7 +41,7 @@ def vit_post_norm(
     block: Any, add: Add, x: Any, attn_mask: Any = None, is_causal: bool = False
 ) -> Any:
     mask = (per_sample(attn_mask, x),)
-    x = add(0, x, _attention(block, is_causal), post_norm=block.norm1, args=mask)
+    x = add(0, x, _attention(block.attn, is_causal), post_norm=block.norm1, args=mask)
     return add(1, x, block.mlp, post_norm=block.norm2)
 
 
@@ -43,7 +50,7 @@ def vit_things(block: Any, add: Add, x: Any, attn_mask: Any = None, is_causal: b
     mask = (per_sample(attn_mask, x),)
     inputs, branch = x, 0
     for part in block.attns:
-        attend = _attention(part, is_causal)
+        attend = _attention(part.attn, is_causal)
         x = add(branch, inputs, attend, norm=part.norm, layer_scale=part.ls, residual=x, args=mask)
         branch += 1
     inputs = x
@@ -122,7 +129,7 @@ def eva(
     is_causal: bool = False,
 ) -> Any:
     def attend(kept: Tensor, rope: Tensor | None, mask: Tensor | None) -> Any:
-        return block.attn(kept, rope=rope, attn_mask=mask, is_causal=is_causal)
+        return _attention(block.attn, is_causal, rope=rope)(kept, mask)
 
     args = (per_sample(rope, x), per_sample(attn_mask, x))
     x = add(0, x, attend, norm=block.norm1, layer_scale=block.gamma_1, args=args)
@@ -138,7 +145,7 @@ def eva_post_norm(
     is_causal: bool = False,
 ) -> Any:
     def attend(kept: Tensor, rope: Tensor | None, mask: Tensor | None) -> Any:
-        return block.attn(kept, rope=rope, attn_mask=mask, is_causal=is_causal)
+        return _attention(block.attn, is_causal, rope=rope)(kept, mask)
 
     args = (per_sample(rope, x), per_sample(attn_mask, x))
     x = add(0, x, attend, post_norm=block.norm1, args=args)
@@ -311,106 +318,156 @@ MAXXVIT = "timm.models.maxxvit"
 EFFICIENTNET = "timm.models._efficientnet_blocks"
 
 KNOWN = (
-    Known(f"{VIT}:Block", vit, PRE_NORM, {"940bb11dd7a8": "1.0.31"}),
-    Known(f"{VIT}:ResPostBlock", vit_post_norm, POST_NORM, {"7b3cff7b7451": "1.0.31"}),
-    Known(f"{VIT}:ParallelScalingBlock", vit_parallel, ONE, {"aea4bca75f15": "1.0.31"}),
-    Known(f"{VIT}:ParallelThingsBlock", vit_things, things_branches, {"9e9b82399af9": "1.0.31"}),
-    Known(f"{RELPOS}:RelPosBlock", vit_relpos, PRE_NORM, {"c2f30f45b689": "1.0.31"}),
     Known(
-        f"{RELPOS}:ResPostRelPosBlock", vit_relpos_post_norm, POST_NORM, {"c5103e797977": "1.0.31"}
+        f"{VIT}:Block",
+        vit,
+        PRE_NORM,
+        {
+            "257e910ea1aa": "1.0.9 to 1.0.15",
+            "cb6dc2b12de0": "1.0.17 to 1.0.24",
+            "940bb11dd7a8": "1.0.26 to 1.0.31",
+        },
     ),
-    Known("timm.models.eva:EvaBlock", eva, GAMMAS, {"4d56d864d16f": "1.0.31"}),
-    Known("timm.models.eva:EvaBlockPostNorm", eva_post_norm, POST_NORM, {"f0830bf3b86f": "1.0.31"}),
-    Known("timm.models.beit:Block", beit, GAMMAS, {"0c7be284298e": "1.0.31"}),
-    Known("timm.models.cait:LayerScaleBlock", cait, CAIT, {"b5a910ce278e": "1.0.31"}),
+    Known(
+        f"{VIT}:ResPostBlock",
+        vit_post_norm,
+        POST_NORM,
+        {
+            "28aaf7ff3560": "1.0.9 to 1.0.15",
+            "045a9aa747f2": "1.0.17 to 1.0.24",
+            "7b3cff7b7451": "1.0.26 to 1.0.31",
+        },
+    ),
+    Known(f"{VIT}:ParallelScalingBlock", vit_parallel, ONE, {"aea4bca75f15": "1.0.26 to 1.0.31"}),
+    Known(
+        f"{VIT}:ParallelThingsBlock",
+        vit_things,
+        things_branches,
+        {"1197bc16a62e": "1.0.17 to 1.0.24", "9e9b82399af9": "1.0.26 to 1.0.31"},
+    ),
+    Known(f"{RELPOS}:RelPosBlock", vit_relpos, PRE_NORM, {"c2f30f45b689": "1.0.9 to 1.0.31"}),
+    Known(
+        f"{RELPOS}:ResPostRelPosBlock",
+        vit_relpos_post_norm,
+        POST_NORM,
+        {"c5103e797977": "1.0.9 to 1.0.31"},
+    ),
+    Known(
+        "timm.models.eva:EvaBlock",
+        eva,
+        GAMMAS,
+        {
+            "a52e7efbc9d7": "1.0.17 to 1.0.24",
+            "cf65c2513fb3": "1.0.26 to 1.0.28",
+            "4d56d864d16f": "1.0.30 to 1.0.31",
+        },
+    ),
+    Known(
+        "timm.models.eva:EvaBlockPostNorm",
+        eva_post_norm,
+        POST_NORM,
+        {"37ec27b98156": "1.0.17 to 1.0.24", "f0830bf3b86f": "1.0.26 to 1.0.31"},
+    ),
+    Known("timm.models.beit:Block", beit, GAMMAS, {"0c7be284298e": "1.0.9 to 1.0.31"}),
+    Known("timm.models.cait:LayerScaleBlock", cait, CAIT, {"b5a910ce278e": "1.0.9 to 1.0.31"}),
     Known(
         "timm.models.cait:LayerScaleBlockClassAttn",
         cait_class_attention,
         CAIT,
-        {"911b3fbdbe7a": "1.0.31"},
+        {"911b3fbdbe7a": "1.0.9 to 1.0.31"},
     ),
     Known(
         "timm.models.swin_transformer:SwinTransformerBlock",
         swin,
         two("norm1 attn", "norm2 mlp"),
-        {"9bfdecb8db80": "1.0.31"},
+        {"9bfdecb8db80": "1.0.9 to 1.0.31"},
     ),
     Known(
         "timm.models.swin_transformer_v2:SwinTransformerV2Block",
         swin_v2,
         POST_NORM,
-        {"9303c08dc32f": "1.0.31"},
+        {"9303c08dc32f": "1.0.9 to 1.0.31"},
     ),
     Known(
         "timm.models.swin_transformer_v2_cr:SwinTransformerV2CrBlock",
         swin_v2_cr,
         POST_NORM,
-        {"1af75b5bda2f": "1.0.31"},
+        {"1af75b5bda2f": "1.0.9 to 1.0.31"},
     ),
     Known(
         f"{MAXXVIT}:PartitionAttentionCl",
         partition,
         PRE_NORM,
-        {"34a730ad445b": "1.0.31"},
+        {"34a730ad445b": "1.0.9 to 1.0.31"},
         runs_empty=False,
     ),
     Known(
         f"{MAXXVIT}:PartitionAttention2d",
         partition,
         PRE_NORM,
-        {"34a730ad445b": "1.0.31"},
+        {"34a730ad445b": "1.0.9 to 1.0.31"},
         runs_empty=False,
     ),
     Known(
         f"{MAXXVIT}:ParallelPartitionAttention",
         partition,
         two("norm1 attn_block attn_grid ls1", "norm2 mlp ls2"),
-        {"34a730ad445b": "1.0.31"},
+        {"34a730ad445b": "1.0.9 to 1.0.31"},
         runs_empty=False,
     ),
     Known(
         f"{MAXXVIT}:TransformerBlock2d",
         transformer_2d,
         PRE_NORM,
-        {"0efc7d6fb44f": "1.0.31"},
+        {"0efc7d6fb44f": "1.0.9 to 1.0.31"},
         runs_empty=False,
     ),
-    Known(f"{MAXXVIT}:MbConvBlock", maxxvit_mbconv, ONE, {"e92a6f53d897": "1.0.31"}),
-    Known(f"{MAXXVIT}:ConvNeXtBlock", maxxvit_convnext, ONE, {"ffc7701d88e6": "1.0.31"}),
-    Known("timm.models.convnext:ConvNeXtBlock", convnext, ONE, {"29752f5d34d8": "1.0.31"}),
-    Known("timm.models.resnet:BasicBlock", resnet_basic, ONE, {"690265f6684b": "1.0.31"}),
-    Known("timm.models.resnet:Bottleneck", resnet_bottleneck, ONE, {"39fcc2a3b39e": "1.0.31"}),
-    Known(f"{EFFICIENTNET}:ConvBnAct", conv_bn_act, ONE, {"d6259b1da9ea": "1.0.31"}, no_skip),
+    Known(f"{MAXXVIT}:MbConvBlock", maxxvit_mbconv, ONE, {"e92a6f53d897": "1.0.9 to 1.0.31"}),
+    Known(f"{MAXXVIT}:ConvNeXtBlock", maxxvit_convnext, ONE, {"ffc7701d88e6": "1.0.9 to 1.0.31"}),
+    Known("timm.models.convnext:ConvNeXtBlock", convnext, ONE, {"29752f5d34d8": "1.0.9 to 1.0.31"}),
+    Known("timm.models.resnet:BasicBlock", resnet_basic, ONE, {"690265f6684b": "1.0.9 to 1.0.31"}),
+    Known(
+        "timm.models.resnet:Bottleneck", resnet_bottleneck, ONE, {"39fcc2a3b39e": "1.0.9 to 1.0.31"}
+    ),
+    Known(
+        f"{EFFICIENTNET}:ConvBnAct", conv_bn_act, ONE, {"d6259b1da9ea": "1.0.9 to 1.0.31"}, no_skip
+    ),
     Known(
         f"{EFFICIENTNET}:DepthwiseSeparableConv",
         depthwise_separable,
         ONE,
-        {"ac8cab2e52d0": "1.0.31"},
+        {"ac8cab2e52d0": "1.0.9 to 1.0.31"},
         no_skip,
     ),
     Known(
         f"{EFFICIENTNET}:InvertedResidual",
         inverted_residual,
         ONE,
-        {"25a74073d203": "1.0.31"},
+        {"25a74073d203": "1.0.9 to 1.0.31"},
         no_skip,
     ),
     Known(
         f"{EFFICIENTNET}:UniversalInvertedResidual",
         universal_inverted_residual,
         ONE,
-        {"4977ce26c143": "1.0.31"},
+        {"4977ce26c143": "1.0.9 to 1.0.31"},
         no_skip,
     ),
     Known(
         f"{EFFICIENTNET}:MobileAttention",
         mobile_attention,
         ONE,
-        {"ddf1d62f039c": "1.0.31"},
+        {"ddf1d62f039c": "1.0.9 to 1.0.31"},
         no_skip,
         runs_empty=False,
     ),
-    Known(f"{EFFICIENTNET}:EdgeResidual", edge_residual, ONE, {"ce1679761305": "1.0.31"}, no_skip),
+    Known(
+        f"{EFFICIENTNET}:EdgeResidual",
+        edge_residual,
+        ONE,
+        {"ce1679761305": "1.0.9 to 1.0.31"},
+        no_skip,
+    ),
 )
 
 __getattr__ = class_getter(__name__, KNOWN)

@@ -90,43 +90,51 @@ KNOWN = (
         "torchvision.models.swin_transformer:SwinTransformerBlock",
         swin,
         SWIN,
-        {"f641634b26b1": "0.28.0"},
+        {"f641634b26b1": "0.25.0 to 0.28.0"},
     ),
     Known(
         "torchvision.models.swin_transformer:SwinTransformerBlockV2",
         swin_v2,
         SWIN,
-        {"b23d1bf26f2c": "0.28.0"},
+        {"b23d1bf26f2c": "0.25.0 to 0.28.0"},
     ),
-    Known("torchvision.models.convnext:CNBlock", convnext, ONE, {"2130f34135bc": "0.28.0"}),
     Known(
-        "torchvision.models.efficientnet:MBConv", mbconv, ONE, {"3e0d2dfbdbfa": "0.28.0"}, no_skip
+        "torchvision.models.convnext:CNBlock", convnext, ONE, {"2130f34135bc": "0.25.0 to 0.28.0"}
+    ),
+    Known(
+        "torchvision.models.efficientnet:MBConv",
+        mbconv,
+        ONE,
+        {"3e0d2dfbdbfa": "0.25.0 to 0.28.0"},
+        no_skip,
     ),
     Known(
         "torchvision.models.efficientnet:FusedMBConv",
         mbconv,
         ONE,
-        {"3e0d2dfbdbfa": "0.28.0"},
+        {"3e0d2dfbdbfa": "0.25.0 to 0.28.0"},
         no_skip,
     ),
-    Known("torchvision.models.maxvit:MBConv", maxvit_mbconv, ONE, {"86340cf55f63": "0.28.0"}),
+    Known(
+        "torchvision.models.maxvit:MBConv", maxvit_mbconv, ONE, {"86340cf55f63": "0.25.0 to 0.28.0"}
+    ),
     Known(
         "torchvision.models.maxvit:PartitionAttentionLayer",
         maxvit_partition,
         PARTITION,
-        {"520e67f61751": "0.28.0"},
+        {"520e67f61751": "0.25.0 to 0.28.0"},
     ),
     Known(
         "torchvision.models.resnet:BasicBlock",
         resnet_basic,
         WITHOUT_DROP_PATH,
-        {"836796ccf4ec": "0.28.0"},
+        {"836796ccf4ec": "0.25.0 to 0.28.0"},
     ),
     Known(
         "torchvision.models.resnet:Bottleneck",
         resnet_bottleneck,
         WITHOUT_DROP_PATH,
-        {"10f3850da4b4": "0.28.0"},
+        {"10f3850da4b4": "0.25.0 to 0.28.0"},
     ),
 )
 

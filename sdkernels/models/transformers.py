@@ -35,7 +35,9 @@ def dinov2(
     """DINOv2's layer, and DINOv3's, which passes position embeddings through."""
 
     def attend(kept: Tensor, mask: Tensor | None) -> Any:
-        return block.attention(kept, attention_mask=mask, **kwargs)[0]
+        masked = {} if mask is None else {"attention_mask": mask}
+        out = block.attention(kept, **masked, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]  # a tensor in older versions
 
     mask = (_mask(attention_mask, hidden_states),)
     _check_kwargs(kwargs, hidden_states)
@@ -257,37 +259,66 @@ def _path(model: str, layer: str) -> str:
 
 
 KNOWN = (
-    Known(_path("dinov2", "Dinov2Layer"), dinov2, DINOV2, {"8247e3b0cb5c": "5.24.0"}),
+    Known(
+        _path("dinov2", "Dinov2Layer"),
+        dinov2,
+        DINOV2,
+        {"876b1e20e5b6": "5.0.0 to 5.14.0", "8247e3b0cb5c": "5.20.0 to 5.24.0"},
+    ),
     Known(
         _path("dinov2_with_registers", "Dinov2WithRegistersLayer"),
         dinov2,
         DINOV2,
-        {"8247e3b0cb5c": "5.24.0"},
+        {"876b1e20e5b6": "5.0.0 to 5.14.0", "8247e3b0cb5c": "5.20.0 to 5.24.0"},
     ),
-    Known(_path("dinov3_vit", "DINOv3ViTLayer"), dinov2, DINOV2, {"e33bb022ab38": "5.24.0"}),
-    Known(_path("beit", "BeitLayer"), beit, BEIT, {"025d39c920c6": "5.24.0"}),
+    Known(
+        _path("dinov3_vit", "DINOv3ViTLayer"),
+        dinov2,
+        DINOV2,
+        {"773f654c43bc": "5.0.0", "e33bb022ab38": "5.8.0 to 5.24.0"},
+    ),
+    Known(_path("beit", "BeitLayer"), data2vec, DATA2VEC, {"7524d101994e": "5.0.0 to 5.8.0"}),
+    Known(_path("beit", "BeitLayer"), beit, BEIT, {"025d39c920c6": "5.14.0 to 5.24.0"}),
     Known(
         "transformers.models.data2vec.modeling_data2vec_vision:Data2VecVisionLayer",
         data2vec,
         DATA2VEC,
-        {"7524d101994e": "5.24.0"},
+        {"7524d101994e": "5.0.0 to 5.24.0"},
     ),
-    Known(_path("swin", "SwinLayer"), swin, SWIN, {"29de81fee056": "5.24.0"}, runs_empty=False),
+    Known(
+        _path("swin", "SwinLayer"),
+        swin,
+        SWIN,
+        {"29de81fee056": "5.14.0 to 5.24.0"},
+        runs_empty=False,
+    ),
+    Known(
+        _path("swin", "SwinLayer"),
+        donut_swin,
+        SWIN,
+        {"6a6864f3abb5": "5.0.0 to 5.8.0"},
+        runs_empty=False,
+    ),
     Known(
         _path("donut", "DonutSwinLayer").replace("modeling_donut", "modeling_donut_swin"),
         donut_swin,
         SWIN,
-        {"6a6864f3abb5": "5.24.0"},
+        {"6a6864f3abb5": "5.0.0 to 5.24.0"},
         runs_empty=False,
     ),
-    Known(_path("swinv2", "Swinv2Layer"), swin_v2, SWIN_V2, {"f54c110f91c2": "5.24.0"}),
-    Known(_path("convnext", "ConvNextLayer"), convnext, ONE, {"124f736ee850": "5.24.0"}),
-    Known(_path("convnextv2", "ConvNextV2Layer"), convnext_v2, ONE, {"a84f0b74fa13": "5.24.0"}),
+    Known(_path("swinv2", "Swinv2Layer"), swin_v2, SWIN_V2, {"f54c110f91c2": "5.20.0 to 5.24.0"}),
+    Known(_path("convnext", "ConvNextLayer"), convnext, ONE, {"124f736ee850": "4.57.6 to 5.24.0"}),
+    Known(
+        _path("convnextv2", "ConvNextV2Layer"),
+        convnext_v2,
+        ONE,
+        {"a84f0b74fa13": "4.57.6 to 5.24.0"},
+    ),
     Known(
         _path("dinov3_convnext", "DINOv3ConvNextLayer"),
         dinov3_convnext,
         ONE,
-        {"baf3ff347101": "5.24.0"},
+        {"baf3ff347101": "4.57.6 to 5.24.0"},
     ),
 )
 

@@ -12,6 +12,7 @@ try:
         fused_stochastic_depth,
         scatter_add_rows,
     )
+    from sdkernels.models import patch, unpatch
     from sdkernels.modules import StochasticDepth
     from sdkernels.rows import DepthPlan, KeptRows
     from sdkernels.schedules import linear_decay, uniform
@@ -35,6 +36,8 @@ __all__ = [
     "compact_rows",
     "fused_stochastic_depth",
     "linear_decay",
+    "patch",
     "scatter_add_rows",
     "uniform",
+    "unpatch",
 ]

@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 EMPTY = ("run", "skip")
+# Forwards of subclasses of the two norms that compute what PyTorch's own do, each with what must
+# hold of the module for that. sdkernels.models adds those of other libraries.
+PLAIN_NORM_FORWARDS: dict[Callable[..., Any], Callable[[Any], bool]] = {}
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -228,16 +231,17 @@ def check_norm(norm: object) -> None:
 def _is_plain(norm: nn.LayerNorm | nn.RMSNorm) -> bool:
     """Whether calling the norm does what PyTorch's own forward does, and nothing else."""
     kind = nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm
-    return (
-        type(norm).forward is kind.forward
-        and "forward" not in norm.__dict__
-        and not (
-            norm._forward_hooks
-            or norm._forward_pre_hooks
-            or norm._backward_hooks
-            or norm._backward_pre_hooks
-            or _has_any_global_hook()
-        )
+    forward = type(norm).forward
+    if forward is not kind.forward:
+        computes_the_same = PLAIN_NORM_FORWARDS.get(forward)
+        if computes_the_same is None or not computes_the_same(norm):
+            return False
+    return "forward" not in norm.__dict__ and not (
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -1,0 +1,295 @@
+"""What a patched block is made of: its state, and the residual addition that its forward calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdkernels.functional import Shared, fused_stochastic_depth
+from sdkernels.models.parts import Law, drop_law, layer_scale_of
+from sdkernels.rows import KeptRows
+
+__all__ = [
+    "Add",
+    "BlockState",
+    "Branch",
+    "Options",
+    "PatchedBlock",
+    "chain",
+    "make_patched",
+    "per_sample",
+]
+
+Rows = KeptRows | list[KeptRows]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a class of blocks.
+
+    Args:
+        drop: dotted name of the drop path module; None where the class has none.
+        parts: names of the submodules and parameters that only this branch uses.
+    """
+
+    drop: str | None
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the op that hold for every branch of a model."""
+
+    mode: str | None = None  # None: as the drop path module says
+    sampler: str = "bernoulli"
+    rescale: str = "train"
+    empty: str = "run"
+    inplace: bool = False
+
+
+@dataclass
+class BlockState:
+    """What patch() leaves in a block, under the name ``_sdkernels``."""
+
+    options: Options
+    drops: tuple[str | None, ...]  # the drop path module of each branch
+    p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
+    rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
+    was_bound: bool = field(default=False, init=False)  # since the last forward outside of `use`
+
+    def __post_init__(self) -> None:
+        self.rows = [None] * len(self.drops)
+
+    def law(self, block: nn.Module, branch: int) -> Law | None:
+        """How the branch draws now; None where only its own drop path module can tell."""
+        p, name = self.p[branch], self.drops[branch]
+        drop = None if name is None else attrgetter(name)(block)
+        if drop is None or type(drop) is nn.Identity:  # what libraries make of p = 0
+            return Law(p or 0.0, "row", True, block.training)
+        own = drop_law(drop)
+        if p is None or own is None:
+            return own
+        return own._replace(p=p)
+
+
+class PatchedBlock:
+    """Base of the classes that patch() gives to blocks: ``isinstance(block, PatchedBlock)``."""
+
+    _sdkernels: BlockState
+    _original: type[nn.Module]
+    _runs_empty: bool
+
+
+def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:
+    """A tensor that attention broadcasts against [B, heads, N, ...], as an entry of ``args``.
+
+    One with four dimensions and B entries in the first belongs to the samples; with fewer, its
+    first dimension is heads or tokens, whatever its size.
+    """
+    if isinstance(value, list) and isinstance(x, list):
+        return [per_sample(each, crop) for each, crop in zip(value, x, strict=True)]
+    of_samples = (
+        isinstance(value, Tensor)
+        and isinstance(x, Tensor)
+        and value.dim() == 4
+        and value.shape[0] == x.shape[0]
+    )
+    return value if of_samples else Shared(value)
+
+
+def chain(steps: Sequence[Callable[..., Any] | None]) -> Callable[[Tensor], Tensor]:
+    """One step after the other, without those that a block does not have."""
+
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            if step is not None:
+                x = step(x)
+        return x
+
+    return run
+
+
+class _Composed:
+    """A branch with what could not be fused into the op around it, for one tensor or a list."""
+
+    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int) -> None:
+        self.steps = steps
+        self.branch = branch  # position of the branch proper, which gets the extra arguments
+
+    def __call__(self, kept: Any, *args: Any) -> Any:
+        if isinstance(kept, list):
+            return [
+                self._run(each, [a[i] if isinstance(a, list) else a for a in args])
+                for i, each in enumerate(kept)
+            ]
+        return self._run(kept, args)
+
+    def _run(self, kept: Any, args: Sequence[Any]) -> Any:
+        for position, step in enumerate(self.steps):
+            kept = step(kept, *args) if position == self.branch else step(kept)
+        return kept
+
+
+def _at_least_one(rows: Any) -> Any:
+    """Where no row is kept, the first one at a scale of 0, which adds nothing."""
+    if not isinstance(rows, KeptRows) or rows.k > 0 or rows.batch == 0:
+        return rows
+    first = torch.zeros(1, dtype=torch.int64)
+    return KeptRows.from_index(first, rows.batch, 0.0).to(rows.index.device)
+
+
+class Add:
+    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call."""
+
+    def __init__(self, block: Any, laws: list[Law]) -> None:
+        self.block = block
+        self.laws = laws
+
+    def __call__(
+        self,
+        index: int,
+        x: Any,
+        branch: Callable[..., Any],
+        *,
+        norm: nn.Module | None = None,
+        post_norm: nn.Module | None = None,
+        layer_scale: nn.Module | Tensor | None = None,
+        residual: Tensor | None = None,
+        args: Sequence[Any] = (),
+    ) -> Any:
+        """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
+
+        A norm and a layer scale that the op knows are fused; others are called on the kept rows.
+        `residual` is `x` by default. A stream that other branches read too is not written into.
+        """
+        state, law = self.block._sdkernels, self.laws[index]
+        options = state.options
+        p, rows = law.p, state.rows[index] if law.training else None
+        if isinstance(rows, KeptRows) and rows.k == rows.batch and rows.scale == 1.0:
+            rows, p = None, 0.0  # all of them, as they are
+
+        rescale = options.rescale if law.scaled or options.rescale != "train" else "none"
+        mode = options.mode or law.mode
+        runs_empty = self.block._runs_empty or options.empty == "skip"
+        if not runs_empty and law.training and (p > 0.0 or rows is not None):
+            if rows is None:
+                rows = KeptRows.sample(
+                    x.shape[0],
+                    p,
+                    mode=mode,
+                    sampler=options.sampler,
+                    rescale=rescale,
+                    device=x.device,
+                )
+            rows = _at_least_one(rows)
+
+        before: list[Callable[..., Any]] = []
+        after: list[Callable[..., Any]] = []
+        fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
+        if norm is not None and fused_norm is None:
+            before.append(norm)
+        if post_norm is not None:
+            after.append(post_norm)
+        if isinstance(layer_scale, nn.Module):
+            factor = layer_scale_of(layer_scale)
+            if factor is None:
+                after.append(layer_scale)
+        else:
+            factor = layer_scale
+        steps = [*before, branch, *after]
+        is_shared = residual is x  # the first of several branches of the same x
+        residual = None if is_shared else residual
+        return fused_stochastic_depth(
+            x,
+            _Composed(steps, len(before)),
+            p,
+            mode,
+            law.training,
+            args=args,
+            norm=fused_norm,
+            layer_scale=factor,
+            residual=residual,
+            rows=rows,
+            sampler=options.sampler,
+            rescale=rescale,
+            empty=options.empty,
+            inplace=options.inplace and not is_shared,
+        )
+
+
+def _check_recomputation() -> None:
+    """Refuse to draw new rows where activation checkpointing runs a block of a plan again."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "plan: a checkpointed block is run again in a backward outside of `use`; "
+            "call backward() inside the with statement"
+        )
+
+
+Body = Callable[..., Any]
+
+
+def make_patched(
+    original: type[nn.Module], body: Body, name: str, module: str, runs_empty: bool
+) -> type[nn.Module]:
+    """A subclass of a library's class of blocks whose forward is `body` where that saves anything.
+
+    `body` gets the block, an :class:`Add` and the arguments of the original forward. The class
+    keeps the name of the original: what looks for blocks by name (wrapping policies) finds them.
+    """
+    own_forward = original.forward
+
+    @functools.wraps(own_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self._sdkernels
+        bound = state.rows[0] is not None
+        if state.was_bound and not bound:
+            _check_recomputation()
+        state.was_bound = bound
+        laws = [state.law(self, branch) for branch in range(len(state.drops))]
+        scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
+        if None in laws:
+            if bound:
+                raise RuntimeError(
+                    f"plan: the drop path of a {original.__name__} has hooks or a class that is "
+                    "not known, so it draws for itself"
+                )
+        elif any(
+            law.p > 0.0 or (bound and law.training) for law in laws if law.training or scaled_later
+        ):
+            return body(self, Add(self, laws), *args, **kwargs)
+        if args and isinstance(args[0], list):
+            return _each(own_forward, self, args, kwargs)
+        return own_forward(self, *args, **kwargs)
+
+    members = {
+        "forward": forward,
+        "_original": original,
+        "_runs_empty": runs_empty,
+        "__module__": module,
+        "__qualname__": name,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (PatchedBlock, original), members)
+
+
+def _each(forward: Callable[..., Any], block: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The original forward for every tensor of a list."""
+
+    def entry(value: Any, crop: int) -> Any:
+        return value[crop] if isinstance(value, list) else value
+
+    return [
+        forward(
+            block,
+            *[entry(arg, crop) for arg in args],
+            **{key: entry(value, crop) for key, value in kwargs.items()},
+        )
+        for crop in range(len(args[0]))
+    ]

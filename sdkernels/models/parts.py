@@ -1,0 +1,110 @@
+"""The small modules that every library has a copy of: drop path, layer scale, pre-norm.
+
+Each is recognised by the fingerprint of its forward, and by nothing else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from sdkernels.functional import PLAIN_NORM_FORWARDS
+from sdkernels.models.fingerprint import fingerprint
+
+__all__ = ["Law", "drop_law", "is_bare", "layer_scale_of", "looks_like_drop_path", "trust_norm"]
+
+# Fingerprint of the forward -> the attribute that holds the drop probability.
+DROP_PATHS = {
+    "597794de8b05": "drop_prob",  # timm
+    "0eec8523c183": "p",  # torchvision
+    "c7b6cfc90bf4": "drop_prob",  # transformers
+    "7147c45d5530": "drop_prob",  # transformers before 5.14
+}
+
+# Fingerprint of the forward -> the attribute that holds the factor on the last dimension, and
+# whether channels come first instead.
+LAYER_SCALES = {
+    "63a5a6171aaf": ("gamma", False),
+    "8e82aabeef84": ("gamma", True),
+    "cd7fa93ee00c": ("lambda1", False),
+}
+
+# Forwards of subclasses of nn.LayerNorm that call F.layer_norm unless `_fast_norm` is set.
+NORMS = frozenset(("20262265935c",))
+
+
+class Law(NamedTuple):
+    """How a block's own drop path module draws."""
+
+    p: float
+    mode: str  # "row" or "batch"
+    scaled: bool  # divides by the survival probability
+    training: bool
+
+
+@cache
+def _drop_path_attribute(kind: Any) -> str | None:
+    return DROP_PATHS.get(fingerprint(kind.forward) or "")
+
+
+@cache
+def _layer_scale_attribute(kind: Any) -> tuple[str, bool] | None:
+    return LAYER_SCALES.get(fingerprint(kind.forward) or "")
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else of its own.
+
+    Hooks that are set for all modules at once (a profiler's) do not count.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def looks_like_drop_path(module: nn.Module) -> bool:
+    """Whether a module is a drop path of any library, known or not, by its name."""
+    name = type(module).__name__.lower()
+    return name.endswith(("droppath", "stochasticdepth", "drop_path"))
+
+
+def drop_law(drop: nn.Module) -> Law | None:
+    """The law of a drop path module; None where it is not known."""
+    kind: Any = type(drop)
+    attribute = _drop_path_attribute(kind)
+    if attribute is None or not is_bare(drop):
+        return None
+    p = getattr(drop, attribute)
+    return Law(
+        0.0 if p is None else float(p),
+        getattr(drop, "mode", "row"),
+        getattr(drop, "scale_by_keep", True),
+        drop.training,
+    )
+
+
+def layer_scale_of(module: nn.Module) -> Tensor | None:
+    """The tensor that a layer scale module multiplies by; None where it must be called instead."""
+    kind: Any = type(module)
+    attribute = _layer_scale_attribute(kind)
+    if attribute is None or not is_bare(module):
+        return None
+    name, channels_first = attribute
+    factor: Tensor = getattr(module, name)
+    return factor.view(-1, 1, 1) if channels_first else factor
+
+
+def _calls_layer_norm(norm: Any) -> bool:
+    return not norm._fast_norm
+
+
+def trust_norm(kind: Any) -> None:
+    """Let the op fuse norms of this class, if its forward is known to be that of nn.LayerNorm."""
+    if fingerprint(kind.forward) in NORMS:
+        PLAIN_NORM_FORWARDS[kind.forward] = _calls_layer_norm

@@ -1,0 +1,274 @@
+"""patch and unpatch, and running a patched model with the rows of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdkernels.functional import fused_stochastic_depth
+from sdkernels.models.blocks import BlockState, Branch, Options
+from sdkernels.models.parts import is_bare, looks_like_drop_path
+from sdkernels.models.registry import find_known, obstacle, original_class, patched_class
+from sdkernels.models.report import (
+    LeftAlone,
+    PatchedEntry,
+    PatchReport,
+    patched_blocks,
+    probabilities,
+)
+from sdkernels.rows import DepthPlan
+from sdkernels.schedules import check_probability, linear_decay
+
+__all__ = ["drop_probs", "patch", "unpatch", "use"]
+
+
+def patch(
+    model: nn.Module,
+    *,
+    drop_probs: float | Sequence[float] | None = None,
+    mode: str | None = None,
+    sampler: str = "bernoulli",
+    rescale: str = "train",
+    empty: str = "run",
+    inplace: bool = False,
+) -> PatchReport:
+    """Put the op into the blocks of a timm, torchvision or transformers model, in place.
+
+    ``x + drop_path(f(x))`` of every block whose class is known becomes
+    :func:`sdkernels.fused_stochastic_depth`: the branch is computed for the kept samples only,
+    with the block's pre-norm and layer scale fused. The drop probability is read from the block's
+    own drop path module at every call. In evaluation, and where no branch drops anything, the
+    original forward runs. Parameters, state dict, hooks, copies and pickles of the model stay as
+    they are; ``isinstance(block, type_of_before)`` holds. :func:`unpatch` undoes it.
+
+    A class is patched only if its forward is one that was read when its patch was written
+    (compared by a fingerprint of its source). Every other block with a drop path is left alone,
+    and the report says why.
+
+    Args:
+        model: a model, or any part of one. A model that is patched already is patched anew.
+        drop_probs: drop probabilities instead of the blocks' own. A number gives the blocks the
+            paper's linear schedule that ends there (:func:`sdkernels.linear_decay`); a sequence
+            has one entry a branch, in the order of the report. Blocks without a drop path
+            (torchvision's ResNet) are patched only if this is given.
+        mode: "row" or "batch". Default: as the block's drop path module says.
+        sampler, rescale, empty, inplace: as in :func:`sdkernels.fused_stochastic_depth`. With
+            ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
+            original forward that runs there.
+
+    Returns:
+        A report of the blocks that were patched and those that were not. It prints as a table.
+
+    Raises:
+        TypeError: `model` is not a module, or an option of the wrong kind.
+        ValueError: an option outside its range, or a number of `drop_probs` that is not the
+            number of branches. The model is as it was then.
+
+    Note:
+        What runs on the kept samples only: hooks on a block's submodules see k samples, BatchNorm
+        computes its statistics over them, and dropout inside a branch draws other numbers than
+        before. Hooks on a drop path module make its block run as before.
+
+    Example:
+        >>> patch(nn.Linear(4, 4)).patched
+        ()
+    """
+    _check_model(model)
+    # The op checks its own options; without training nothing is drawn.
+    options = Options(mode, sampler, rescale, empty, inplace)
+    fused_stochastic_depth(
+        torch.zeros(1, 1),
+        torch.neg,
+        0.0,
+        mode or "row",
+        training=False,
+        sampler=sampler,
+        rescale=rescale,
+        empty=empty,
+        inplace=inplace,
+    )
+    found, left = _find(model, drop_probs is not None)
+    overrides = iter(_overrides(drop_probs, [len(branches) for _, _, branches in found]))
+
+    unpatch(model)
+    for _, block, branches in found:
+        p = [next(overrides) for _ in branches]
+        block._sdkernels = BlockState(options, tuple(branch.drop for branch in branches), p)
+        block.__class__ = patched_class(type(block))
+    blocks = tuple(PatchedEntry(name, block, branches) for name, block, branches in found)
+    return PatchReport(model, blocks, left)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+Found = list[tuple[str, Any, tuple[Branch, ...]]]
+
+
+def _find(model: nn.Module, with_probabilities: bool) -> tuple[Found, tuple[LeftAlone, ...]]:
+    """The blocks to patch, and those with a drop path to leave alone."""
+    found: Found = []
+    left: dict[str, LeftAlone] = {}
+    drops: set[int] = set()  # drop path modules that are accounted for
+    for name, block in model.named_modules():
+        kind = original_class(block)
+        known = find_known(kind)
+        if known is None:
+            continue
+        reason = obstacle(block)
+        branches: tuple[Branch, ...] = ()
+        if reason is None:
+            branches = known.branches_of(block)
+            reason = _drop_obstacle(block, branches, with_probabilities)
+        if reason is None:
+            found.append((name, block, branches))
+            drops.update(id(attrgetter(b.drop)(block)) for b in branches if b.drop)
+        else:
+            left[name] = LeftAlone(name, kind, reason)
+    for name, parent in model.named_modules():
+        own = [child for child in parent.children() if looks_like_drop_path(child)]
+        if name not in left and any(id(child) not in drops for child in own):
+            left[name] = LeftAlone(name, type(parent), obstacle(parent) or "unknown class")
+    return found, tuple(left.values())
+
+
+def _drop_obstacle(
+    block: Any, branches: tuple[Branch, ...], with_probabilities: bool
+) -> str | None:
+    """What is wrong with the drop path modules of a block; None if nothing is."""
+    if not with_probabilities and all(branch.drop is None for branch in branches):
+        return "it has no drop path (drop_probs= gives it one)"
+    state = BlockState(Options(), tuple(branch.drop for branch in branches), [None] * len(branches))
+    for index, drop_name in enumerate(state.drops):
+        if drop_name is not None and state.law(block, index) is None:
+            drop = attrgetter(drop_name)(block)
+            if not is_bare(drop):
+                return "its drop path module has hooks"
+            return f"the class of its drop path, {type(drop).__name__}, is not known"
+    return None
+
+
+def _overrides(
+    drop_probs: float | Sequence[float] | None, counts: list[int]
+) -> list[float] | list[None]:
+    """The drop probability of every branch, None for the module's own."""
+    total = sum(counts)
+    if drop_probs is None:
+        return [None] * total
+    if isinstance(drop_probs, Real):
+        last = check_probability(drop_probs, "drop_probs")
+        schedule = linear_decay(len(counts), last)
+        return [p for p, count in zip(schedule, counts, strict=True) for _ in range(count)]
+    if isinstance(drop_probs, str) or not isinstance(drop_probs, Sequence):
+        raise TypeError(
+            "drop_probs: expected a number or a sequence of drop probabilities, got "
+            f"{type(drop_probs).__name__}"
+        )
+    if len(drop_probs) != total:
+        raise ValueError(
+            f"drop_probs: expected {total} entries, one for each branch of the blocks that can be "
+            f"patched, got {len(drop_probs)}"
+        )
+    return [check_probability(p, "drop_probs") for p in drop_probs]
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`: every block gets its class back.
+
+    Args:
+        model: a model, or any part of one, patched or not.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a block was given yet another class after it was patched (fully_shard does).
+
+    Example:
+        >>> type(unpatch(nn.Linear(4, 4))).__name__
+        'Linear'
+    """
+    _check_model(model)
+    blocks = patched_blocks(model)
+    for block in blocks:
+        if "_original" not in type(block).__dict__:
+            raise ValueError(
+                f"model: a {type(block).__name__} got its class after it was patched (fully_shard "
+                "does that), and cannot be unpatched"
+            )
+    for block in blocks:
+        block.__class__ = type(block)._original
+        del block.__dict__["_sdkernels"]
+    return model
+
+
+def drop_probs(model: nn.Module) -> list[float]:
+    """The drop probability of every branch of a patched model, in the order of plans.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        One probability a branch, as they are now: the blocks in the order of ``model.modules()``,
+        the branches of a block in the order in which they are added. For
+        :meth:`sdkernels.DepthPlan.sample`.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> drop_probs(nn.Linear(4, 4))
+        []
+    """
+    _check_model(model)
+    return [p for block in patched_blocks(model) for p in probabilities(block)]
+
+
+@contextmanager
+def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
+    """Run a patched model with the rows of a plan: ``plan[i]`` goes to its i-th branch.
+
+    The rows are bound to the branches, not handed out in the order of calls: a block that
+    activation checkpointing runs again in the backward finds its rows again, as long as
+    ``backward()`` is called inside the with statement (outside of it, that is an error).
+
+    Args:
+        model: a patched model.
+        plan: one entry a branch, in the order of :func:`drop_probs`: KeptRows, or a list of them
+            where the blocks get a list of tensors (multi-crop).
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the plan has another number of branches than the model. (Rows that do not fit
+            the batch are refused by the op.)
+
+    Example:
+        >>> with use(nn.Linear(4, 4), []):
+        ...     pass
+    """
+    _check_model(model)
+    states = [block._sdkernels for block in patched_blocks(model)]
+    total = sum(len(state.rows) for state in states)
+    if len(plan) != total:
+        raise ValueError(
+            f"plan: expected {total} branches as the model has, got {len(plan)} (draw it with "
+            "sdkernels.models.drop_probs(model))"
+        )
+    before = [state.rows for state in states]
+    rows = iter(plan)
+    try:
+        for state in states:
+            state.rows = [next(rows) for _ in state.rows]
+        yield
+    finally:
+        for state, previous in zip(states, before, strict=True):
+            state.rows = previous

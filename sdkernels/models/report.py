@@ -1,0 +1,187 @@
+"""What patch() did: which blocks it patched, which it left alone and why, and what that saves."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sdkernels.models.blocks import Branch, PatchedBlock
+
+__all__ = ["LeftAlone", "PatchReport", "PatchedEntry", "patched_blocks", "probabilities"]
+
+# What a block with one branch computes beside it.
+SHORTCUTS = ("shortcut", "downsample", "proj")
+
+
+def patched_blocks(model: nn.Module) -> list[Any]:
+    """The patched blocks of a model, in the order of plans."""
+    return [module for module in model.modules() if isinstance(module, PatchedBlock)]
+
+
+def probabilities(block: Any) -> list[float]:
+    """The drop probability of every branch of a patched block, as it is now."""
+    state = block._sdkernels
+    laws = [state.law(block, branch) for branch in range(len(state.drops))]
+    return [0.0 if law is None else law.p for law in laws]
+
+
+@dataclass(frozen=True)
+class PatchedEntry:
+    """A block that was patched."""
+
+    name: str
+    block: Any
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A block with a drop path that runs as before."""
+
+    name: str
+    kind: type[nn.Module]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PatchReport:
+    """What :func:`sdkernels.patch` did. ``print(report)`` shows a table.
+
+    Attributes:
+        model: the model.
+        patched: the blocks that were patched, in the order of plans.
+        left: the blocks with a drop path that were left alone, each with the reason.
+    """
+
+    model: nn.Module
+    patched: tuple[PatchedEntry, ...]
+    left: tuple[LeftAlone, ...]
+
+    @property
+    def drop_probs(self) -> list[float]:
+        """:func:`sdkernels.models.drop_probs` of the model."""
+        return [p for entry in self.patched for p in probabilities(entry.block)]
+
+    def use(self, plan: Any) -> AbstractContextManager[None]:
+        """:func:`sdkernels.models.use` with the model."""
+        from sdkernels.models.patching import use  # which imports this file
+
+        return use(self.model, plan)
+
+    def expected_saving(self, *args: Any, **kwargs: Any) -> float:
+        """The share of a training step's computation that dropped samples no longer cost.
+
+        The expectation over the drop probabilities as they are now; the memory of activations
+        follows it roughly.
+
+        Args:
+            args, kwargs: an input of the model (a batch of one will do). The model runs once on
+                it, in evaluation, and its matrix products and convolutions are counted. Without
+                an input, parameters are counted instead: close for transformers, too much for
+                convolutional nets, whose last stages have most of the parameters.
+
+        Returns:
+            A number from 0 to 1.
+        """
+        counts = _flops(self.model, args, kwargs) if args or kwargs else None
+        total = saved = 0.0
+        if counts is None:
+            total = float(sum(p.numel() for p in self.model.parameters()))
+        else:
+            total = float(counts.get(id(self.model), 0))
+        for entry in self.patched:
+            for branch, p in zip(entry.branches, probabilities(entry.block), strict=True):
+                if p > 0.0:
+                    saved += p * _size(entry.block, branch, counts)
+        return saved / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.patched)} blocks patched, {len(self.left)} left alone; expected saving "
+            f"{self.expected_saving():.1%} of the computation (by parameters)"
+        ]
+        rows = [
+            (entry.name or "(the model)", type(entry.block).__name__, _p_column(entry.block))
+            for entry in self.patched
+        ]
+        rows += [
+            (e.name or "(the model)", e.kind.__name__, f"left alone: {e.reason}") for e in self.left
+        ]
+        if rows:
+            rows.insert(0, ("block", "class", "drop probability"))
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+        for name, kind, rest in rows:
+            lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {rest}")
+        return "\n".join(lines)
+
+
+def _p_column(block: Any) -> str:
+    values = probabilities(block)
+    if not any(values):
+        return "0: runs its own forward"
+    return " ".join(f"{p:.4g}" for p in values)
+
+
+def _size(block: nn.Module, branch: Branch, counts: dict[int, int] | None) -> float:
+    """The parameters of a branch, or the operations that were counted in its modules."""
+
+    def size(module: nn.Module | nn.Parameter | None) -> int:
+        if module is None:
+            return 0
+        if isinstance(module, nn.Parameter):
+            return module.numel() if counts is None else 0
+        if counts is None:
+            return sum(p.numel() for p in module.parameters())
+        return counts.get(id(module), 0)
+
+    if branch.parts == ("",):
+        shortcuts = [getattr(block, name, None) for name in SHORTCUTS]
+        return size(block) - sum(map(size, shortcuts))
+    total = 0
+    for part in branch.parts:
+        owner: Any = block
+        for name in part.split("."):
+            owner = getattr(owner, name, None)
+        total += size(owner) if isinstance(owner, (nn.Module, nn.Parameter)) else 0
+    return total
+
+
+def _flops(model: nn.Module, args: Any, kwargs: Any) -> dict[int, int]:
+    """Operations in each module of the model, by the module's id, for one evaluation."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    counts: dict[int, int] = {}
+    counter = FlopCounterMode(display=False)
+    handles = []
+    for module in training:
+        started: list[int] = []
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda *_, started=started: started.append(counter.get_total_flops())
+            )
+        )
+        handles.append(
+            module.register_forward_hook(
+                lambda module, *_, started=started: counts.update(
+                    {
+                        id(module): counts.get(id(module), 0)
+                        + counter.get_total_flops()
+                        - started.pop()
+                    }
+                )
+            )
+        )
+    try:
+        with counter:
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, was_training in training.items():
+            module.training = was_training
+    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkernels.ops import C
+from sdkernels.ops import C, is_compiling
 from sdkernels.schedules import check_probability
 
 __all__ = ["DepthPlan", "KeptRows"]
@@ -94,16 +95,20 @@ def fixed_count(batch: int, p: float) -> int:
 @lru_cache(maxsize=4096)
 def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
     """What to draw, and the scale of the kept rows; the arguments were looked at before."""
+    count = fixed_count(batch, p) if sampler == "fixed" else -1
+    draw = C.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
+    return draw, _scale(batch, count, p, sampler, rescale)
+
+
+def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> float:
+    """The scale of the kept rows, of which "fixed" keeps `count`."""
     keep = 1.0 - p
     if sampler == "fixed":
-        count = fixed_count(batch, p)
         # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation,
         # so training must average to keep as well: 1 but for the rounding of count.
         inverse = batch / count if count else 1.0
-        scale = {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
-        return C.Draw(keep, count, False), scale
-    scale = 1.0 / keep if rescale == "train" and keep > 0 else 1.0
-    return C.Draw(keep, -1, mode == "batch"), scale
+        return {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
+    return 1.0 / keep if rescale == "train" and keep > 0 else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,9 +369,83 @@ def draw(
     device: torch.device | None,
 ) -> KeptRows:
     """KeptRows.sample for a `batch`, `p` and `generator` that were looked at before."""
+    if is_compiling():
+        return _draw_in_graph(batch, p, mode, sampler, rescale, generator, device)
     law, scale = _law(batch, p, mode, sampler, rescale)
     index, slot = C.sample_rows(batch, law, generator, device)
     return KeptRows._trusted(index, slot, scale)
+
+
+def _draw_in_graph(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> KeptRows:
+    device = torch.device("cpu") if device is None else device
+    if generator is None:
+        index, slot = torch.ops.sdkernels.sample_rows(batch, p, mode, sampler, device)
+    else:
+        index, slot = _sample_outside_graph(batch, p, mode, sampler, generator, device)
+    return KeptRows._trusted(index, slot, _scale(batch, index.shape[0], p, sampler, rescale))
+
+
+# The sampler as an op: an op of a graph runs at every call, where Python code has run when it was
+# traced. Its rows are those that eager code draws from the same seed. A CUDA graph would replay the
+# rows that it has seen, so Inductor leaves the op out of them.
+@torch.library.custom_op(
+    "sdkernels::sample_rows",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def _sample(
+    batch: int, p: float, mode: str, sampler: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    law, _ = _law(batch, p, mode, sampler, "none")
+    index, slot = C.sample_rows(batch, law, None, device)
+    # On a device they share the memory that was sent; a graph wants aligned tensors of their own.
+    return (index, slot) if device.type == "cpu" else (index.clone(), slot)
+
+
+@_sample.register_fake
+def _(batch: int, p: float, mode: str, sampler: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    if sampler == "fixed":
+        # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
+        count: int | torch.SymInt = fixed_count(int(batch), p)
+    else:
+        if not torch._dynamo.config.capture_dynamic_output_shape_ops:
+            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand")
+        count = torch.library.get_ctx().new_dynamic_size()
+        torch._check(count <= batch)
+    index = torch.empty(count, dtype=torch.int64, device=device)
+    return index, torch.empty(batch, dtype=torch.int64, device=device)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable loads the compiler
+def _sample_outside_graph(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    generator: torch.Generator,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    _warn_of_graph_break("rows from a generator= of their own")
+    law, _ = _law(batch, p, mode, sampler, "none")
+    return C.sample_rows(batch, law, generator, device)
+
+
+@lru_cache(maxsize=8)
+def _warn_of_graph_break(what: str) -> None:
+    """Once for each reason."""
+    warnings.warn(
+        f"sdkernels: drawing {what}, breaks the graph of a compiled region at every draw; draw a "
+        "DepthPlan outside of it and pass rows=, or see torch.compile in sdkernels' README",
+        stacklevel=3,
+    )
 
 
 class DepthPlan:

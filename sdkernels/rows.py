@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
 from numbers import Integral, Real
 from typing import Any
 
@@ -385,65 +386,95 @@ def _draw_in_graph(
     generator: torch.Generator | None,
     device: torch.device | None,
 ) -> KeptRows:
-    device = torch.device("cpu") if device is None else device
+    host = torch.device("cpu")
+    device = host if device is None else device
     if generator is None:
-        index, slot = torch.ops.sdkernels.sample_rows(batch, p, mode, sampler, device)
+        index, slot = torch.ops.sdkernels.sample_rows(
+            batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
+        )
     else:
-        index, slot = _sample_outside_graph(batch, p, mode, sampler, generator, device)
-    return KeptRows._trusted(index, slot, _scale(batch, index.shape[0], p, sampler, rescale))
+        index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
+    rows = KeptRows._trusted(index, slot, _scale(batch, index.shape[0], p, sampler, rescale))
+    return rows if device == host else rows.to(device, non_blocking=True)
+
+
+_draws = count()
+
+
+def _next_draw() -> int:
+    """A number of its own for each draw of a graph: PyTorch merges calls with equal arguments."""
+    return next(_draws)
+
+
+# What torch.compiler.assume_constant_result does, which loads the compiler: the number is a
+# constant of the graph.
+_next_draw.__dict__["_dynamo_marked_constant"] = True
 
 
 # The sampler as an op: an op of a graph runs at every call, where Python code has run when it was
-# traced. Its rows are those that eager code draws from the same seed. A CUDA graph would replay the
-# rows that it has seen, so Inductor leaves the op out of them.
+# traced. Its rows are those that eager code draws from the same seed. PyTorch saves and restores
+# the generator of `device` around an op that a checkpoint runs twice: rows are drawn on the host.
+# A CUDA graph would replay the rows that it has seen, so Inductor leaves the op out of them.
 @torch.library.custom_op(
     "sdkernels::sample_rows",
     mutates_args=(),
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
-def _sample(
-    batch: int, p: float, mode: str, sampler: str, device: torch.device
+def _sample_rows(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     law, _ = _law(batch, p, mode, sampler, "none")
     index, slot = C.sample_rows(batch, law, None, device)
-    # On a device they share the memory that was sent; a graph wants aligned tensors of their own.
-    return (index, slot) if device.type == "cpu" else (index.clone(), slot)
+    return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
 
 
-@_sample.register_fake
-def _(batch: int, p: float, mode: str, sampler: str, device: torch.device) -> tuple[Tensor, Tensor]:
+@_sample_rows.register_fake
+def _(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    kept: int | torch.SymInt
     if sampler == "fixed":
         # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
-        count: int | torch.SymInt = fixed_count(int(batch), p)
+        kept = fixed_count(int(batch), p)
     else:
         if not torch._dynamo.config.capture_dynamic_output_shape_ops:
-            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand")
-        count = torch.library.get_ctx().new_dynamic_size()
-        torch._check(count <= batch)
-    index = torch.empty(count, dtype=torch.int64, device=device)
+            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand,")
+        kept = torch.library.get_ctx().new_dynamic_size()
+        torch._check(kept <= batch)
+    index = torch.empty(kept, dtype=torch.int64, device=device)
     return index, torch.empty(batch, dtype=torch.int64, device=device)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable loads the compiler
 def _sample_outside_graph(
-    batch: int,
-    p: float,
-    mode: str,
-    sampler: str,
-    generator: torch.Generator,
-    device: torch.device,
+    batch: int, p: float, mode: str, sampler: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     _warn_of_graph_break("rows from a generator= of their own")
     law, _ = _law(batch, p, mode, sampler, "none")
-    return C.sample_rows(batch, law, generator, device)
+    return C.sample_rows(batch, law, generator, None)
 
 
 @lru_cache(maxsize=8)
 def _warn_of_graph_break(what: str) -> None:
     """Once for each reason."""
     warnings.warn(
-        f"sdkernels: drawing {what}, breaks the graph of a compiled region at every draw; draw a "
-        "DepthPlan outside of it and pass rows=, or see torch.compile in sdkernels' README",
+        f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; draw "
+        'a DepthPlan outside and pass rows=, or use sampler="fixed" and the default generator '
+        "(the README's section on torch.compile has more)",
         stacklevel=3,
     )
 
@@ -620,6 +651,10 @@ class DepthPlan:
     def __getitem__(self, branch: int) -> Any:
         if not isinstance(branch, int):
             raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
+        if is_compiling():
+            # Views that a graph remembers between calls are a reason to compile it again.
+            views = self._views_of(branch)
+            return views if self._is_list else views[0]
         view = self._views.get(branch)
         if view is None:
             views = self._views_of(branch)

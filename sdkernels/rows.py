@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from sdkernels.ops import C, is_compiling
 from sdkernels.schedules import check_probability
 
 __all__ = ["DepthPlan", "KeptRows"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MODES = ("row", "batch")
 SAMPLERS = ("bernoulli", "fixed")
@@ -393,22 +396,44 @@ def _draw_in_graph(
             batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
         )
     else:
+        _warn_of_graph_break("rows from a generator= of their own")
         index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
     rows = KeptRows._trusted(index, slot, _scale(batch, index.shape[0], p, sampler, rescale))
     return rows if device == host else rows.to(device, non_blocking=True)
 
 
+def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Has torch.compile call the function while it traces, and take the result for a constant.
+
+    It is ``torch.compiler.assume_constant_result``, which loads the compiler when it is called.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
 _draws = count()
 
 
+@_at_trace_time
 def _next_draw() -> int:
     """A number of its own for each draw of a graph: PyTorch merges calls with equal arguments."""
     return next(_draws)
 
 
-# What torch.compiler.assume_constant_result does, which loads the compiler: the number is a
-# constant of the graph.
-_next_draw.__dict__["_dynamo_marked_constant"] = True
+_warned: set[str] = set()
+
+
+@_at_trace_time
+def _warn_of_graph_break(what: str) -> None:
+    """Once for each reason."""
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(
+            f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; "
+            'draw a DepthPlan outside and pass rows=, or use sampler="fixed" and the default '
+            "generator (the README's section on torch.compile has more)",
+            stacklevel=2,
+        )
 
 
 # The sampler as an op: an op of a graph runs at every call, where Python code has run when it was
@@ -451,9 +476,11 @@ def _(
         # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
         kept = fixed_count(int(batch), p)
     else:
-        if not torch._dynamo.config.capture_dynamic_output_shape_ops:
+        try:
+            kept = torch.library.get_ctx().new_dynamic_size()
+        except RuntimeError:  # without fullgraph=True, PyTorch leaves such an op out of the graph
             _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand,")
-        kept = torch.library.get_ctx().new_dynamic_size()
+            raise
         torch._check(kept <= batch)
     index = torch.empty(kept, dtype=torch.int64, device=device)
     return index, torch.empty(batch, dtype=torch.int64, device=device)
@@ -463,20 +490,8 @@ def _(
 def _sample_outside_graph(
     batch: int, p: float, mode: str, sampler: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    _warn_of_graph_break("rows from a generator= of their own")
     law, _ = _law(batch, p, mode, sampler, "none")
     return C.sample_rows(batch, law, generator, None)
-
-
-@lru_cache(maxsize=8)
-def _warn_of_graph_break(what: str) -> None:
-    """Once for each reason."""
-    warnings.warn(
-        f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; draw "
-        'a DepthPlan outside and pass rows=, or use sampler="fixed" and the default generator '
-        "(the README's section on torch.compile has more)",
-        stacklevel=3,
-    )
 
 
 class DepthPlan:

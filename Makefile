@@ -16,6 +16,8 @@ RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 TOOLS := $(VENV)/.tools
 BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
+# Without their dependencies: each asks for torch, and pip would bring another build of it.
+LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/requirements.txt
 endif
 
 .PHONY: help build test bench lint clean
@@ -42,7 +44,8 @@ lint: $(TOOLS)
 	$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # The build writes this file last. Folders are listed by find too: a deleted source is a change.
-$(BUILT): $(TOOLS) pyproject.toml setup.py $(shell find csrc)
+$(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc)
+	$(LIBRARIES)
 	$(BUILD)
 
 # What compiles and lints; mypy needs torch as well. `test` and `bench` packages follow with the build.

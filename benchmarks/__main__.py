@@ -34,8 +34,8 @@ from rich.progress import (
 
 from benchmarks import figures, plots, report, targets
 from benchmarks.environment import environment
+from benchmarks.models import Case
 from benchmarks.presets import PRESETS, Preset, SelectionError, get_preset, select
-from benchmarks.providers import Case
 from benchmarks.training import steps_per_epoch, train
 
 HERE = Path(__file__).parent

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import correctness, memory
+from benchmarks.models import Case
 from benchmarks.presets import PRESETS, Rounds, SelectionError, get_preset, select
-from benchmarks.providers import Case, Workload
+from benchmarks.providers import Workload
 
 
 @dataclass(frozen=True)

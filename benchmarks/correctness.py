@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Case
+from benchmarks.models import Case
 
 # Largest error allowed, relative to the largest entry of the expected tensor: a few roundings of
 # the dtype, with room for the other order of summation in weight gradients over thousands of rows.

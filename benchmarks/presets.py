@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from benchmarks.providers import OPS, BlockCase, Case, HostCase, OpCase
+from benchmarks.libraries import is_installed
+from benchmarks.models import Case, ModelCase
+from benchmarks.providers import OPS, BlockCase, HostCase, OpCase
 from benchmarks.training import TrainingCase
 
 
@@ -47,6 +49,13 @@ def _op_cases(shape: tuple[int, int, int] = (64, 197, 384), k: int = 32) -> tupl
     )
 
 
+# Without timm they are left out.
+SMOKE_MODELS, MODELS = (
+    ((ModelCase(width=32, depth=2, heads=2, image=32, batch=8),), (ModelCase(),))
+    if is_installed("timm") and is_installed("torchvision")
+    else ((), ())
+)
+
 HEADLINE_BLOCKS = (
     BlockCase(width=384, tokens=197, batch=32, keep=0.5),
     BlockCase(width=384, tokens=197, batch=32, keep=0.75),
@@ -63,9 +72,15 @@ PRESETS = {
                 OpCase("compact", "fwd", "fp32", (8, 16, 32), 4),
                 OpCase("scatter_add", "bwd", "bf16", (8, 16, 32), 4),
                 BlockCase(width=32, tokens=16, batch=8, keep=0.5, head_width=16),
+                *SMOKE_MODELS,
                 HostCase(),
             ),
-            rounds={"op": Rounds(2, 2), "block": Rounds(2, 2), "host": Rounds(2, 2, 10)},
+            rounds={
+                "op": Rounds(2, 2),
+                "block": Rounds(2, 2),
+                "model": Rounds(2, 2),
+                "host": Rounds(2, 2, 10),
+            },
             training=TrainingCase(width=16, depth=2, heads=2, epochs=1, learning_rate=3e-3),
         ),
         Preset(
@@ -76,9 +91,15 @@ PRESETS = {
                 *_op_cases(),
                 BlockCase(width=192, tokens=197, batch=32, keep=0.5),
                 *HEADLINE_BLOCKS,
+                *MODELS,
                 HostCase(),
             ),
-            rounds={"op": Rounds(10, 10), "block": Rounds(9, 2), "host": Rounds(10, 3, 200)},
+            rounds={
+                "op": Rounds(10, 10),
+                "block": Rounds(9, 2),
+                "model": Rounds(5, 1),
+                "host": Rounds(10, 3, 200),
+            },
             training=TrainingCase(),
         ),
         Preset(
@@ -92,9 +113,15 @@ PRESETS = {
                 *HEADLINE_BLOCKS,
                 BlockCase(width=384, tokens=197, batch=32, keep=0.25),
                 BlockCase(width=768, tokens=197, batch=16, keep=0.5),
+                *MODELS,
                 HostCase(),
             ),
-            rounds={"op": Rounds(15, 15), "block": Rounds(12, 3), "host": Rounds(20, 5, 300)},
+            rounds={
+                "op": Rounds(15, 15),
+                "block": Rounds(12, 3),
+                "model": Rounds(9, 2),
+                "host": Rounds(20, 5, 300),
+            },
             training=TrainingCase(epochs=40),
         ),
     )

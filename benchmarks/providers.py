@@ -472,6 +472,3 @@ class HostCase:
                 yield Comparison(
                     provider, got, naive(KeptRows.from_mask(mask, scale=1 / self.keep))
                 )
-
-
-Case = OpCase | BlockCase | HostCase

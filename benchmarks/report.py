@@ -93,14 +93,14 @@ def op_table(cases: list[dict[str, Any]]) -> Table:
     return table
 
 
-def block_table(cases: list[dict[str, Any]]) -> Table:
-    """One line per block case and provider."""
+def block_table(cases: list[dict[str, Any]], title: str = "Blocks, forward + backward") -> Table:
+    """One line per block (or model) case and provider."""
     kinds = {
         f["memory"]["kind"] for case in cases for f in case["providers"].values() if f["memory"]
     }
     kind = kinds.pop() if len(kinds) == 1 else "memory"
     table = _table(
-        "Blocks, forward + backward",
+        title,
         MEMORY_NOTES.get(kind, ""),
         "case",
         "provider",
@@ -114,7 +114,7 @@ def block_table(cases: list[dict[str, Any]]) -> Table:
     for case in cases:
         for provider, f in case["providers"].items():
             table.add_row(
-                case["name"].removeprefix("block-"),
+                case["name"].removeprefix("block-").removeprefix("model-"),
                 SHORT_NAMES.get(provider, provider),
                 seconds(f["median"]),
                 _spread(f["spread"]),
@@ -125,6 +125,11 @@ def block_table(cases: list[dict[str, Any]]) -> Table:
             )
         table.add_section()
     return table
+
+
+def model_table(cases: list[dict[str, Any]]) -> Table:
+    """One line per model case and provider."""
+    return block_table(cases, "Models of timm, forward + loss + backward")
 
 
 def host_table(cases: list[dict[str, Any]]) -> Table:
@@ -227,7 +232,8 @@ def reach_table(outcomes: list[Outcome]) -> Table:
 def print_report(console: Console, results: dict[str, Any], outcomes: list[Outcome]) -> None:
     """Environment line, one table per kind that was run, and the targets."""
     console.print(environment_line(results["environment"]), highlight=False, soft_wrap=True)
-    for kind, table in (("op", op_table), ("block", block_table), ("host", host_table)):
+    tables = {"op": op_table, "block": block_table, "model": model_table, "host": host_table}
+    for kind, table in tables.items():
         cases = [case for case in results["cases"] if case["kind"] == kind]
         if cases:
             console.print()

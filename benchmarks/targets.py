@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.presets import HEADLINE_BLOCKS
+from benchmarks.presets import HEADLINE_BLOCKS, MODELS
 from benchmarks.providers import HostCase, OpCase
 
 
@@ -59,6 +59,10 @@ def outcomes(cases: list[dict[str, Any]]) -> list[Outcome]:
         found.append(
             Outcome("memory, fused / naive", block.name, block.keep + 0.05, True, "%", share)
         )
+    for model in MODELS:
+        bound = 0.95 * model.batch / model.kept
+        speedup = figure(model.name, "fused", "speedup")
+        found.append(Outcome("naive / fused", model.name, bound, False, "x", speedup))
     for dtype in ("fp32", "bf16"):
         case = OpCase("scatter_add", "fwd", dtype).name
         found.append(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.break_even import break_even, check_min_saving
-from sdkernels.ops import C
+from sdkernels.ops import kernels
 from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
 from sdkernels.schedules import check_probability
 from sdkernels.traceable import acc_type
@@ -69,7 +69,8 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
     """
     _check_batched(x)
     _check_rows(rows, x)
-    return C.compact(x, rows.index, rows.slot, False, False)[0]
+    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False)[0]
+    return kept
 
 
 def compact_layer_norm(
@@ -187,9 +188,10 @@ def scatter_add_rows(
 def _scatter_add(
     stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
 ) -> Tensor:
-    return C.scatter_add(
+    y: Tensor = kernels().scatter_add(
         stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
     )
+    return y
 
 
 def _compact_norm(
@@ -215,9 +217,10 @@ def _compact_norm(
         and torch.is_autocast_enabled(device)
     ):
         dtype = torch.get_autocast_dtype(device)
-    return C.compact_norm(
+    opened: tuple[Tensor, Tensor] = kernels().compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
+    return opened
 
 
 def check_norm(norm: object) -> None:
@@ -259,9 +262,9 @@ def _open_branch(
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
-        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
     elif not _is_plain(norm):
-        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
         kept = norm(kept)
     else:
         rms = isinstance(norm, nn.RMSNorm)
@@ -292,7 +295,8 @@ def _kept_output(
     _check_dense(base, out, layer_scale)
     if rows.k == rows.batch:
         return out  # type: ignore[no-any-return]
-    return C.compact(out, rows.index, rows.slot, False, False)[0]
+    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False)[0]
+    return kept
 
 
 def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
@@ -310,7 +314,7 @@ def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
                 f"args: expected tensors of the batch on {rows.index.device}, got one on "
                 f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
             )
-        return C.compact(arg, rows.index, rows.slot, False, False)[0]
+        return kernels().compact(arg, rows.index, rows.slot, False, False)[0]
     if isinstance(arg, (list, tuple)):
         entries = [_branch_arg(entry, rows) for entry in arg]
         # A named tuple takes its fields one by one.
@@ -552,7 +556,7 @@ def fused_stochastic_depth(
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
-        C.check_inplace(base)
+        kernels().check_inplace(base)
     if dense:
         out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
         _check_dense(base, out, layer_scale)
@@ -607,7 +611,7 @@ def _fused_list(
     bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
     if inplace:
         for base in bases:
-            C.check_inplace(base)
+            kernels().check_inplace(base)
 
     if law is None:
         inputs = xs if norm is None else [norm(x) for x in xs]
@@ -653,7 +657,7 @@ def _fused_list(
     ]
     for stream, out, each in zip(streams, outs, plan, strict=True):
         # All of them before the first is added, which may be in place.
-        C.check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
+        kernels().check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
         _scatter_add(stream, out, each, layer_scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)

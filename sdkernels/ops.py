@@ -6,19 +6,26 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from sdkernels import _extension, traceable
+from sdkernels import _extension, compiled, traceable
 
 if TYPE_CHECKING:
     from sdkernels import _C as C
 else:
     C = _extension.load()
 
-__all__ = ["BackendChoice", "C", "backend_table"]
+__all__ = ["BackendChoice", "C", "backend_table", "is_compiling", "kernels"]
+
+
+def kernels() -> Any:
+    """The functions of `_C.pyi`: the extension's, or PyTorch code while a graph is being traced."""
+    return compiled if is_compiling() else C
+
 
 BACKENDS = ("auto", "cpp", "traceable")
 DEVICES = ("cpu", "cuda")
@@ -210,5 +217,10 @@ def _(
 
 @torch.library.register_fake("sdkernels::compact_mask")
 def _(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    count = torch.library.get_ctx().new_dynamic_size() if k is None else k
+    count: int | torch.SymInt
+    if k is None:
+        count = torch.library.get_ctx().new_dynamic_size()
+        torch._check(count <= mask.shape[0])
+    else:
+        count = k
     return mask.new_empty(count, dtype=torch.int64), mask.new_empty(mask.shape, dtype=torch.int64)

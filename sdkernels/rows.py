@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from sdkernels.ops import C
+from sdkernels.ops import C, is_compiling
 from sdkernels.schedules import check_probability
 
 __all__ = ["DepthPlan", "KeptRows"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MODES = ("row", "batch")
 SAMPLERS = ("bernoulli", "fixed")
@@ -94,16 +99,20 @@ def fixed_count(batch: int, p: float) -> int:
 @lru_cache(maxsize=4096)
 def _law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
     """What to draw, and the scale of the kept rows; the arguments were looked at before."""
+    count = fixed_count(batch, p) if sampler == "fixed" else -1
+    draw = C.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
+    return draw, _scale(batch, count, p, sampler, rescale)
+
+
+def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> float:
+    """The scale of the kept rows, of which "fixed" keeps `count`."""
     keep = 1.0 - p
     if sampler == "fixed":
-        count = fixed_count(batch, p)
         # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation,
         # so training must average to keep as well: 1 but for the rounding of count.
         inverse = batch / count if count else 1.0
-        scale = {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
-        return C.Draw(keep, count, False), scale
-    scale = 1.0 / keep if rescale == "train" and keep > 0 else 1.0
-    return C.Draw(keep, -1, mode == "batch"), scale
+        return {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
+    return 1.0 / keep if rescale == "train" and keep > 0 else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,9 +373,125 @@ def draw(
     device: torch.device | None,
 ) -> KeptRows:
     """KeptRows.sample for a `batch`, `p` and `generator` that were looked at before."""
+    if is_compiling():
+        return _draw_in_graph(batch, p, mode, sampler, rescale, generator, device)
     law, scale = _law(batch, p, mode, sampler, rescale)
     index, slot = C.sample_rows(batch, law, generator, device)
     return KeptRows._trusted(index, slot, scale)
+
+
+def _draw_in_graph(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> KeptRows:
+    host = torch.device("cpu")
+    device = host if device is None else device
+    if generator is None:
+        index, slot = torch.ops.sdkernels.sample_rows(
+            batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
+        )
+    else:
+        _warn_of_graph_break("rows from a generator= of their own")
+        index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
+    rows = KeptRows._trusted(index, slot, _scale(batch, index.shape[0], p, sampler, rescale))
+    return rows if device == host else rows.to(device, non_blocking=True)
+
+
+def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Has torch.compile call the function while it traces, and take the result for a constant.
+
+    It is ``torch.compiler.assume_constant_result``, which loads the compiler when it is called.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+_draws = count()
+
+
+@_at_trace_time
+def _next_draw() -> int:
+    """A number of its own for each draw of a graph: PyTorch merges calls with equal arguments."""
+    return next(_draws)
+
+
+_warned: set[str] = set()
+
+
+@_at_trace_time
+def _warn_of_graph_break(what: str) -> None:
+    """Once for each reason."""
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(
+            f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; "
+            'draw a DepthPlan outside and pass rows=, or use sampler="fixed" and the default '
+            "generator (the README's section on torch.compile has more)",
+            stacklevel=2,
+        )
+
+
+# The sampler as an op: an op of a graph runs at every call, where Python code has run when it was
+# traced. Its rows are those that eager code draws from the same seed. PyTorch saves and restores
+# the generator of `device` around an op that a checkpoint runs twice: rows are drawn on the host.
+# A CUDA graph would replay the rows that it has seen, so Inductor leaves the op out of them.
+@torch.library.custom_op(
+    "sdkernels::sample_rows",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def _sample_rows(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    law, _ = _law(batch, p, mode, sampler, "none")
+    index, slot = C.sample_rows(batch, law, None, device)
+    return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
+
+
+@_sample_rows.register_fake
+def _(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    kept: int | torch.SymInt
+    if sampler == "fixed":
+        # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
+        kept = fixed_count(int(batch), p)
+    else:
+        try:
+            kept = torch.library.get_ctx().new_dynamic_size()
+        except RuntimeError:  # without fullgraph=True, PyTorch leaves such an op out of the graph
+            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand,")
+            raise
+        torch._check(kept <= batch)
+    index = torch.empty(kept, dtype=torch.int64, device=device)
+    return index, torch.empty(batch, dtype=torch.int64, device=device)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable loads the compiler
+def _sample_outside_graph(
+    batch: int, p: float, mode: str, sampler: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    law, _ = _law(batch, p, mode, sampler, "none")
+    return C.sample_rows(batch, law, generator, None)
 
 
 class DepthPlan:
@@ -541,6 +666,10 @@ class DepthPlan:
     def __getitem__(self, branch: int) -> Any:
         if not isinstance(branch, int):
             raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
+        if is_compiling():
+            # Views that a graph remembers between calls are a reason to compile it again.
+            views = self._views_of(branch)
+            return views if self._is_list else views[0]
         view = self._views.get(branch)
         if view is None:
             views = self._views_of(branch)

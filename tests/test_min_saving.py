@@ -206,6 +206,19 @@ def test_batch_norm_sees_the_whole_batch():
         torch.testing.assert_close(norm.running_mean, seen.mean(0))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Dynamo's
+def test_compiled_code_always_compacts():
+    x, norm = torch.randn(4, 3), nn.BatchNorm1d(3, momentum=1.0)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return fused_stochastic_depth(x, norm, 0.5, rows=ROWS, min_saving=1.0)
+
+    compiled(x)
+    torch.testing.assert_close(norm.running_mean, x[ROWS.index].mean(0))
+
+
 def test_zero_rows_still_run_the_branch():
     layer = nn.Linear(2, 2)
     none = KeptRows.sample(4, 1.0)

@@ -31,7 +31,7 @@ __device__ __forceinline__ void save(const CompactNorm& p, int64_t line, A mean,
 
 // Two passes (mean, then squares around it) over a line in registers.
 template <class X, class N, int W, int kItems>
-__global__ void __launch_bounds__(kThreads) compact_norm(const CompactNorm p, const Divisor lines) {
+__global__ void __launch_bounds__(kThreads, 1) compact_norm(const CompactNorm p, const Divisor lines) {
   using A = Acc<X>;
   __shared__ A shared[2 * kWarp];
   LineSum<A> line_sum(shared);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) compact_norm(const CompactNorm p, co
 
 // The same for a line of any length, one block each: its later passes find it in the cache.
 template <class X, class N, int W>
-__global__ void __launch_bounds__(kLongThreads)
+__global__ void __launch_bounds__(kLongThreads, 1)
     compact_long_norm(const CompactNorm p, const Divisor lines) {
   using A = Acc<X>;
   __shared__ A shared[2 * kWarp];

@@ -40,9 +40,8 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
 template <class X, int W, class Each>
 __device__ __forceinline__ void pass_line(X* d_x, const X* d_stream, Each each) {
   each([&](int64_t element) {
-    Vec<X, W> value = filled<X, W>(X(0.0f));
-    if (d_stream) value = load<W>(d_stream + element);
-    store(d_x + element, value);
+    store(d_x + element,
+          d_stream ? load<W>(d_stream + element) : narrow<X>(filled<Acc<X>, W>(0)));
   });
 }
 
@@ -50,7 +49,7 @@ __device__ __forceinline__ void pass_line(X* d_x, const X* d_stream, Each each) 
 // takes, and adds up their share of d_weight and d_bias in registers too; `sums` receives
 // [blocks, 2, len], d_weight's share and then d_bias's.
 template <class X, class N, int W, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     compact_norm_backward(const CompactNormBackward p, const Divisor lines, Acc<X>* sums) {
   using A = Acc<X>;
   __shared__ A shared[kThreads * W];
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // d_x for lines of any length, one block each.
 template <class X, class N, int W>
-__global__ void __launch_bounds__(kLongThreads)
+__global__ void __launch_bounds__(kLongThreads, 1)
     compact_long_norm_backward(const CompactNormBackward p, const Divisor lines) {
   using A = Acc<X>;
   __shared__ A shared[2 * kWarp];
@@ -194,7 +193,7 @@ struct ColumnTiles {
 };
 
 template <class X, class N, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sum_columns(const CompactNormBackward p, const ColumnTiles tiles, Acc<X>* sums) {
   using A = Acc<X>;
   __shared__ A shared[2][kThreads * W];

@@ -36,8 +36,9 @@ class Divisor {
   Divisor() = default;
   explicit Divisor(int64_t divisor) : divisor_(divisor) {
     while (divisor > int64_t{1} << shift_) ++shift_;
-    // i * multiplier / 2^(63 + shift) is exact for i < 2^63: rounding the multiplier up adds less
-    // than i * divisor / 2^(63 + shift) < 1 to the numerator, and less than 1 / divisor in all.
+    // Rounded up by less than divisor <= 2^shift in units of 1 / divisor, the multiplier makes
+    // i * multiplier / 2^(63 + shift) too large by less than 1 / divisor for i < 2^63: the quotient
+    // stays the same.
     const auto power = static_cast<unsigned __int128>(1) << (63 + shift_);
     multiplier_ = static_cast<uint64_t>((power + divisor - 1) / divisor);
   }

@@ -15,14 +15,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc/cuda/kernels"
 EMULATOR = HERE / "emulator.cpp"
+BUILT = ROOT / "build/cuda_emulation"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 
+SANITIZERS = ["-fsanitize=address,undefined"]
 FLAGS = [
     "-std=c++20",
     "-fPIC",
     "-O1",
     "-g0",
-    "-fsanitize=address,undefined",
+    *SANITIZERS,
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
     "-Wall",
@@ -56,15 +58,13 @@ def runtimes() -> list[str]:
     return paths
 
 
-def library(name: str, sources: list[Path], flags: list[str]) -> Path:
-    """The library `name` of these sources; an object is compiled when something that may go into it
-    has changed since."""
-    folder = ROOT / "build/cuda_emulation" / name
+def objects(folder: Path, sources: list[Path]) -> list[Path]:
+    """Each source compiled, if something that may go into it has changed since the last time."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(repr((torch.__version__, flags)).encode())
-    for pattern in ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/cuda/*.cpp", f"{HERE.name}/**/*.h"):
-        for path in sorted((HERE.parent if pattern.startswith(HERE.name) else ROOT).glob(pattern)):
-            digest.update(path.read_bytes())
+    digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
+    included = [ROOT.glob("csrc/**/*.*h"), ROOT.glob("csrc/cuda/*.cpp"), HERE.glob("**/*.h")]
+    for path in sorted(path for paths in included for path in paths):
+        digest.update(path.read_bytes())
 
     def compile_one(source: Path) -> Path:
         own = digest.copy()
@@ -74,25 +74,32 @@ def library(name: str, sources: list[Path], flags: list[str]) -> Path:
             for outdated in folder.glob(f"{source.stem}-*.o"):
                 outdated.unlink()
             unfinished = target.with_suffix(f".{os.getpid()}")
-            run([compiler(), *flags, "-x", "c++", "-c", source, "-o", unfinished])
+            run([compiler(), *FLAGS, "-x", "c++", "-c", source, "-o", unfinished])
             unfinished.rename(target)
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile_one, sources))
-    built = folder / "emulated.so"
-    unfinished = built.with_suffix(f".{os.getpid()}")
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    run([compiler(), "-shared", *sanitizers, *objects, *libraries, "-o", unfinished])
-    unfinished.rename(built)
-    return built
+        return list(pool.map(compile_one, sources))
+
+
+def link(target: Path, sources: list[Path], *options: str) -> Path:
+    parts = objects(target.parent, sources)
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    run([compiler(), *SANITIZERS, *parts, *options, "-o", unfinished])
+    unfinished.rename(target)
+    return target
 
 
 def emulated_ops() -> Path:
-    """The CUDA ops, registered for the CPU."""
+    """The library of the CUDA ops, registered for the CPU."""
     sources = [*KERNELS.glob("*.cu"), ROOT / "csrc/cuda/cuda_ops.cpp", HERE / "ops.cpp", EMULATOR]
-    return library("ops", sorted(sources), FLAGS)
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return link(BUILT / "ops/emulated.so", sorted(sources), "-shared", *libraries)
+
+
+def faults() -> Path:
+    """The program of the faults that the emulation has to notice."""
+    return link(BUILT / "faults/faults", [HERE / "faults.cu", EMULATOR])
 
 
 def run(command: list[object]) -> None:

@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
 import torch
 
-import sdkernels  # noqa: F401  # defines the ops
 
-torch.ops.load_library(os.environ["SDKERNELS_EMULATED"])
+def pytest_configure(config: pytest.Config) -> None:
+    import sdkernels  # noqa: F401  # defines the ops
+
+    torch.ops.load_library(os.environ["SDKERNELS_EMULATED"])

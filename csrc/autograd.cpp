@@ -41,33 +41,35 @@ Tensor expand_op(const Tensor& kept, const Tensor& index, const Tensor& slot) {
 }
 
 Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Tensor& index,
-                      const Tensor& slot, const OptionalTensor& layer_scale, double scale) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                     const OptionalTensor&, double)>("sdkernels::scatter_add_rows");
+                      const Tensor& slot, const OptionalTensor& layer_scale,
+                      const OptionalTensor& row_weight, double scale) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        const OptionalTensor&, const OptionalTensor&, double)>(
+      "sdkernels::scatter_add_rows");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(residual, out, index, slot, layer_scale, scale);
+  return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
 }
 
 void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
-                     const OptionalTensor& layer_scale, double scale) {
+                     const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
+                     double scale) {
   static const auto op =
       find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                   double)>("sdkernels::scatter_add_rows_");
+                   const OptionalTensor&, double)>("sdkernels::scatter_add_rows_");
   at::AutoDispatchBelowADInplaceOrView guard;
-  op.call(std::move(residual), out, index, slot, layer_scale, scale);
+  op.call(std::move(residual), out, index, slot, layer_scale, row_weight, scale);
 }
 
-std::tuple<Tensor, Tensor> scatter_add_backward_op(const Tensor& grad, const OptionalTensor& out,
-                                                   const Tensor& index,
-                                                   const OptionalTensor& layer_scale, double scale,
-                                                   at::ScalarType dtype) {
-  static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
-                                         const OptionalTensor&, double, at::ScalarType)>(
-          "sdkernels::scatter_add_rows_backward");
+std::tuple<Tensor, Tensor, Tensor> scatter_add_backward_op(
+    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, std::array<bool, 2> wanted) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+      const OptionalTensor&, double, at::ScalarType, std::array<bool, 2>)>(
+      "sdkernels::scatter_add_rows_backward");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(grad, out, index, layer_scale, scale, dtype);
+  return op.call(grad, out, index, layer_scale, row_weight, scale, dtype, wanted);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(const Tensor& x, const Tensor& index,
@@ -152,45 +154,63 @@ Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
 
 struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& residual, const Tensor& out,
-                        const OptionalTensor& layer_scale, const Tensor& index, const Tensor& slot,
-                        double scale, bool inplace) {
+                        const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
+                        const Tensor& index, const Tensor& slot, double scale, bool inplace) {
     ctx->set_materialize_grads(false);
-    // Only the gradient of layer_scale needs the branch's output.
-    const bool needs_out = layer_scale && layer_scale->requires_grad();
-    ctx->save_for_backward(
-        {index, slot, layer_scale.value_or(Tensor()), needs_out ? out : Tensor()});
+    // Only the gradients of layer_scale and row_weight need the branch's output.
+    const bool needs_out = (layer_scale && layer_scale->requires_grad()) ||
+                           (row_weight && row_weight->requires_grad());
+    ctx->save_for_backward({index, slot, layer_scale.value_or(Tensor()),
+                            row_weight.value_or(Tensor()), needs_out ? out : Tensor()});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["dtype"] = static_cast<int64_t>(out.scalar_type());
-    if (!inplace) return scatter_add_op(residual, out, index, slot, layer_scale, scale);
-    scatter_add_op_(residual, out, index, slot, layer_scale, scale);
+    if (!inplace) return scatter_add_op(residual, out, index, slot, layer_scale, row_weight, scale);
+    scatter_add_op_(residual, out, index, slot, layer_scale, row_weight, scale);
     ctx->mark_dirty({residual});
     return residual;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor& grad = grads[0];
-    variable_list result(7);
+    variable_list result(8);
     if (!grad.defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &index = saved[0], &slot = saved[1], &layer_scale = saved[2], &out = saved[3];
+    const Tensor &index = saved[0], &slot = saved[1], &layer_scale = saved[2],
+                 &row_weight = saved[3], &out = saved[4];
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     result[0] = grad;
     const bool needs_out = ctx->needs_input_grad(1);
-    const bool needs_layer_scale = out.defined() && ctx->needs_input_grad(2);
-    if (!needs_out && !needs_layer_scale) return result;
+    // Inputs that are not there have no edge: needs_input_grad counts on.
+    const bool has_layer_scale = layer_scale.defined();
+    const std::array<bool, 2> wanted{
+        has_layer_scale && ctx->needs_input_grad(2),
+        row_weight.defined() && ctx->needs_input_grad(has_layer_scale ? 3 : 2)};
+    const bool wants_sum = wanted[0] || wanted[1];
+    if (!needs_out && !wants_sum) return result;
     if (!at::GradMode::is_enabled()) {
-      auto [d_out, d_layer_scale] =
-          scatter_add_backward_op(grad, needs_layer_scale ? optional(out) : std::nullopt, index,
-                                  optional(layer_scale), scale, dtype);
+      auto [d_out, d_layer_scale, d_row_weight] = scatter_add_backward_op(
+          grad, wants_sum ? optional(out) : std::nullopt, index, optional(layer_scale),
+          optional(row_weight), scale, dtype, wanted);
       result[1] = std::move(d_out);
-      if (needs_layer_scale) result[2] = std::move(d_layer_scale);
+      if (wanted[0]) result[2] = std::move(d_layer_scale);
+      if (wanted[1]) result[3] = std::move(d_row_weight);
       return result;
     }
     const auto acc = c10::promoteTypes(acc_type(grad.scalar_type()), acc_type(dtype));
-    const Tensor scaled = compact_rows(grad, index, slot).to(acc) * scale;
-    result[1] = (layer_scale.defined() ? scaled * layer_scale.to(acc) : scaled).to(dtype);
-    if (out.defined())
+    Tensor scaled = compact_rows(grad, index, slot).to(acc) * scale;
+    c10::SmallVector<int64_t, 6> column(scaled.dim(), 1);  // [k, 1, ...]
+    column[0] = scaled.size(0);
+    if (wanted[1]) {
+      const Tensor product = scaled * out.to(acc);
+      result[3] = (has_layer_scale ? product * layer_scale.to(acc) : product)
+                      .sum_to_size(column)
+                      .flatten()
+                      .to(row_weight.scalar_type());
+    }
+    if (row_weight.defined()) scaled = scaled * row_weight.to(acc).view(column);
+    result[1] = (has_layer_scale ? scaled * layer_scale.to(acc) : scaled).to(dtype);
+    if (wanted[0])
       result[2] =
           (scaled * out.to(acc)).sum_to_size(layer_scale.sizes()).to(layer_scale.scalar_type());
     return result;
@@ -205,9 +225,9 @@ Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tenso
   const bool differentiable = at::GradMode::is_enabled();
   if (!d_stream.defined())
     return differentiable ? ExpandRows::apply(d_kept, index, slot) : expand_op(d_kept, index, slot);
-  return differentiable
-             ? ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), index, slot, 1.0, false)
-             : scatter_add_op(d_stream, d_kept, index, slot, {}, 1.0);
+  return differentiable ? ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(),
+                                                OptionalTensor(), index, slot, 1.0, false)
+                        : scatter_add_op(d_stream, d_kept, index, slot, {}, {}, 1.0);
 }
 
 variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
@@ -346,15 +366,16 @@ std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, co
 }
 
 Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
-                   const Tensor& slot, const OptionalTensor& layer_scale, double scale,
-                   bool inplace) {
+                   const Tensor& slot, const OptionalTensor& layer_scale,
+                   const OptionalTensor& row_weight, double scale, bool inplace) {
   refuse_functorch();
-  check_scatter_add(residual, out, index, slot, layer_scale);
-  if (!inplace) return ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, false);
-  check_inplace(residual,
-                residual.requires_grad() || out.requires_grad() || requires_grad(layer_scale));
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
+  if (!inplace)
+    return ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, false);
+  check_inplace(residual, residual.requires_grad() || out.requires_grad() ||
+                              requires_grad(layer_scale) || requires_grad(row_weight));
   // Without grad mode the result is an alias; the caller gets its own tensor back all the same.
-  ScatterAddRows::apply(residual, out, layer_scale, index, slot, scale, true);
+  ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, true);
   return residual;
 }
 

@@ -22,10 +22,10 @@ std::tuple<at::Tensor, at::Tensor> compact_norm(const at::Tensor& x, const at::T
                                                 bool rms, at::ScalarType dtype, bool with_stream,
                                                 bool inplace);
 
-// residual, with scale * layer_scale * out added to the kept rows.
+// residual, with scale * row_weight * layer_scale * out added to the kept rows.
 at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index,
                        const at::Tensor& slot, const std::optional<at::Tensor>& layer_scale,
-                       double scale, bool inplace);
+                       const std::optional<at::Tensor>& row_weight, double scale, bool inplace);
 
 // Raises what PyTorch raises where x must not be written in place.
 void check_inplace(const at::Tensor& x);

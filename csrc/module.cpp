@@ -41,13 +41,14 @@ TORCH_LIBRARY(sdkernels, m) {
   m.def("expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor");
   m.def(
       "scatter_add_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, "
-      "Tensor? layer_scale, float scale) -> Tensor");
+      "Tensor? layer_scale, Tensor? row_weight, float scale) -> Tensor");
   m.def(
       "scatter_add_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot, "
-      "Tensor? layer_scale, float scale) -> ()");
+      "Tensor? layer_scale, Tensor? row_weight, float scale) -> ()");
   m.def(
       "scatter_add_rows_backward(Tensor grad, Tensor? out, Tensor index, Tensor? layer_scale, "
-      "float scale, ScalarType dtype) -> (Tensor d_out, Tensor d_layer_scale)");
+      "Tensor? row_weight, float scale, ScalarType dtype, bool[2] wanted) "
+      "-> (Tensor d_out, Tensor d_layer_scale, Tensor d_row_weight)");
   m.def(
       "compact_norm(Tensor x, Tensor index, int[] normalized_shape, Tensor? weight, Tensor? bias, "
       "float eps, bool rms, ScalarType dtype, bool keep_rows) "
@@ -56,6 +57,7 @@ TORCH_LIBRARY(sdkernels, m) {
       "compact_norm_backward(Tensor? d_stream, Tensor d_normed, Tensor kept, Tensor mean, "
       "Tensor rstd, Tensor index, Tensor slot, int[] normalized_shape, Tensor? weight, bool rms, "
       "bool[3] wanted) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)");
+  m.def("compact_mask(Tensor mask, SymInt? k) -> (Tensor index, Tensor slot)");
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -73,6 +75,9 @@ PYBIND11_MODULE(_C, m) {
           [](const py::tuple& state) {
             return Draw{state[0].cast<double>(), state[1].cast<int64_t>(), state[2].cast<bool>()};
           }));
+  py::class_<StepKey>(m, "StepKey")
+      .def(py::init<uint64_t, uint64_t, uint64_t>(), py::arg("seed"), py::arg("step"),
+           py::arg("rank"));
   m.def("sample_rows", sample_rows, no_gil);
   m.def("sample_plan", sample_plan, no_gil);
   m.def("build_config", build_config);

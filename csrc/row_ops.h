@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 
 #include "stride.h"
@@ -82,13 +83,56 @@ inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row
                     " does not broadcast against one row of shape ", row);
 }
 
+// One weight for each kept row.
+inline void check_row_weight(const at::Tensor& row_weight, const at::Tensor& index) {
+  check_floating(row_weight, "rows.weight");
+  check_same_device(row_weight, "rows.weight", index.device(), "rows.index");
+  TORCH_CHECK_VALUE(row_weight.dim() == 1 && row_weight.size(0) == index.size(0),
+                    "rows.weight: expected shape [", index.size(0),
+                    "], one weight a kept row, got ", row_weight.sizes());
+}
+
 inline void check_scatter_add(const at::Tensor& residual, const at::Tensor& out,
                               const at::Tensor& index, const at::Tensor& slot,
-                              const std::optional<at::Tensor>& layer_scale) {
+                              const std::optional<at::Tensor>& layer_scale,
+                              const std::optional<at::Tensor>& row_weight) {
   check_rows_tensor(residual, "residual");
   check_kept_rows(residual, index, slot);
   check_out(residual, out, index);
   if (layer_scale) check_layer_scale(*layer_scale, residual.sizes().slice(1), residual.device());
+  if (row_weight) check_row_weight(*row_weight, index);
+}
+
+// A mask over the batch, and how many rows it keeps where the caller knows that.
+inline void check_mask(const at::Tensor& mask, std::optional<int64_t> k) {
+  TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "mask: expected a bool tensor, got ",
+                   mask.scalar_type());
+  TORCH_CHECK_VALUE(mask.dim() == 1, "mask: expected shape [batch], got ", mask.sizes());
+  TORCH_CHECK_VALUE(!k || (*k >= 0 && *k <= mask.size(0)),
+                    "k: expected the number of true entries of mask, from 0 to ", mask.size(0),
+                    ", got ", *k);
+}
+
+inline void check_scatter_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& out,
+                                       const at::Tensor& index,
+                                       const std::optional<at::Tensor>& layer_scale,
+                                       const std::optional<at::Tensor>& row_weight,
+                                       at::ScalarType dtype, std::array<bool, 2> wanted) {
+  check_rows_tensor(grad, "grad");
+  check_floating(grad, "grad");
+  check_index_tensor(index, "rows.index", grad.device());
+  TORCH_CHECK_TYPE(is_supported(dtype), "dtype: expected a floating point type, got ", dtype);
+  if (layer_scale) check_layer_scale(*layer_scale, grad.sizes().slice(1), grad.device());
+  if (row_weight) check_row_weight(*row_weight, index);
+  TORCH_CHECK_VALUE((layer_scale || !wanted[0]) && (row_weight || !wanted[1]),
+                    "wanted: the gradient of something that was not given");
+  TORCH_CHECK_VALUE(out.has_value() == (wanted[0] || wanted[1]),
+                    "out: expected where a gradient of layer_scale or row_weight is wanted, and "
+                    "there only");
+  if (!out) return;
+  check_out(grad, *out, index);
+  TORCH_CHECK_TYPE(out->scalar_type() == dtype, "out: expected ", dtype, ", got ",
+                   out->scalar_type());
 }
 
 inline void check_norm(const at::Tensor& x, at::IntArrayRef normalized_shape,

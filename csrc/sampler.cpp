@@ -2,31 +2,51 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/PhiloxRNGEngine.h>
 
 #include <algorithm>
 #include <mutex>
+#include <numeric>
 
 namespace sdkernels {
 namespace {
 
+// The numbers of one training step: Philox (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", SC 2011) with the seed as key and (step, rank, 32 bits to count with) as counter, so
+// that no two streams of a seed share a block of random bits.
+class StepRandom {
+ public:
+  explicit StepRandom(const StepKey& key) : engine_(key.seed, key.step, key.rank << 32) {}
+
+  uint64_t random64() {
+    const uint64_t low = engine_();
+    return uint64_t{engine_()} << 32 | low;
+  }
+
+ private:
+  at::Philox4_32 engine_;
+};
+
 // A uniform integer in [0, bound), without bias: draws beyond the last whole multiple are thrown
 // away.
-uint64_t uniform_below(at::CPUGeneratorImpl& generator, uint64_t bound) {
+template <class Random>
+uint64_t uniform_below(Random& random, uint64_t bound) {
   const uint64_t rejected = (0 - bound) % bound;  // 2^64 mod bound
-  uint64_t draw = generator.random64();
-  while (draw < rejected) draw = generator.random64();
+  uint64_t draw = random.random64();
+  while (draw < rejected) draw = random.random64();
   return draw % bound;
 }
 
 // A uniform double from 53 random bits: u < keep then has probability keep exactly, because 1 - p
 // is a multiple of 2^-53 for every p in [0, 1].
-bool survives(at::CPUGeneratorImpl& generator, double keep) {
-  return static_cast<double>(generator.random64() >> 11) * 0x1p-53 < keep;
+template <class Random>
+bool survives(Random& random, double keep) {
+  return static_cast<double>(random.random64() >> 11) * 0x1p-53 < keep;
 }
 
 // Writes slot [batch] and the first k entries of index, and returns k.
-int64_t draw_rows(int64_t batch, const Draw& draw, at::CPUGeneratorImpl& generator, int64_t* slot,
-                  int64_t* index) {
+template <class Random>
+int64_t draw_rows(int64_t batch, const Draw& draw, Random& random, int64_t* slot, int64_t* index) {
   int64_t k = 0;
   const auto decide = [&](int64_t row, bool kept) {
     slot[row] = kept ? k : -1;
@@ -36,12 +56,12 @@ int64_t draw_rows(int64_t batch, const Draw& draw, at::CPUGeneratorImpl& generat
     // Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): ascending, every subset
     // equally likely.
     for (int64_t row = 0; row < batch; ++row)
-      decide(row, static_cast<int64_t>(uniform_below(generator, batch - row)) < draw.count - k);
+      decide(row, static_cast<int64_t>(uniform_below(random, batch - row)) < draw.count - k);
   } else if (draw.whole_batch) {
-    const bool kept = survives(generator, draw.keep);
+    const bool kept = survives(random, draw.keep);
     for (int64_t row = 0; row < batch; ++row) decide(row, kept);
   } else {
-    for (int64_t row = 0; row < batch; ++row) decide(row, survives(generator, draw.keep));
+    for (int64_t row = 0; row < batch; ++row) decide(row, survives(random, draw.keep));
   }
   return k;
 }
@@ -78,18 +98,32 @@ std::tuple<at::Tensor, at::Tensor> sample_rows(int64_t batch, const Draw& draw,
 }
 
 std::tuple<at::Tensor, std::vector<int64_t>> sample_plan(
-    int64_t batch, const std::vector<Draw>& draws, const std::optional<at::Generator>& generator,
+    const std::vector<int64_t>& batches, const std::vector<Draw>& draws,
+    const std::optional<at::Generator>& generator, const std::optional<StepKey>& step,
     bool pin_memory) {
+  const int64_t total = std::accumulate(batches.begin(), batches.end(), int64_t{0});
+  const auto crops = static_cast<int64_t>(batches.size());
+  const auto layers = static_cast<int64_t>(draws.size()) / crops;
   const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(pin_memory);
-  at::Tensor rows = at::zeros({static_cast<int64_t>(draws.size()), 2, batch}, options);
-  int64_t* slot = rows.mutable_data_ptr<int64_t>();
+  at::Tensor rows = at::zeros({layers, 2, total}, options);
   std::vector<int64_t> kept;
   kept.reserve(draws.size());
-  auto* const source = generator_of(generator);
-  const std::lock_guard<std::mutex> lock(source->mutex_);
-  for (const Draw& draw : draws) {
-    kept.push_back(draw_rows(batch, draw, *source, slot, slot + batch));
-    slot += 2 * batch;
+  const auto draw_all = [&](auto& random) {
+    int64_t* slot = rows.mutable_data_ptr<int64_t>();
+    for (int64_t layer = 0; layer < layers; ++layer, slot += total) {
+      for (int64_t crop = 0; crop < crops; slot += batches[crop++]) {
+        const Draw& draw = draws[layer * crops + crop];
+        kept.push_back(draw_rows(batches[crop], draw, random, slot, slot + total));
+      }
+    }
+  };
+  if (step) {
+    StepRandom random(*step);
+    draw_all(random);
+  } else {
+    auto* const source = generator_of(generator);
+    const std::lock_guard<std::mutex> lock(source->mutex_);
+    draw_all(*source);
   }
   return {rows, kept};
 }

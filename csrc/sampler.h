@@ -24,10 +24,19 @@ std::tuple<at::Tensor, at::Tensor> sample_rows(int64_t batch, const Draw& draw,
                                                const std::optional<at::Generator>& generator,
                                                const std::optional<at::Device>& device);
 
-// The rows of several layers in one host tensor [layers, 2, batch] (slot, then index), and the
-// number of kept rows of each layer.
+// Names one step's stream of random numbers; rank below 2^32.
+struct StepKey {
+  uint64_t seed = 0;
+  uint64_t step = 0;
+  uint64_t rank = 0;
+};
+
+// The rows of several layers in one host tensor [layers, 2, total] (slot, then index, those of
+// batch after batch), and the number of kept rows of each draw; draws[layer * batches + batch].
+// The numbers come from `step` where it is given, otherwise from the generator.
 std::tuple<at::Tensor, std::vector<int64_t>> sample_plan(
-    int64_t batch, const std::vector<Draw>& draws, const std::optional<at::Generator>& generator,
+    const std::vector<int64_t>& batches, const std::vector<Draw>& draws,
+    const std::optional<at::Generator>& generator, const std::optional<StepKey>& step,
     bool pin_memory);
 
 }  // namespace sdkernels

@@ -25,21 +25,34 @@ def scatter_add(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     inplace: bool,
 ) -> Tensor: ...
 def check_inplace(x: Tensor) -> None: ...
 def check_scatter_add(
-    residual: Tensor, out: Tensor, index: Tensor, slot: Tensor, layer_scale: Tensor | None
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
 ) -> None: ...
 
 class Draw:
     def __init__(self, keep: float, count: int, whole_batch: bool) -> None: ...
 
+class StepKey:
+    def __init__(self, seed: int, step: int, rank: int) -> None: ...
+
 def sample_rows(
     batch: int, draw: Draw, generator: torch.Generator | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]: ...
 def sample_plan(
-    batch: int, draws: Sequence[Draw], generator: torch.Generator | None, pin_memory: bool
+    batches: Sequence[int],
+    draws: Sequence[Draw],
+    generator: torch.Generator | None,
+    step: StepKey | None,
+    pin_memory: bool,
 ) -> tuple[Tensor, list[int]]: ...
 def build_config() -> dict[str, str]: ...

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sdkernels.ops import C
+from sdkernels.break_even import break_even, check_min_saving
+from sdkernels.ops import kernels
 from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
 from sdkernels.schedules import check_probability
 from sdkernels.traceable import acc_type
@@ -68,7 +69,8 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
     """
     _check_batched(x)
     _check_rows(rows, x)
-    return C.compact(x, rows.index, rows.slot, False, False)[0]
+    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False)[0]
+    return kept
 
 
 def compact_layer_norm(
@@ -152,7 +154,8 @@ def scatter_add_rows(
     """Add a branch's output to the kept rows.
 
     Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
-    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``.
+    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``. Where the
+    rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
 
     Args:
         x: [B, ...], floating point: the stream.
@@ -179,7 +182,16 @@ def scatter_add_rows(
     _check_tensor(out, "out")
     if layer_scale is not None:
         _check_tensor(layer_scale, "layer_scale")
-    return C.scatter_add(x, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+    return _scatter_add(x, out, rows, layer_scale, inplace)
+
+
+def _scatter_add(
+    stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
+) -> Tensor:
+    y: Tensor = kernels().scatter_add(
+        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
+    )
+    return y
 
 
 def _compact_norm(
@@ -205,9 +217,10 @@ def _compact_norm(
         and torch.is_autocast_enabled(device)
     ):
         dtype = torch.get_autocast_dtype(device)
-    return C.compact_norm(
+    opened: tuple[Tensor, Tensor] = kernels().compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
+    return opened
 
 
 def check_norm(norm: object) -> None:
@@ -241,14 +254,17 @@ def _open_branch(
     norm: nn.LayerNorm | nn.RMSNorm | None,
     residual: Tensor | None,
     inplace: bool,
+    whole: bool,
 ) -> tuple[Tensor, Tensor]:
     """The branch's input, and what its output is added to: by default x, through the same node."""
+    if whole:
+        return x if norm is None else norm(x), x if residual is None else residual
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
-        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
     elif not _is_plain(norm):
-        kept, stream = C.compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
         kept = norm(kept)
     else:
         rms = isinstance(norm, nn.RMSNorm)
@@ -256,6 +272,31 @@ def _open_branch(
         shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
         kept, stream = _compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
     return kept, stream if residual is None else residual
+
+
+def _runs_whole(rows: KeptRows, min_saving: float | str, inplace: bool) -> bool:
+    """Whether the branch runs on every row, because so few are dropped.
+
+    In place it never does: the branch may save its input, which has to be a copy of the rows then.
+    """
+    if inplace or min_saving == 0.0:
+        return False
+    dropped = rows.batch - rows.k
+    return dropped < break_even(min_saving, rows.slot.device.type) * rows.batch
+
+
+def _kept_output(
+    out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
+) -> Tensor:
+    """The kept rows of the branch's output."""
+    if not whole:
+        _check_branch_output(out)
+        return out  # type: ignore[no-any-return]
+    _check_dense(base, out, layer_scale)
+    if rows.k == rows.batch:
+        return out  # type: ignore[no-any-return]
+    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False)[0]
+    return kept
 
 
 def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
@@ -273,7 +314,7 @@ def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
                 f"args: expected tensors of the batch on {rows.index.device}, got one on "
                 f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
             )
-        return C.compact(arg, rows.index, rows.slot, False, False)[0]
+        return kernels().compact(arg, rows.index, rows.slot, False, False)[0]
     if isinstance(arg, (list, tuple)):
         entries = [_branch_arg(entry, rows) for entry in arg]
         # A named tuple takes its fields one by one.
@@ -389,6 +430,7 @@ def fused_stochastic_depth(
     generator: torch.Generator | None = None,
     empty: str = "run",
     inplace: bool = False,
+    min_saving: float | str = 0.0,
 ) -> Any:
     """Stochastic depth that runs the residual branch on the kept rows only.
 
@@ -423,7 +465,8 @@ def fused_stochastic_depth(
             broadcasts against one row of it.
         residual: tensor to add to, of the branch's output shape. Default: `x`.
         rows: rows drawn elsewhere (a :class:`DepthPlan`, a mask); then `p`, `mode`, `sampler` and
-            `generator` are not used in training, and the scale is that of the rows.
+            `generator` are not used in training, and scale and weights are those of the rows. In
+            evaluation rows are not used: a gate that holds there too needs ``training=True``.
         sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
             ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static.
         rescale: "train" divides by the survival probability in training (inverted scaling); "eval"
@@ -436,6 +479,14 @@ def fused_stochastic_depth(
             leaves them without.
         inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
             the values of `x` are untouched, but autograd counts it as written.
+        min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
+            all B rows, and the kept rows of its output are added: the same rows, values and
+            gradients, to rounding. Memory follows B then, a branch with batch statistics sees the
+            whole batch, and a NaN or infinity in a dropped row can reach the gradients of the
+            branch's parameters. "auto": the share below which compaction was measured not to pay
+            (``python -m sdkernels.info`` shows it; ``SDKERNELS_MIN_SAVING`` sets it; 0 on devices
+            where it was not measured). For a list `x`, each tensor is decided on by itself. Has no
+            effect together with `inplace`. Default: 0, always compact.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.
@@ -474,6 +525,8 @@ def fused_stochastic_depth(
         _check_tensor(layer_scale, "layer_scale")
     if generator is not None:
         check_generator(generator)
+    if min_saving != 0.0:
+        min_saving = check_min_saving(min_saving)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
@@ -481,7 +534,18 @@ def fused_stochastic_depth(
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
         return _fused_list(
-            list(x), branch, args, norm, layer_scale, residual, rows, law, factor, empty, inplace
+            list(x),
+            branch,
+            args,
+            norm,
+            layer_scale,
+            residual,
+            rows,
+            law,
+            factor,
+            empty,
+            inplace,
+            min_saving,
         )
     if TYPE_CHECKING:  # a list of tensors has gone its own way
         assert isinstance(x, Tensor)
@@ -492,7 +556,7 @@ def fused_stochastic_depth(
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
-        C.check_inplace(base)
+        kernels().check_inplace(base)
     if dense:
         out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
         _check_dense(base, out, layer_scale)
@@ -503,10 +567,12 @@ def fused_stochastic_depth(
         _check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return base
-    kept, stream = _open_branch(x, rows, norm, residual, inplace)
-    out = branch(kept, *[_branch_arg(arg, rows) for arg in args]) if args else branch(kept)
-    _check_branch_output(out)
-    return C.scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.scale, inplace)
+    whole = _runs_whole(rows, min_saving, inplace)
+    kept, stream = _open_branch(x, rows, norm, residual, inplace, whole)
+    chosen = None if whole else rows
+    out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
+    out = _kept_output(out, rows, base, layer_scale, whole)
+    return _scatter_add(stream, out, rows, layer_scale, inplace)
 
 
 def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
@@ -531,6 +597,7 @@ def _fused_list(
     factor: float,
     empty: str,
     inplace: bool,
+    min_saving: float | str,
 ) -> list[Tensor]:
     """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
@@ -544,7 +611,7 @@ def _fused_list(
     bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
     if inplace:
         for base in bases:
-            C.check_inplace(base)
+            kernels().check_inplace(base)
 
     if law is None:
         inputs = xs if norm is None else [norm(x) for x in xs]
@@ -569,24 +636,29 @@ def _fused_list(
     if empty == "skip" and not any(each.k for each in plan):
         return bases
 
+    whole = [_runs_whole(each, min_saving, inplace) for each in plan]
+    chosen = [None if all_rows else each for each, all_rows in zip(plan, whole, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
-    for x, each, base in zip(xs, plan, residuals, strict=True):
-        kept, stream = _open_branch(x, each, norm, base, inplace)
+    for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
+        kept, stream = _open_branch(x, each, norm, base, inplace, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
     kept_args = [
-        [_branch_arg(entry, each) for entry, each in zip(arg, plan, strict=True)]
+        [_branch_arg(entry, each) for entry, each in zip(arg, chosen, strict=True)]
         if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
         else _branch_arg(arg, None)
         for arg in args
     ]
     outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
+    outs = [
+        _kept_output(out, each, base, layer_scale, all_rows)
+        for out, each, base, all_rows in zip(outs, plan, bases, whole, strict=True)
+    ]
     for stream, out, each in zip(streams, outs, plan, strict=True):
         # All of them before the first is added, which may be in place.
-        _check_branch_output(out)
-        C.check_scatter_add(stream, out, each.index, each.slot, layer_scale)
+        kernels().check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
-        C.scatter_add(stream, out, each.index, each.slot, layer_scale, each.scale, inplace)
+        _scatter_add(stream, out, each, layer_scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)
     ]

@@ -11,8 +11,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-_VARIABLES = ("SDKERNELS_BACKEND", "SDKERNELS_BUILD", "SDKERNELS_CPU_CAPABILITY")
+_VARIABLES = (
+    "SDKERNELS_BACKEND",
+    "SDKERNELS_BUILD",
+    "SDKERNELS_CPU_CAPABILITY",
+    "SDKERNELS_MIN_SAVING",
+)
 
 
 @dataclass
@@ -23,6 +29,7 @@ class Info:
     environment: dict[str, str | None]
     build: dict[str, str] = field(default_factory=dict)
     backends: list[dict[str, str]] = field(default_factory=list)
+    min_saving: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
 
 
@@ -43,9 +50,10 @@ def collect() -> Info:
 
         info.build = _extension.load().build_config()
 
-        from sdkernels import ops
+        from sdkernels import break_even, ops
 
         info.backends = [asdict(choice) for choice in ops.backend_table()]
+        info.min_saving = [asdict(each) for each in break_even.min_saving_table()]
     except Exception as error:  # whatever it is, printing it is what this command is for
         info.error = f"{type(error).__name__}: {error}"
     return info
@@ -74,7 +82,8 @@ def format_text(info: Info) -> str:
         _section("versions", info.versions),
         _section("build", {name: value or "-" for name, value in info.build.items()}),
         _section("environment", environment),
-        _backend_section(info.backends),
+        _records("backends", ["op", "device", "backend", "reason"], info.backends),
+        _records('min_saving="auto"', ["device", "min_saving", "reason"], info.min_saving),
     ]
     if info.error:
         sections.append(f"error\n  {info.error}")
@@ -85,10 +94,9 @@ def _section(title: str, items: dict[str, str]) -> str:
     return _table(title, [[name, value] for name, value in items.items()])
 
 
-def _backend_section(backends: list[dict[str, str]]) -> str:
-    columns = ["op", "device", "backend", "reason"]
-    rows = [[choice[column] for column in columns] for choice in backends]
-    return _table("backends", [columns, *rows] if rows else [])
+def _records(title: str, columns: list[str], records: list[dict[str, Any]]) -> str:
+    rows = [[str(record[column]) for column in columns] for record in records]
+    return _table(title, [columns, *rows] if rows else [])
 
 
 def _table(title: str, rows: list[list[str]]) -> str:

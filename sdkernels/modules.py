@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdkernels.break_even import check_min_saving
 from sdkernels.functional import EMPTY, check_norm, fused_stochastic_depth
 from sdkernels.rows import KeptRows, check_choice, check_law
 from sdkernels.schedules import check_probability
@@ -28,7 +29,8 @@ class StochasticDepth(nn.Module):
         norm: nn.LayerNorm or nn.RMSNorm on the branch's input, fused with the compaction.
         layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a
             buffer.
-        sampler, rescale, empty, inplace: as in :func:`sdkernels.fused_stochastic_depth`.
+        sampler, rescale, empty, inplace, min_saving: as in
+            :func:`sdkernels.fused_stochastic_depth`.
 
     Raises:
         TypeError, ValueError: as :func:`sdkernels.fused_stochastic_depth`.
@@ -55,6 +57,7 @@ class StochasticDepth(nn.Module):
         rescale: str = "train",
         empty: str = "run",
         inplace: bool = False,
+        min_saving: float | str = 0.0,
     ) -> None:
         super().__init__()
         check_law(mode, sampler, rescale)
@@ -72,6 +75,7 @@ class StochasticDepth(nn.Module):
         self.rescale = rescale
         self.empty = empty
         self.inplace = inplace
+        self.min_saving = check_min_saving(min_saving)
 
     def forward(
         self,
@@ -98,10 +102,12 @@ class StochasticDepth(nn.Module):
             generator=generator,
             empty=self.empty,
             inplace=self.inplace,
+            min_saving=self.min_saving,
         )
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"p={self.p}, mode={self.mode!r}, sampler={self.sampler!r}, rescale={self.rescale!r}, "
             f"empty={self.empty!r}, inplace={self.inplace}"
         )
+        return f"{text}, min_saving={self.min_saving!r}" if self.min_saving else text

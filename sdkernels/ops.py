@@ -6,19 +6,26 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from sdkernels import _extension, traceable
+from sdkernels import _extension, compiled, traceable
 
 if TYPE_CHECKING:
     from sdkernels import _C as C
 else:
     C = _extension.load()
 
-__all__ = ["BackendChoice", "C", "backend_table"]
+__all__ = ["BackendChoice", "C", "backend_table", "is_compiling", "kernels"]
+
+
+def kernels() -> Any:
+    """The functions of `_C.pyi`: the extension's, or PyTorch code while a graph is being traced."""
+    return compiled if is_compiling() else C
+
 
 BACKENDS = ("auto", "cpp", "traceable")
 DEVICES = ("cpu", "cuda")
@@ -122,6 +129,7 @@ def _(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
     dtype = traceable.scatter_add_dtype(residual, out, layer_scale)
@@ -135,6 +143,7 @@ def _(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> None:
     return None
@@ -146,13 +155,17 @@ def _(
     out: Tensor | None,
     index: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    d_out = traceable.empty_rows(grad if out is None else out, index.shape[0], dtype)
-    if out is None or layer_scale is None:
-        return d_out, grad.new_empty(0)
-    return d_out, torch.empty_like(layer_scale)
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    return (
+        traceable.empty_rows(grad if out is None else out, index.shape[0], dtype),
+        torch.empty_like(layer_scale) if wanted[0] and layer_scale is not None else nothing,
+        torch.empty_like(row_weight) if wanted[1] and row_weight is not None else nothing.clone(),
+    )
 
 
 @torch.library.register_fake("sdkernels::compact_norm")
@@ -200,3 +213,14 @@ def _(
         kept.new_empty(normalized_shape if wanted[1] else 0, dtype=acc),
         kept.new_empty(normalized_shape if wanted[2] else 0, dtype=acc),
     )
+
+
+@torch.library.register_fake("sdkernels::compact_mask")
+def _(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    count: int | torch.SymInt
+    if k is None:
+        count = torch.library.get_ctx().new_dynamic_size()
+        torch._check(count <= mask.shape[0])
+    else:
+        count = k
+    return mask.new_empty(count, dtype=torch.int64), mask.new_empty(mask.shape, dtype=torch.int64)

@@ -40,7 +40,10 @@ def naive_masking(
     if training and (p > 0.0 or rows is not None):
         size = [out.shape[0] if mode == "row" or rows is not None else 1] + [1] * (out.dim() - 1)
         if rows is not None:
-            noise = ((rows.slot >= 0).to(out.dtype) * rows.scale).view(size)
+            noise = (rows.slot >= 0).to(out.dtype)
+            if rows.weight is not None:
+                noise = noise.index_copy(0, rows.index, rows.weight.to(out.dtype))
+            noise = (noise * rows.scale).view(size)
         else:
             noise = torch.empty(size, dtype=out.dtype, device=out.device).bernoulli_(1.0 - p)
             if p < 1.0:
@@ -64,5 +67,7 @@ def index_add(
     out = branch(kept if norm is None else norm(kept), *args)
     if layer_scale is not None:
         out = out * layer_scale
+    if rows.weight is not None:
+        out = out * rows.weight.view(-1, *[1] * (out.dim() - 1))
     stream = x if residual is None else residual
     return torch.index_add(stream, 0, rows.index, out.to(stream.dtype), alpha=rows.scale)

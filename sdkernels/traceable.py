@@ -51,8 +51,21 @@ def scatter_add_dtype(residual: Tensor, out: Tensor, layer_scale: Tensor | None)
     return torch.promote_types(dtype, layer_scale.dtype)
 
 
-def _scaled(out: Tensor, layer_scale: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+def _per_row(row_weight: Tensor, rows: Tensor) -> Tensor:
+    """[k] as [k, 1, ...], in the dtype of `rows`, to multiply them with."""
+    return row_weight.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
+
+def _scaled(
+    out: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
     scaled = out.to(dtype) * scale
+    if row_weight is not None:
+        scaled = scaled * _per_row(row_weight, scaled)
     return scaled if layer_scale is None else scaled * layer_scale.to(dtype)
 
 
@@ -62,11 +75,13 @@ def scatter_add_rows(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
     dtype = scatter_add_dtype(residual, out, layer_scale)
     acc = acc_type(dtype)
-    added = residual.index_select(0, index).to(acc) + _scaled(out, layer_scale, scale, acc)
+    added = _scaled(out, layer_scale, row_weight, scale, acc)
+    added = residual.index_select(0, index).to(acc) + added
     return residual.to(dtype, copy=True).index_copy_(0, index, added.to(dtype))
 
 
@@ -76,10 +91,12 @@ def scatter_add_rows_(
     index: Tensor,
     slot: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
 ) -> None:
     acc = acc_type(residual.dtype, out.dtype)
-    added = residual.index_select(0, index).to(acc) + _scaled(out, layer_scale, scale, acc)
+    added = _scaled(out, layer_scale, row_weight, scale, acc)
+    added = residual.index_select(0, index).to(acc) + added
     residual.index_copy_(0, index, added.to(residual.dtype))
 
 
@@ -88,16 +105,37 @@ def scatter_add_rows_backward(
     out: Tensor | None,
     index: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     acc = acc_type(grad.dtype, dtype)
     kept = compact_rows(grad, index)
-    d_out = _scaled(kept, layer_scale, scale, acc).to(dtype)
-    if out is None or layer_scale is None:
-        return d_out, grad.new_empty(0)
-    d_scale = (_scaled(kept, None, scale, acc) * out.to(acc)).sum_to_size(layer_scale.shape)
-    return _in_order_of(out, d_out), d_scale.to(layer_scale.dtype)
+    d_out = _scaled(kept, layer_scale, row_weight, scale, acc).to(dtype)
+    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
+    if out is None:
+        return d_out, d_layer_scale, d_row_weight
+    if wanted[0] and layer_scale is not None:
+        product = _scaled(kept, None, row_weight, scale, acc) * out.to(acc)
+        total = product.sum_to_size(layer_scale.shape)
+        # In the strides of layer_scale, as the kernels write it.
+        d_layer_scale = torch.empty_like(layer_scale).copy_(total)
+    if wanted[1] and row_weight is not None:
+        product = _scaled(kept, layer_scale, None, scale, acc) * out.to(acc)
+        total = product.sum_to_size((kept.shape[0], *[1] * (kept.dim() - 1)))
+        d_row_weight = total.flatten().to(row_weight.dtype)
+    return _in_order_of(out, d_out), d_layer_scale, d_row_weight
+
+
+def compact_mask(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    slot = torch.where(mask, mask.cumsum(0) - 1, -1)
+    if k is None:
+        return mask.nonzero().flatten(), slot
+    # The count is not read back. Too few true entries leave -1 in the index, which every gather
+    # refuses; what is too many is dropped.
+    index = torch.nonzero_static(mask, size=k, fill_value=-1).flatten()
+    return index, torch.where(slot < k, slot, -1)
 
 
 def _dims(normalized_shape: Sequence[int]) -> list[int]:
@@ -163,7 +201,7 @@ def compact_norm_backward(
         if d_stream is None:
             d_x = expand_rows(d_kept.to(kept.dtype), index, slot).contiguous()
         else:
-            d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, 1.0)
+            d_x = scatter_add_rows(d_stream, d_kept, index, slot, None, None, 1.0)
             d_x = d_x.to(kept.dtype).contiguous()
     if wanted[1]:
         d_weight = (d * x_hat).sum_to_size(normalized_shape)
@@ -182,5 +220,6 @@ OPS: dict[str, Callable[..., object]] = {
         scatter_add_rows_backward,
         compact_norm,
         compact_norm_backward,
+        compact_mask,
     )
 }

@@ -6,6 +6,7 @@ A `Case` names one call of fused_stochastic_depth; `Case.inputs` makes its tenso
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,7 @@ class Inputs:
             "x": self.x,
             "layer_scale": self.layer_scale,
             "residual": self.residual,
+            "row_weight": self.rows.weight,
         }
         named.update({f"args.{i}": arg for i, arg in enumerate(self.args)})
         for prefix, module in (("branch", self.branch), ("norm", self.norm)):
@@ -163,7 +165,7 @@ class Inputs:
 
         return Inputs(
             widen(self.x),
-            self.rows,
+            dataclasses.replace(self.rows, weight=widen(self.rows.weight)),
             copy.deepcopy(self.branch).double(),
             copy.deepcopy(self.norm).double() if self.norm else None,
             widen(self.layer_scale),
@@ -188,6 +190,7 @@ class Case:
     layer_scale: str | None = None
     width: int | None = None  # last dimension of a residual of its own
     conditions: int = 0  # further inputs of the branch
+    weighted: bool = False  # rows with a weight each
     scale: float = 1.6
     seed: int = field(default=0, compare=False)
 
@@ -202,6 +205,7 @@ class Case:
         parts += [f"scale_{self.layer_scale}"] if self.layer_scale else []
         parts += [f"residual{self.width}"] if self.width else []
         parts += [f"args{self.conditions}"] if self.conditions else []
+        parts += ["weighted"] if self.weighted else []
         return "-".join(parts)
 
     @property
@@ -253,9 +257,12 @@ class Case:
         layer_scale = None
         if self.layer_scale:
             layer_scale = leaf(LAYER_SCALES[self.layer_scale](self.out_row), parameters)
+        rows = self.kept_rows(device)
+        if self.weighted:
+            rows = dataclasses.replace(rows, weight=leaf((self.kept,), parameters))
         return Inputs(
             x=leaf(self.shape, self.dtype, self.layout),
-            rows=self.kept_rows(device),
+            rows=rows,
             branch=branch,
             norm=norm,
             layer_scale=layer_scale,
@@ -289,6 +296,7 @@ def generated_cases(draw: st.DrawFn, **fixed: Any) -> Case:
         ),
         "width": width,
         "conditions": draw(st.integers(0, 2)),
+        "weighted": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.0, 1 / 0.9])),
         "seed": draw(st.integers(0, 999)),
     }
@@ -307,4 +315,6 @@ NAMED_CASES = [
     Case("wide", dtype=torch.float16, branch_dtype=torch.float16, layout="sliced", norm="layer"),
     Case("vit", kept=0, norm="layer", layer_scale="C"),
     Case("large", norm="layer", layer_scale="C"),
+    Case("vit", layer_scale="C", weighted=True),
+    Case("conv", branch_dtype=torch.bfloat16, layout="channels_last", weighted=True),
 ]

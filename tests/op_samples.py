@@ -40,6 +40,7 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
     inputs = case.inputs(device)
     x, rows = inputs.x.detach(), inputs.rows
     index, slot = rows.index, rows.slot
+    row_weight = None if rows.weight is None else rows.weight.detach()
     layer_scale = None if inputs.layer_scale is None else inputs.layer_scale.detach()
     kept = _rows_like(case, case.kept, case.dtype, case.layout).to(device)
     out = _rows_like(case, case.kept, case.branch_dtype, case.grad_layout).to(device)
@@ -48,12 +49,16 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
     if op == "expand_rows":
         return kept, index, slot
     if op == "scatter_add_rows":
-        return x, out, index, slot, layer_scale, rows.scale
+        return x, out, index, slot, layer_scale, row_weight, rows.scale
     if op == "scatter_add_rows_":
-        return x.clone(), out, index, slot, layer_scale, rows.scale
+        return x.clone(), out, index, slot, layer_scale, row_weight, rows.scale
     if op == "scatter_add_rows_backward":
-        wanted = None if layer_scale is None else out
-        return inputs.grad, wanted, index, layer_scale, rows.scale, case.branch_dtype
+        wanted = [layer_scale is not None, row_weight is not None]
+        given = out if any(wanted) else None
+        dtype = case.branch_dtype
+        return inputs.grad, given, index, layer_scale, row_weight, rows.scale, dtype, wanted
+    if op == "compact_mask":
+        return slot >= 0, case.kept if case.weighted else None
     shape, weight, bias, eps, rms = _norm_fields(inputs)
     # In half precision, or beside it under autocast, the norm may write another dtype than x's.
     dtype = case.dtype if torch.float64 in (case.dtype, case.branch_dtype) else case.branch_dtype
@@ -73,10 +78,22 @@ def _double(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.double()
 
 
+def _weighted(rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    if row_weight is None:
+        return rows
+    return rows * row_weight.double().view(-1, *[1] * (rows.dim() - 1))
+
+
 def _scatter_add(
-    x: Tensor, out: Tensor, index: Tensor, slot: Tensor, layer_scale: Tensor | None, scale: float
+    x: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    added = out.double() * scale
+    added = _weighted(out.double() * scale, row_weight)
     if layer_scale is not None:
         added = added * layer_scale.double()
     return x.double().index_add(0, index, added)
@@ -87,14 +104,21 @@ def _scatter_add_backward(
     out: Tensor | None,
     index: Tensor,
     layer_scale: Tensor | None,
+    row_weight: Tensor | None,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     scaled = grad.double()[index] * scale
-    d_out = scaled if layer_scale is None else scaled * layer_scale.double()
-    if out is None:
-        return d_out, grad.new_empty(0).double()
-    return d_out, (scaled * out.double()).sum_to_size(layer_scale.shape)
+    unweighted = scaled if layer_scale is None else scaled * layer_scale.double()
+    d_layer_scale = d_row_weight = grad.new_empty(0).double()
+    if wanted[0]:
+        d_layer_scale = _weighted(scaled, row_weight) * out.double()
+        d_layer_scale = d_layer_scale.sum_to_size(layer_scale.shape)
+    if wanted[1]:
+        product = unweighted * out.double()
+        d_row_weight = product.sum_to_size(len(index), *[1] * (out.dim() - 1)).flatten()
+    return _weighted(unweighted, row_weight), d_layer_scale, d_row_weight
 
 
 def _norm(
@@ -154,6 +178,12 @@ def _compact_norm_backward(
     )
 
 
+def _compact_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    kept = [row for row, keep in enumerate(mask.tolist()) if keep]
+    slots = [kept.index(row) if row in kept else -1 for row in range(len(mask))]
+    return tuple(torch.tensor(rows, device=mask.device).double() for rows in (kept, slots))
+
+
 # What each op computes, in float64.
 EXPECTED: dict[str, Callable[..., Any]] = {
     "compact_rows": lambda x, index: x.double()[index],
@@ -165,6 +195,7 @@ EXPECTED: dict[str, Callable[..., Any]] = {
     "scatter_add_rows_backward": _scatter_add_backward,
     "compact_norm": _compact_norm,
     "compact_norm_backward": _compact_norm_backward,
+    "compact_mask": lambda mask, k: _compact_mask(mask),
 }
 
 

@@ -1,6 +1,7 @@
 """Gradients: literal, numerical (first and second order), partial, and of nothing kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,10 @@ def test_gradients_of_scatter_add():
     assert layer_scale.grad.tolist() == [2 * (1 * 10 + 5 * 30), 2 * (2 * 20 + 6 * 40)]
 
 
+def weighted(weight: Tensor) -> KeptRows:
+    return replace(ROWS, weight=weight)
+
+
 def test_both_gradients_of_x_are_added():
     x = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
     y = fused_stochastic_depth(x, lambda kept: kept * kept, 0.5, rows=ROWS)
@@ -79,6 +84,20 @@ BLOCKS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "scatter_add_rows-inplace": (
         lambda x, out, scale: scatter_add_rows(x.clone(), out, ROWS, scale, inplace=True),
         (leaf(3, 4), leaf(2, 4), leaf(4)),
+    ),
+    "scatter_add_rows-weight": (
+        lambda x, out, weight: scatter_add_rows(x, out, weighted(weight)),
+        (leaf(3, 2, 4), leaf(2, 2, 4), leaf(2)),
+    ),
+    "scatter_add_rows-weight-of_vectors": (
+        lambda x, out, weight: scatter_add_rows(x, out, weighted(weight)),
+        (leaf(3), leaf(2), leaf(2)),
+    ),
+    "scatter_add_rows-layer_scale-weight-inplace": (
+        lambda x, out, scale, weight: scatter_add_rows(
+            x.clone(), out, weighted(weight), scale, inplace=True
+        ),
+        (leaf(3, 2, 4), leaf(2, 2, 4), leaf(2, 1), leaf(2)),
     ),
     "scatter_add_rows-nothing_kept": (
         lambda x, out, scale: scatter_add_rows(
@@ -122,6 +141,8 @@ FUSED: dict[str, dict[str, Any]] = {
         "width": 3,
     },
     "nothing_kept": {"kept": 0, "norm": "layer", "layer_scale": "C"},
+    "norm-layer_scale-weight": {"norm": "layer", "layer_scale": "C", "weighted": True},
+    "nothing_kept-weight": {"kept": 0, "layer_scale": "C", "weighted": True},
 }
 
 

@@ -17,6 +17,7 @@ ADD = {
     "index": INDEX,
     "slot": SLOT,
     "layer_scale": torch.ones(3),
+    "row_weight": torch.ones(2),
     "scale": 1.0,
 }
 NORMALIZE = {"normalized_shape": [3], "weight": torch.ones(3), "rms": False}
@@ -30,9 +31,12 @@ OPS = {
         "out": OUT,
         "index": INDEX,
         "layer_scale": torch.ones(3),
+        "row_weight": torch.ones(2),
         "scale": 1.0,
         "dtype": torch.float32,
+        "wanted": [True, True],
     },
+    "compact_mask": {"mask": SLOT >= 0, "k": 2},
     "compact_norm": {
         **NORMALIZE,
         "x": X,
@@ -95,6 +99,9 @@ WRONG = {
     },
     "kept": {"few-rows": OUT[:1], "all-rows": X, "0d": X[0, 0]},
     "layer_scale": {"width": torch.ones(2), "rows": torch.ones(2, 3), "int": INDEX},
+    "row_weight": {"few": torch.ones(1), "2d": torch.ones(2, 1), "int": INDEX},
+    "mask": {"int": SLOT, "2d": (SLOT >= 0)[None], "0d": SLOT[0] >= 0},
+    "k": {"less": 1, "more": 3, "negative": -1, "batch": 5},
     "normalized_shape": {"width": [5], "none": [], "batch": [4, 3], "negative": [-3]},
     "weight": {"width": torch.ones(2), "2d": torch.ones(1, 3), "int": torch.ones(3).int()},
     "bias": {"width": torch.ones(2), "int": torch.ones(3).int()},
@@ -109,10 +116,10 @@ WRONG = {
 }
 # No kept rows: were the check missing, the test would fail, and not write past the end of a tensor.
 NONE = {"index": INDEX[:0], "slot": torch.full((4,), -1), "kept": OUT[:0], "d_normed": OUT[:0]}
-NONE.update(out=None, layer_scale=None, mean=torch.zeros(0), rstd=torch.zeros(0))
+NONE.update(out=None, layer_scale=None, row_weight=None, mean=torch.zeros(0), rstd=torch.zeros(0))
 NO_KERNEL = {
     **{
-        f"scatter_add_rows_backward-{dtype}": {"dtype": dtype}
+        f"scatter_add_rows_backward-{dtype}": {"dtype": dtype, "wanted": [False, False]}
         for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64, FLOAT8)
     },
     **{f"compact_norm-{dtype}": {"dtype": dtype} for dtype in (torch.int8, FLOAT8, torch.float64)},

@@ -1,74 +1,267 @@
-"""torch.compile of code around the op: the same values and gradients, and new rows every call."""
+"""torch.compile: the values and gradients of eager code, for every option."""
 
-import shutil
+import copy
+import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from cases import NAMED_CASES, Case
+from comparison import assert_same_bits, assert_same_results, run_reference
+from compiling import assert_same, compilation, inductor, make_block, needs_inductor, results
+from torch import Tensor
 
-from sdkernels import KeptRows, StochasticDepth, fused_stochastic_depth
+from sdkernels import (
+    KeptRows,
+    Shared,
+    compact_layer_norm,
+    compact_rms_norm,
+    compact_rows,
+    fused_stochastic_depth,
+    scatter_add_rows,
+)
 
-# Graph breaks warn of what they cannot trace; newer compilers warn of older modules of their own.
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Newer compilers warn of older modules of their own.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",  # Dynamo looks at every input
+)
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
 ROWS = KeptRows.from_index(torch.tensor([0, 2, 3]), batch=8, scale=2.0)
+NO_ROWS = KeptRows.from_index(torch.tensor([], dtype=torch.int64), batch=8, scale=2.0)
+
+# Inductor is slow; what it adds to AOTAutograd's graph does not depend on every option.
+INDUCTOR_CASES = [
+    Case(norm="layer", layer_scale="C", weighted=True, conditions=1),
+    Case(dtype=torch.bfloat16, branch_dtype=torch.bfloat16, norm="rms", layer_scale="C"),
+    Case("conv", branch_dtype=torch.bfloat16, layout="channels_last", layer_scale="C1"),
+    Case("vit", kept=0, norm="layer", layer_scale="C", weighted=True),
+]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("Inductor needs a C++ compiler")
-    torch._dynamo.reset()
-    return request.param
+def run_compiled(case: Case, backend: str, **options: Any) -> dict[str, Tensor | None]:
+    """As comparison.run_fused, with the call compiled."""
+    inputs = case.inputs()
+    call = inputs.call()
+
+    def function(x: Tensor, rows: KeptRows) -> Tensor:
+        return fused_stochastic_depth(x, inputs.branch, 0.5, **{**call, "rows": rows}, **options)
+
+    # In place, x may not be a leaf.
+    x = inputs.x * 1.0 if options.get("inplace") else inputs.x
+    with compilation() as compiled:
+        y = torch.compile(function, backend=backend, fullgraph=True)(x, inputs.rows)
+        assert compiled.graphs == 1
+        y.backward(inputs.grad)
+    assert (y is x) == options.get("inplace", False)
+    stream = inputs.residual if inputs.residual is not None else x
+    assert y.stride() == torch.empty_like(stream).stride()
+    return {"y": y.detach()} | {name: leaf.grad for name, leaf in inputs.leaves().items()}
 
 
-def make_block() -> StochasticDepth:
-    branch = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
-    layer_scale = nn.Parameter(torch.rand(6))
-    return StochasticDepth(branch, 0.5, norm=nn.LayerNorm(6), layer_scale=layer_scale)
+@pytest.mark.parametrize("case", NAMED_CASES, ids=str)
+def test_traced_code(case):
+    """The code that Inductor is given."""
+    assert_same_results(
+        run_compiled(case, "aot_eager"), run_reference(case.inputs()), case.tolerance
+    )
 
 
-def test_values_and_gradients(backend):
+@needs_inductor
+@pytest.mark.parametrize("case", INDUCTOR_CASES, ids=str)
+def test_compiled_code(case):
+    assert_same_results(
+        run_compiled(case, "inductor"), run_reference(case.inputs()), case.tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [Case(norm="layer", layer_scale="C"), Case("conv", kept=0, layout="channels_last")]
+)
+def test_in_place(case):
+    actual = run_compiled(case, "aot_eager", inplace=True)
+    assert_same_results(actual, run_reference(case.inputs()), case.tolerance)
+
+
+def test_in_place_where_autograd_forbids_it():
+    x = torch.randn(8, 6, requires_grad=True)
+    compiled = torch.compile(lambda x: scatter_add_rows(x, torch.ones(3, 6), ROWS, inplace=True))
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
+def test_dropped_rows_are_untouched(backend):
+    """To the last bit, -0 and NaN included; and what they hold reaches no gradient."""
+    block = make_block()
+    x = torch.randn(8, 5, 6)
+    special = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, 1e-45])
+    dropped = ROWS.slot < 0
+    x[dropped] = special.expand(5, 5, 6)
+    leaf = x.clone().requires_grad_()
+    with compilation():
+        y = torch.compile(block, backend=backend, fullgraph=True)(leaf, rows=ROWS)
+        grad = torch.randn(8, 5, 6)
+        y.backward(grad)
+    assert_same_bits(y[dropped], x[dropped])
+    assert_same_bits(leaf.grad[dropped], grad[dropped])
+    for p in (leaf, *block.parameters()):
+        assert p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
+def test_no_kept_rows(backend):
+    """The branch runs on an empty batch: its parameters have gradients, and they are zero."""
     block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)
+    with compilation():
+        y = torch.compile(block, backend=backend, fullgraph=True)(x, rows=NO_ROWS)
+        y.sum().backward()
+    assert_same_bits(y, x)
+    assert torch.equal(x.grad, torch.ones_like(x))
+    for parameter in block.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+@needs_inductor
+def test_building_blocks():
+    """All of them in one graph: compact, both norms, scatter-add with every factor."""
+    x, out = torch.randn(8, 5, 6, requires_grad=True), torch.randn(3, 5, 6, requires_grad=True)
+    weight, bias, layer_scale = (torch.rand(6, requires_grad=True) for _ in range(3))
+    gate = torch.rand(3, requires_grad=True)
+    leaves = [x, out, weight, bias, layer_scale, gate]
+
+    def function(x: Tensor, rows: KeptRows, gate: Tensor) -> Tensor:
+        rows = dataclasses.replace(rows, weight=gate)
+        total = compact_rows(x.sin(), rows) + compact_layer_norm(x, rows, 6, weight, bias)
+        total = total * compact_rms_norm(x, rows, (6,), weight)
+        return scatter_add_rows(x, total * out, rows, layer_scale).cos()
+
+    with compilation() as compiled:
+        actual = results(torch.compile(function, fullgraph=True), leaves, x, ROWS, gate)
+        assert compiled.graphs == 1
+        assert compiled.atomics == 0
+    assert_same(actual, results(function, leaves, x, ROWS, gate))
+
+
+def test_options():
+    """Those that change what is traced, in one graph each."""
+    block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)
+    other = torch.randn(8, 5, 6)
+    call = {"norm": block.norm, "layer_scale": block.layer_scale, "rows": ROWS}
+
+    def hooked(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(x, block.branch, 0.5, **{**call, "norm": with_hook})
+
+    def arguments(x: Tensor) -> Tensor:
+        def branch(kept: Tensor, a: Tensor, b: dict[str, Tensor], c: Tensor) -> Tensor:
+            return block.branch(kept) * a + b["b"] + c.sum()
+
+        args = (other, {"b": other.sin()}, Shared(other))
+        return fused_stochastic_depth(x, branch, 0.5, args=args, **call)
+
+    def lists(x: Tensor) -> Tensor:
+        def branch(kept: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+            return [block.branch(k) * s for k, s in zip(kept, scales, strict=True)]
+
+        a, b = fused_stochastic_depth(
+            [x, x[:, :2]], branch, 0.5, args=([other, other[:, :2]],),
+            **{**call, "rows": [ROWS, NO_ROWS]},
+        )  # fmt: skip
+        return a + b.sum()
+
+    def residual(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(x, block.branch, 0.5, residual=other, **call)
+
+    def plain(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(x, block.branch, 0.0, norm=block.norm)
+
+    def skipped(x: Tensor) -> Tensor:
+        rows = {**call, "rows": NO_ROWS}
+        return fused_stochastic_depth(x, block.branch, 0.5, empty="skip", **rows) * 2
+
+    def evaluation(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(x, block.branch, 0.25, "row", False, rescale="eval")
+
+    with_hook = copy.deepcopy(block.norm)
+    with_hook.register_forward_hook(lambda module, args, output: output * 2)
+    for function in (hooked, arguments, lists, residual, plain, skipped, evaluation):
+        with compilation() as compiled:
+            compiled_function = torch.compile(function, backend="aot_eager", fullgraph=True)
+            assert_same(results(compiled_function, [x], x), results(function, [x], x))
+            assert compiled.graphs == 1, function.__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """The fused norm writes the autocast dtype; the stream stays in float32."""
+    block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)
+    seen: list[torch.dtype] = []
 
     def function(x: Tensor) -> Tensor:
-        y = fused_stochastic_depth(
-            torch.sin(x), block.branch, 0.5, norm=block.norm, layer_scale=block.layer_scale,
-            rows=ROWS,
-        )  # fmt: skip
-        return torch.cos(y)
+        def branch(kept: Tensor) -> Tensor:
+            seen.append(kept.dtype)
+            return block.branch(kept)
 
-    compiled = torch.compile(function, backend=backend)
-    leaves = [x, *block.parameters()]
-    for _ in range(2):
-        expected, actual = function(x), compiled(x)
+        with torch.autocast("cpu", dtype=dtype):
+            return fused_stochastic_depth(x, branch, 0.5, norm=block.norm, rows=ROWS)
+
+    leaves = [x, *block.norm.parameters(), *block.branch.parameters()]
+    expected = results(function, leaves, x)
+    with compilation():
+        actual = results(torch.compile(function, backend="aot_eager"), leaves, x)
+    assert seen == [dtype] * len(seen)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.02, atol=0.02 * e.abs().max().item())
+
+
+@pytest.mark.parametrize(("function", "message"), [
+    (lambda x: fused_stochastic_depth(x, lambda kept: kept[:1], 0.5, rows=ROWS),
+     r"out: expected 3 kept rows of residual's shape \[8, 5, 6\], got \[1, 5, 6\]"),
+    (lambda x: scatter_add_rows(x, x[:3], ROWS, torch.ones(5, 5, 6)),
+     r"layer_scale: shape \[5, 5, 6\] does not broadcast against one row of shape \[5, 6\]"),
+    (lambda x: compact_layer_norm(x, ROWS, 5),
+     r"norm: normalizes over \[5\], which are not the last dimensions of one row of x"),
+    (lambda x: fused_stochastic_depth(x[:7], torch.sin, 0.5, rows=ROWS),
+     "rows: made for a batch of 8 rows, but x has 7"),
+    (lambda x: fused_stochastic_depth(x, torch.sin, 1.5), "p: expected a drop probability"),
+])  # fmt: skip
+def test_bad_input(function, message):
+    """What broadcasting would let pass is refused as in eager code."""
+    with compilation(), pytest.raises(ValueError, match=message):
+        torch.compile(function, backend="aot_eager")(torch.randn(8, 5, 6))
+
+
+# Derivatives of other kinds
+
+
+def test_double_backward_is_refused():
+    """AOTAutograd has none, for whatever it compiles; it must not come out wrong."""
+    block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)
+    with compilation():
+        y = torch.compile(block, backend="aot_eager", fullgraph=True)(x, rows=ROWS)
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            grad.square().sum().backward()
+
+
+def test_func_transforms_in_a_graph():
+    """torch.func goes through traced code, which is plain PyTorch."""
+    block, x = make_block(), torch.randn(8, 5, 6)
+
+    def grad(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda t: block(t, rows=ROWS).square().sum())(x)
+
+    def vmap(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda t: block(t, rows=ROWS))(torch.stack([x, x.sin()]))
+
+    with compilation():
+        leaf = x.clone().requires_grad_()
+        expected = torch.autograd.grad(block(leaf, rows=ROWS).square().sum(), leaf)[0]
+        actual = torch.compile(grad, backend="aot_eager", fullgraph=True)(x)
         torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
-        )
-
-
-def test_rows_are_drawn_anew(backend):
-    """Rows, and their number, are not those of the call that was traced."""
-    block = make_block()
-    compiled = torch.compile(block, backend=backend)
-    x = torch.randn(16, 6)
-
-    def run(module: nn.Module) -> list[Tensor]:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            return [module(x) for _ in range(6)]
-
-    expected, actual = run(block), run(compiled)
-    torch.testing.assert_close(actual, expected)
-    kept = {tuple((y != x).any(1).tolist()) for y in actual}
-    assert len(kept) == 6
-    assert len({sum(rows) for rows in kept}) > 1
-
-
-def test_evaluation_is_one_graph(backend):
-    block = make_block().eval()
-    compiled = torch.compile(block, backend=backend, fullgraph=True)
-    x = torch.randn(8, 6)
-    torch.testing.assert_close(compiled(x), block(x))
+        expected = torch.stack([block(x, rows=ROWS), block(x.sin(), rows=ROWS)])
+        actual = torch.compile(vmap, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(actual, expected)

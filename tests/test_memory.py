@@ -208,7 +208,7 @@ def test_backward_of_layer_scale_needs_no_temporary(view):
     layer_scale = torch.rand(grad.shape[1], 1, 1)
     peak = peak_bytes(
         lambda: torch.ops.sdkernels.scatter_add_rows_backward(
-            grad, out, rows.index, layer_scale, 2.0, torch.float32
+            grad, out, rows.index, layer_scale, None, 2.0, torch.float32, [True, False]
         )
     )
     # Partial sums stay below an eighth of the data.

@@ -45,26 +45,56 @@ def test_scatter_add_rows():
     out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
     layer_scale = torch.tensor([1.0, 0.5])
     expected = [[21, 22], [3, 4], [65, 46]]
-    assert OPS.scatter_add_rows(x, out, INDEX, SLOT, layer_scale, 2.0).tolist() == expected
+    assert OPS.scatter_add_rows(x, out, INDEX, SLOT, layer_scale, None, 2.0).tolist() == expected
     assert x.tolist() == [[1, 2], [3, 4], [5, 6]]
-    OPS.scatter_add_rows_(x, out, INDEX, SLOT, layer_scale, 2.0)
+    OPS.scatter_add_rows_(x, out, INDEX, SLOT, layer_scale, None, 2.0)
     assert x.tolist() == expected
+
+
+def test_scatter_add_rows_with_weights():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    row_weight = torch.tensor([3.0, 0.1], dtype=torch.float64)
+    y = OPS.scatter_add_rows(x, out, INDEX, SLOT, torch.tensor([1.0, 0.5]), row_weight, 2.0)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, torch.tensor([[61.0, 62.0], [3.0, 4.0], [11.0, 10.0]]))
 
 
 def test_scatter_add_rows_backward():
     grad = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
     layer_scale = torch.tensor([1.0, 0.5])
-    d_out, d_layer_scale = OPS.scatter_add_rows_backward(
-        grad, out, INDEX, layer_scale, 2.0, torch.float32
+    d_out, d_layer_scale, nothing = OPS.scatter_add_rows_backward(
+        grad, out, INDEX, layer_scale, None, 2.0, torch.float32, [True, False]
     )
     assert d_out.tolist() == [[2, 2], [10, 6]]
     assert d_layer_scale.tolist() == [2 * (1 * 10 + 5 * 30), 2 * (2 * 20 + 6 * 40)]
-    d_out, nothing = OPS.scatter_add_rows_backward(
-        grad, None, INDEX, layer_scale, 2.0, torch.float32
+    assert nothing.shape == (0,)
+    d_out, *nothing = OPS.scatter_add_rows_backward(
+        grad, None, INDEX, layer_scale, None, 2.0, torch.float32, [False, False]
     )
     assert d_out.tolist() == [[2, 2], [10, 6]]
-    assert nothing.shape == (0,)
+    assert [tensor.shape for tensor in nothing] == [(0,), (0,)]
+
+
+def test_scatter_add_rows_backward_with_weights():
+    grad = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    layer_scale, row_weight = torch.tensor([1.0, 0.5]), torch.tensor([4.0, 0.0])
+    d_out, d_layer_scale, d_row_weight = OPS.scatter_add_rows_backward(
+        grad, out, INDEX, layer_scale, row_weight, 2.0, torch.float32, [True, True]
+    )
+    assert d_out.tolist() == [[8, 8], [0, 0]]
+    assert d_layer_scale.tolist() == [2 * 4 * 1 * 10, 2 * 4 * 2 * 20]
+    # A weight of zero has a gradient all the same.
+    assert d_row_weight.tolist() == [2 * (10 + 2 * 20 / 2), 2 * (5 * 30 + 6 * 40 / 2)]
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_compact_mask(k):
+    index, slot = OPS.compact_mask(torch.tensor([True, False, True]), k)
+    assert index.tolist() == INDEX.tolist()
+    assert slot.tolist() == SLOT.tolist()
 
 
 def test_compact_norm():
@@ -135,6 +165,10 @@ def test_large(op, device):
     """Work for several threads, in pieces that end within a line."""
     check(op, Case("large", layout="sequence_first", norm="layer", layer_scale="C"), device)
     check(op, Case("large", norm="rms", layer_scale="NC", layout="sliced"), device)
+    # Rows whose weight's gradient several pieces share, and many in a piece.
+    check(op, Case("large", norm="rms", weighted=True), device)
+    check(op, Case("image", layout="channels_last", layer_scale="C1", weighted=True), device)
+    check(op, Case("vector", batch=9000, kept=5000, weighted=True), device)
 
 
 OPCHECK_CASES = [
@@ -143,6 +177,7 @@ OPCHECK_CASES = [
     Case("conv", layout="channels_last", grad_layout="channels_last", layer_scale="C1"),
     Case("wide", dtype=torch.bfloat16, layout="sequence_first", norm="layer_2d", scale=1.0),
     Case("vector", batch=1, kept=1, layout="sliced", norm="rms", layer_scale="1"),
+    Case("vit", layer_scale="C", weighted=True),
 ]
 
 
@@ -163,7 +198,7 @@ LAYOUT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("op", traceable.OPS)
+@pytest.mark.parametrize("op", [op for op in traceable.OPS if op != "compact_mask"])
 def test_fake_layouts(op, device):
     """A fake with other strides than the kernel's makes torch.compile compute nonsense."""
     for layout, grad_layout, layer_scale in LAYOUT_CASES:

@@ -64,6 +64,7 @@ inline void check_row_values(const at::Tensor& index, const at::Tensor& slot) {
 class ChunkedSum {
  public:
   // `work` is counted in elements or in lines; `width` is the number of elements in a unit of it.
+  // Without entries it cuts the work all the same.
   ChunkedSum(int64_t entries, int64_t work, int64_t width, at::ScalarType acc)
       : entries_(entries), work_(work) {
     // Enough chunks for any machine's threads and for float to keep its digits, few enough that the
@@ -71,7 +72,8 @@ class ChunkedSum {
     constexpr int64_t kChunks = 64, kAdditions = 512;
     const int64_t accurate = at::divup(kAdditions * entries, width);
     const int64_t least = at::divup(8 * entries, width);
-    size_ = std::max(least, std::min(at::divup(work, kChunks), accurate));
+    size_ = at::divup(work, kChunks);
+    if (entries > 0) size_ = std::max(least, std::min(size_, accurate));
     partials_ = at::zeros({at::divup(work, size_), entries}, at::TensorOptions().dtype(acc));
   }
 

@@ -14,7 +14,7 @@ enum class Dtype : int8_t { f32, bf16, f16, f64 };
 
 // Arithmetic is float, and double where the data are double: the types marked "acc" below.
 
-// y = residual, and y[kept] += scale * layer_scale * out.
+// y = residual, and y[kept] += scale * row_weight * layer_scale * out.
 // Exactly one of slot and index is set: with slot, all B rows are written (out of place); with
 // index, only the k kept rows are (in place, y == residual).
 struct ScatterAdd {
@@ -22,6 +22,7 @@ struct ScatterAdd {
   const void* residual;
   const void* out;
   const void* layer_scale;  // acc, or null
+  const void* row_weight;   // acc, one a kept row, or null
   const int64_t* slot;
   const int64_t* index;
   double scale;
@@ -30,12 +31,14 @@ struct ScatterAdd {
   int64_t layer_scale_line, layer_scale_element;  // strides of layer_scale; the second is 0 or 1
 };
 
-// d_out = scale * layer_scale * grad[kept], and layer_scale_sum += scale * grad[kept] * out.
+// d_out = scale * row_weight * layer_scale * grad[kept]; layer_scale_sum += scale * row_weight *
+// grad[kept] * out; row_weight_sum += layer_scale * grad[kept] * out.
 struct ScatterAddBackward {
   void* d_out;
   const void* grad;
-  const void* out;          // null when layer_scale needs no gradient
+  const void* out;          // null when neither sum is wanted
   const void* layer_scale;  // acc, or null
+  const void* row_weight;   // acc, or null
   const int64_t* index;
   double scale;
   int64_t lines, len;
@@ -76,11 +79,12 @@ struct CompactNormBackward {
 };
 
 // [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, and
-// lines of [rows, lines] in the norms. The sums are arrays of acc that belong to the calling thread
-// alone.
+// lines of [rows, lines] in the norms. The sums belong to the calling thread alone; they are arrays
+// of acc, but row_weight_sum, of double, has one entry for each row that [begin, end) touches. One
+// that is not wanted is null.
 using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
 using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
-                                          void* layer_scale_sum);
+                                          void* layer_scale_sum, double* row_weight_sum);
 using CompactNormKernel = void (*)(const CompactNorm&, int64_t begin, int64_t end);
 using CompactNormBackwardKernel = void (*)(const CompactNormBackward&, int64_t begin, int64_t end,
                                            void* weight_sum, void* bias_sum);

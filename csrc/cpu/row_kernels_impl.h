@@ -49,6 +49,7 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
   using A = Acc<Y>;
   const A scale = static_cast<A>(p.scale);
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  const A* row_weight = static_cast<const A*>(p.row_weight);
   for_segments(
       p.lines, p.len, begin, end, [&](int64_t i, int64_t line, int64_t first, int64_t count) {
         const int64_t row = p.index ? p.index[i] : i;
@@ -61,13 +62,16 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
           return;
         }
         const O* out = at(static_cast<const O*>(p.out), p.out_stride, slot, line) + first;
+        const A row_scale = row_weight ? scale * row_weight[slot] : scale;
         if (layer_scale && p.layer_scale_element) {
           const A* gamma = layer_scale + line * p.layer_scale_line + first;
           for_vectors(count, [&](int64_t c, auto n) {
-            store(y + c, load(residual + c, n) + scale * load(gamma + c, n) * load(out + c, n), n);
+            store(y + c, load(residual + c, n) + row_scale * load(gamma + c, n) * load(out + c, n),
+                  n);
           });
         } else {
-          const A factor = layer_scale ? scale * layer_scale[line * p.layer_scale_line] : scale;
+          const A factor =
+              layer_scale ? row_scale * layer_scale[line * p.layer_scale_line] : row_scale;
           for_vectors(count, [&](int64_t c, auto n) {
             store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
           });
@@ -75,12 +79,34 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
       });
 }
 
+// The sum of layer_scale * grad * out over elements that have a layer scale each, one for all of
+// them (stride 0), or none (null). Lanes are emptied into a double before float loses digits.
+template <class G, class O, class A>
+SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer_scale,
+                                     int64_t layer_scale_element, int64_t count) {
+  constexpr int64_t kBlock = 128 * kLanes;
+  const A* gamma = layer_scale_element ? layer_scale : nullptr;
+  double total = 0;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t left = count - first;
+    Vec<A> sums = {};
+    for_vectors(left < kBlock ? left : kBlock, [&](int64_t c, auto n) {
+      Vec<A> product = load(grad + first + c, n) * load(out + first + c, n);
+      if (gamma) product *= load(gamma + first + c, n);
+      sums += product;
+    });
+    total += sum<A>(sums);
+  }
+  return layer_scale && !gamma ? total * *layer_scale : total;
+}
+
 template <class G, class O>
 void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t end,
-                          void* layer_scale_sum) {
+                          void* layer_scale_sum, double* row_weight_sum) {
   using A = Acc<G>;
-  const A scale = static_cast<A>(p.scale);
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  const A* row_weight = static_cast<const A*>(p.row_weight);
+  const int64_t first_row = begin / p.len / p.lines;
   for_segments(
       p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
         const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
@@ -88,7 +114,12 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
         const O* out =
             p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
         const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
-        A* total = out ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+        const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[j] : A(1));
+        A* total = layer_scale_sum ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+        if (row_weight_sum)
+          row_weight_sum[j - first_row] +=
+              sum_products(grad, out, layer_scale ? layer_scale + offset : nullptr,
+                           p.layer_scale_element, count);
         if (!layer_scale) {
           for_vectors(count,
                       [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
@@ -97,14 +128,14 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
           Vec<A> sums = {};
           for_vectors(count, [&](int64_t c, auto n) {
             const Vec<A> scaled = scale * load(grad + c, n);
-            if (out) sums += scaled * load(out + c, n);
+            if (total) sums += scaled * load(out + c, n);
             store(d_out + c, gamma * scaled, n);
           });
-          if (out) *total += sum<A>(sums);
+          if (total) *total += sum<A>(sums);
         } else {
           for_vectors(count, [&](int64_t c, auto n) {
             const Vec<A> scaled = scale * load(grad + c, n);
-            if (out) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
+            if (total) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
             store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
           });
         }

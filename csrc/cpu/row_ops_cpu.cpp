@@ -106,9 +106,14 @@ ScaledGeometry scaled_geometry(c10::ArrayRef<const Tensor*> tensors,
   return {row_geometry(tensors, &gamma), gamma};
 }
 
+// row_weight in the type of the arithmetic.
+OptionalTensor weight_of_rows(const OptionalTensor& row_weight, at::ScalarType acc) {
+  return row_weight ? OptionalTensor(row_weight->to(acc).contiguous()) : row_weight;
+}
+
 void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
                       const Tensor& index, const Tensor& slot, const OptionalTensor& layer_scale,
-                      double scale, bool inplace) {
+                      const OptionalTensor& row_weight, double scale, bool inplace) {
   const auto is_double = [](const Tensor& x) { return x.scalar_type() == at::kDouble; };
   const auto acc = is_double(y) || is_double(residual) || is_double(out) ? at::kDouble : at::kFloat;
   if (acc == at::kDouble && !(is_double(y) && is_double(residual) && is_double(out))) {
@@ -116,10 +121,11 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
     if (inplace) {
       const Tensor kept = residual.index_select(0, index).to(acc);
       const Tensor rows = at::arange(index.size(0), index.options());
-      scatter_add_into(kept, kept, out.to(acc), rows, rows, layer_scale, scale, true);
+      scatter_add_into(kept, kept, out.to(acc), rows, rows, layer_scale, row_weight, scale, true);
       y.index_copy_(0, index, kept.to(y.scalar_type()));
     } else {
-      scatter_add_into(y, residual.to(acc), out.to(acc), index, slot, layer_scale, scale, false);
+      scatter_add_into(y, residual.to(acc), out.to(acc), index, slot, layer_scale, row_weight,
+                       scale, false);
     }
     return;
   }
@@ -129,10 +135,11 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   if (!geometry) {
     const Tensor dense = at::empty(y.sizes(), y.options());
     scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
-                     scale, false);
+                     row_weight, scale, false);
     y.copy_(dense);
     return;
   }
+  const auto weight = weight_of_rows(row_weight, acc);
   const auto kernel = kernels().scatter_add(dtype_of(y), dtype_of(residual), dtype_of(out));
   TORCH_INTERNAL_ASSERT(kernel);
   ScatterAdd p{};
@@ -140,6 +147,7 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   p.residual = residual.const_data_ptr();
   p.out = out.const_data_ptr();
   p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.row_weight = weight ? weight->const_data_ptr() : nullptr;
   p.slot = inplace ? nullptr : slot.const_data_ptr<int64_t>();
   p.index = inplace ? index.const_data_ptr<int64_t>() : nullptr;
   p.scale = scale;
@@ -156,8 +164,9 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
 }
 
 Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
-                        const Tensor& slot, const OptionalTensor& layer_scale, double scale) {
-  check_scatter_add(residual, out, index, slot, layer_scale);
+                        const Tensor& slot, const OptionalTensor& layer_scale,
+                        const OptionalTensor& row_weight, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
   check_row_values(index, slot);
   auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
   if (layer_scale &&
@@ -165,60 +174,60 @@ Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor&
     dtype = c10::promoteTypes(dtype, layer_scale->scalar_type());
   Tensor y = empty_rows(residual, residual.size(0), dtype);
   if (y.numel() > 0)
-    scatter_add_into(y, residual, out, index, slot, layer_scale, scale, /*inplace=*/false);
+    scatter_add_into(y, residual, out, index, slot, layer_scale, row_weight, scale,
+                     /*inplace=*/false);
   return y;
 }
 
 void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
-                       const OptionalTensor& layer_scale, double scale) {
-  check_scatter_add(residual, out, index, slot, layer_scale);
+                       const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
+                       double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
   check_row_values(index, slot);
   at::assert_no_internal_overlap(residual);
   at::assert_no_overlap(residual, out);
   if (layer_scale) at::assert_no_overlap(residual, *layer_scale);
+  if (row_weight) at::assert_no_overlap(residual, *row_weight);
   if (out.numel() > 0)
-    scatter_add_into(residual, residual, out, index, slot, layer_scale, scale, /*inplace=*/true);
+    scatter_add_into(residual, residual, out, index, slot, layer_scale, row_weight, scale,
+                     /*inplace=*/true);
 }
 
-// layer_scale_grad is wanted when `out` is given; otherwise an empty tensor takes its place.
-std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const OptionalTensor& out,
-                                                     const Tensor& index,
-                                                     const OptionalTensor& layer_scale,
-                                                     double scale, at::ScalarType dtype) {
-  check_rows_tensor(grad, "grad");
-  check_floating(grad, "grad");
-  check_index_tensor(index, "rows.index", grad.device());
+// wanted: the gradients of layer_scale and row_weight; an empty tensor takes the place of one that
+// is not.
+std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
+    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
   check_index_values(index, grad.size(0));
-  TORCH_CHECK_TYPE(is_supported(dtype), "dtype: expected a floating point type, got ", dtype);
-  TORCH_CHECK_VALUE(!out || layer_scale, "out: only wanted for the gradient of layer_scale");
-  if (layer_scale) check_layer_scale(*layer_scale, grad.sizes().slice(1), grad.device());
-  if (out) {
-    check_out(grad, *out, index);
-    TORCH_CHECK_TYPE(out->scalar_type() == dtype, "out: expected ", dtype, ", got ",
-                     out->scalar_type());
-  }
   const auto acc =
       grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
   if (acc == at::kDouble && (grad.scalar_type() != acc || dtype != acc)) {
     const OptionalTensor wide_out = out ? OptionalTensor(out->to(acc)) : out;
-    auto [d_out, d_layer_scale] =
-        scatter_add_rows_backward(grad.to(acc), wide_out, index, layer_scale, scale, acc);
-    return {d_out.to(dtype), d_layer_scale};
+    auto [d_out, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
+        grad.to(acc), wide_out, index, layer_scale, row_weight, scale, acc, wanted);
+    return {d_out.to(dtype), d_layer_scale, d_row_weight};
   }
 
-  Tensor d_out = empty_rows(out ? *out : grad, index.size(0), dtype);
-  const Tensor none = at::empty({0}, grad.options());
-  if (d_out.numel() == 0) return {d_out, out ? at::zeros_like(*layer_scale) : none};
+  const auto [wants_layer_scale, wants_row_weight] = wanted;
+  const int64_t k = index.size(0);
+  Tensor d_out = empty_rows(out ? *out : grad, k, dtype);
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  if (d_out.numel() == 0)
+    return {d_out, wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
+            wants_row_weight ? at::zeros_like(*row_weight) : none()};
 
   c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
   if (out) tensors.push_back(&*out);
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
-    const auto dense =
-        scatter_add_rows_backward(grad.contiguous(), dense_out, index, layer_scale, scale, dtype);
-    return {d_out.copy_(std::get<0>(dense)), std::get<1>(dense)};
+    auto [dense, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
+        grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted);
+    return {d_out.copy_(dense), d_layer_scale, d_row_weight};
   }
+  const auto weight = weight_of_rows(row_weight, acc);
   const auto kernel = kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
   TORCH_INTERNAL_ASSERT(kernel);
   ScatterAddBackward p{};
@@ -226,6 +235,7 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   p.grad = grad.const_data_ptr();
   p.out = out ? out->const_data_ptr() : nullptr;
   p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.row_weight = weight ? weight->const_data_ptr() : nullptr;
   p.index = index.const_data_ptr<int64_t>();
   p.scale = scale;
   p.lines = geometry->lines;
@@ -235,23 +245,58 @@ std::tuple<Tensor, Tensor> scatter_add_rows_backward(const Tensor& grad, const O
   if (out) p.out_stride = geometry->strides[2];
   p.layer_scale_line = geometry->layer_scale_line;
   p.layer_scale_element = geometry->layer_scale_element;
-  const int64_t elements = d_out.numel();
+  const int64_t elements = d_out.numel(), row = p.lines * p.len;
   if (!out) {
     at::parallel_for(0, elements, kGrain,
-                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr); });
-    return {d_out, none};
+                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
+    return {d_out, none(), none()};
   }
-  const ChunkedSum sum(gamma->numel(), elements, 1, acc);
+  const ChunkedSum sum(wants_layer_scale ? gamma->numel() : 0, elements, 1, acc);
+  // The sum of a row that several chunks share is put together from theirs.
+  const int64_t rows_of_chunk = sum.end(0) / row + 2;
+  std::vector<double> row_sums(wants_row_weight ? sum.chunks() * rows_of_chunk : 0);
   at::parallel_for(0, sum.chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      kernel(p, sum.begin(chunk), sum.end(chunk), sum.partial(chunk));
+      kernel(p, sum.begin(chunk), sum.end(chunk), wants_layer_scale ? sum.partial(chunk) : nullptr,
+             wants_row_weight ? &row_sums[chunk * rows_of_chunk] : nullptr);
   });
-  // A layer scale that was written out for a whole row is summed back to its own shape.
-  Tensor total = sum.total(0, {gamma->numel()}).as_strided(gamma->sizes(), gamma->strides());
-  if (gamma->sizes() != layer_scale->sizes())
-    total = total.to(at::kDouble).sum_to_size(layer_scale->sizes());
-  // A sum written out for a row has the row's strides; the result has those of layer_scale.
-  return {d_out, at::empty_like(*layer_scale).copy_(total)};
+  Tensor d_layer_scale = none(), d_row_weight = none();
+  if (wants_layer_scale) {
+    // A layer scale that was written out for a whole row is summed back to its own shape.
+    Tensor total = sum.total(0, {gamma->numel()}).as_strided(gamma->sizes(), gamma->strides());
+    if (gamma->sizes() != layer_scale->sizes())
+      total = total.to(at::kDouble).sum_to_size(layer_scale->sizes());
+    // A sum written out for a row has the row's strides; the result has those of layer_scale.
+    d_layer_scale = at::empty_like(*layer_scale).copy_(total);
+  }
+  if (wants_row_weight) {
+    Tensor total = at::zeros({k}, at::kDouble);
+    double* totals = total.mutable_data_ptr<double>();
+    for (int64_t chunk = 0; chunk < sum.chunks(); ++chunk)
+      for (int64_t j = sum.begin(chunk) / row; j * row < sum.end(chunk); ++j)
+        totals[j] += scale * row_sums[chunk * rows_of_chunk + j - sum.begin(chunk) / row];
+    d_row_weight = total.to(row_weight->scalar_type());
+  }
+  return {d_out, d_layer_scale, d_row_weight};
+}
+
+std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_t> k) {
+  check_mask(mask, k);
+  const Tensor dense = mask.contiguous();
+  const bool* kept = dense.const_data_ptr<bool>();
+  const int64_t batch = mask.size(0), count = std::count(kept, kept + batch, true);
+  TORCH_CHECK_VALUE(!k || *k == count, "k: expected the number of true entries of mask, ", count,
+                    ", got ", *k);
+  Tensor index = at::empty({count}, mask.options().dtype(at::kLong));
+  Tensor slot = at::empty({batch}, index.options());
+  int64_t* rows = index.mutable_data_ptr<int64_t>();
+  int64_t* slots = slot.mutable_data_ptr<int64_t>();
+  int64_t j = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    slots[b] = kept[b] ? j : -1;
+    if (kept[b]) rows[j++] = b;
+  }
+  return {index, slot};
 }
 
 }  // namespace
@@ -262,6 +307,7 @@ TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("compact_mask", compact_mask);
 }
 
 }  // namespace sdkernels::cpu

@@ -1,0 +1,390 @@
+"""A process of test_distributed.py: runs every check and writes down what came of each.
+
+    python distributed_worker.py RANK WORLD_SIZE FOLDER
+
+A check that fails ends the process, because the others wait for it in a collective; theirs time
+out.
+"""
+
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from sdkernels import DepthPlan, KeptRows, StochasticDepth, fused_stochastic_depth
+
+TIMEOUT = datetime.timedelta(seconds=60)
+WIDTH, DEPTH, BATCH, STEPS = 8, 3, 2, 6
+SEED = 1000  # rank r draws its rows from SEED + r
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Model(nn.Module):
+    """A small residual network; `rows`, where given, has one entry for each block."""
+
+    def __init__(self, p: float, **options: Any) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, WIDTH)
+        self.blocks = nn.ModuleList(
+            StochasticDepth(
+                nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)),
+                p,
+                norm=nn.LayerNorm(WIDTH),
+                layer_scale=nn.Parameter(torch.full((WIDTH,), 0.5)),
+                **options,
+            )
+            for _ in range(DEPTH)
+        )
+        self.head = nn.Linear(WIDTH, 1)
+        self.checkpointed = False
+
+    def forward(self, x: Tensor, rows: list[KeptRows | None] | None = None) -> Tensor:
+        x = self.stem(x)
+        for block, each in zip(self.blocks, rows or [None] * DEPTH, strict=True):
+            if self.checkpointed:
+                x = checkpoint(block, x, rows=each, use_reentrant=False)
+            else:
+                x = block(x, rows=each)
+        return self.head(x)
+
+
+def make_model(p: float = 0.9, **options: Any) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Model(p, **options)
+
+
+def batch_of(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(BATCH, 4, generator=generator)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return (y - 1).square().mean()
+
+
+def all_rows(p: float, mode: str, forwards: int) -> list[list[list[KeptRows]]]:
+    """[forward][block][rank]: the rows that every rank draws, replayed from its seed."""
+    generators = [torch.Generator().manual_seed(SEED + r) for r in range(dist.get_world_size())]
+    return [
+        [
+            [KeptRows.sample(BATCH, p, mode=mode, generator=g) for g in generators]
+            for _ in range(DEPTH)
+        ]
+        for _ in range(forwards)
+    ]
+
+
+def joined(rows: list[KeptRows]) -> KeptRows:
+    """The rows of all ranks as those of one large batch."""
+    index = torch.cat([each.index + rank * BATCH for rank, each in enumerate(rows)])
+    return KeptRows.from_index(index, BATCH * len(rows), rows[0].scale)
+
+
+def assert_ranks_disagree(rows: list[list[list[KeptRows]]]) -> None:
+    """The checks mean something: ranks kept no row where another one kept some."""
+    counts = [[each.k for each in block] for step in rows for block in step]
+    for rank in range(dist.get_world_size()):
+        assert any(count[rank] == 0 and max(count) > 0 for count in counts)
+
+
+def single_process(
+    p: float = 0.9, mode: str = "row", micro: int = 1
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Gradients and parameters after each step on the batches of all ranks together."""
+    rows = all_rows(p, mode, STEPS * micro)
+    assert_ranks_disagree(rows)
+    model = make_model(p, mode=mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for forward in range(step * micro, (step + 1) * micro):
+            x = torch.cat([batch_of(forward, rank) for rank in range(dist.get_world_size())])
+            loss_of(model(x, [joined(block) for block in rows[forward]])).backward()
+        optimizer.step()
+        yield [p.grad.clone() for p in model.parameters()], [p.detach() for p in model.parameters()]
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def assert_as_single_process(model: nn.Module, micro: int = 1, **law: Any) -> None:
+    """Trains `model` on this rank's batches, and compares each step with the single process."""
+    rank = dist.get_rank()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(SEED + rank)
+    for step, (gradients, parameters) in enumerate(single_process(micro=micro, **law)):
+        optimizer.zero_grad()
+        for forward in range(step * micro, (step + 1) * micro):
+            last = forward == (step + 1) * micro - 1
+            waiting = nullcontext() if last else model.no_sync()
+            with waiting:
+                loss_of(model(batch_of(forward, rank))).backward()
+        for parameter, expected in zip(model.parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(whole(parameter.grad), expected)
+        optimizer.step()
+        for parameter, expected in zip(model.parameters(), parameters, strict=True):
+            torch.testing.assert_close(whole(parameter), expected)
+
+
+# DistributedDataParallel
+
+
+@check
+def ddp_bernoulli() -> None:
+    assert_as_single_process(DistributedDataParallel(make_model()))
+
+
+@check
+def ddp_bernoulli_static_graph() -> None:
+    model = DistributedDataParallel(make_model(), static_graph=True, gradient_as_bucket_view=True)
+    assert_as_single_process(model)
+
+
+@check
+def ddp_batch_mode() -> None:
+    model = DistributedDataParallel(make_model(0.5, mode="batch"))
+    assert_as_single_process(model, p=0.5, mode="batch")
+
+
+@check
+def ddp_gradient_accumulation_with_no_sync() -> None:
+    assert_as_single_process(DistributedDataParallel(make_model()), micro=3)
+
+
+@check
+def ddp_checkpointed() -> None:
+    model = make_model()
+    model.checkpointed = True
+    assert_as_single_process(DistributedDataParallel(model))
+
+
+@check
+def ddp_ranks_that_fall_back_and_ranks_that_compact() -> None:
+    model = make_model(0.5, min_saving=0.6)  # one of two rows dropped: all run; both: none
+    assert_as_single_process(DistributedDataParallel(model), p=0.5)
+
+
+@check
+def ddp_with_skipped_branches_is_refused_by_ddp() -> None:
+    """What `empty="run"` is the default for: an unused parameter is an error of the next step."""
+    model = DistributedDataParallel(make_model(1.0, empty="skip"))
+    loss_of(model(batch_of(0, dist.get_rank()))).backward()
+    with pytest.raises(RuntimeError, match="finished reduction in the prior iteration"):
+        model(batch_of(1, dist.get_rank()))
+
+
+@check
+def ddp_plan_of_a_step() -> None:
+    """for_step gives each rank rows of its own, and rank=0 the same to all; any rank knows both."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    probs = [0.5] * DEPTH
+    for shared in (False, True):
+        model, single = DistributedDataParallel(make_model()), make_model()
+        for step in range(3):
+            number = 0 if shared else None
+            plan = DepthPlan.for_step(7, step, BATCH, probs, rank=number)
+            loss_of(model(batch_of(step, rank), list(plan))).backward()
+            plans = [
+                DepthPlan.for_step(7, step, BATCH, probs, rank=0 if shared else r)
+                for r in range(world)
+            ]
+            x = torch.cat([batch_of(step, r) for r in range(world)])
+            rows = [joined([each[i] for each in plans]) for i in range(DEPTH)]
+            loss_of(single(x, rows)).backward()
+        for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+# FSDP2
+
+
+def sharded(model: Model, **options: Any) -> Model:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+@check
+def fsdp2_bernoulli() -> None:
+    assert_as_single_process(sharded(make_model()))
+
+
+@check
+def fsdp2_batch_mode() -> None:
+    assert_as_single_process(sharded(make_model(0.5, mode="batch")), p=0.5, mode="batch")
+
+
+@check
+def fsdp2_resharded_after_forward_and_checkpointed() -> None:
+    model = make_model()
+    model.checkpointed = True
+    assert_as_single_process(sharded(model, reshard_after_forward=True))
+
+
+@check
+def fsdp2_parts_of_a_block_sharded_on_their_own() -> None:
+    """A norm that FSDP has hooked is called as a module, on the kept rows."""
+    model = make_model()
+    for block in model.blocks:
+        fully_shard(block.norm)
+        fully_shard(block.branch[0])
+    assert_as_single_process(sharded(model))
+
+
+@check
+def fsdp2_mixed_precision() -> None:
+    """bfloat16 branches and stream over float32 parameters."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, rank = sharded(make_model(), mp_policy=policy), dist.get_rank()
+    torch.manual_seed(SEED + rank)
+    (gradients, _), *_ = single_process()
+    y = model(batch_of(0, rank))
+    assert y.dtype == torch.bfloat16
+    loss_of(y.float()).backward()
+    for parameter, expected in zip(model.parameters(), gradients, strict=True):
+        found = whole(parameter.grad)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found, expected, rtol=0.1, atol=0.03 * expected.abs().max().item() + 1e-3
+        )
+
+
+# Rows and ranks
+
+
+def slots_of_all_ranks(rows: KeptRows | DepthPlan) -> list[list[int]]:
+    own = rows.slot.tolist() if isinstance(rows, KeptRows) else [r.slot.tolist() for r in rows]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def all_differ(slots: list[Any]) -> bool:
+    return len({repr(each) for each in slots}) == len(slots)
+
+
+def all_equal(slots: list[Any]) -> bool:
+    return all(each == slots[0] for each in slots)
+
+
+@check
+def rows_differ_per_rank_by_default() -> None:
+    # Nothing has seeded this process yet: main() takes care that this check is the first.
+    assert all_differ(slots_of_all_ranks(KeptRows.sample(64, 0.5)))
+    assert all_differ(slots_of_all_ranks(DepthPlan.for_step(1, 2, 64, [0.5])))
+    torch.manual_seed(5 + dist.get_rank())
+    assert all_differ(slots_of_all_ranks(KeptRows.sample(64, 0.5)))
+
+
+@check
+def rows_can_be_made_equal() -> None:
+    torch.manual_seed(5)
+    assert all_equal(slots_of_all_ranks(KeptRows.sample(64, 0.5)))
+    torch.manual_seed(5 + dist.get_rank())
+    shared = torch.Generator().manual_seed(6)
+    assert all_equal(slots_of_all_ranks(KeptRows.sample(64, 0.5, generator=shared)))
+    assert all_equal(slots_of_all_ranks(DepthPlan.sample(64, [0.5], generator=shared)))
+    assert all_equal(slots_of_all_ranks(DepthPlan.for_step(1, 2, 64, [0.5], rank=0)))
+    assert all_differ(slots_of_all_ranks(KeptRows.sample(64, 0.5)))
+    x = torch.ones(64, 1)
+    y = fused_stochastic_depth(x, torch.neg, 0.5, generator=shared)
+    assert all_equal(slots_of_all_ranks(KeptRows.from_mask(y.flatten() != 1)))
+
+
+@check
+def rank_of_a_plan_is_that_of_the_process() -> None:
+    rank = dist.get_rank()
+    plans = [DepthPlan.for_step(1, 2, 64, [0.5], rank=r) for r in (None, rank, rank + 1)]
+    slots = [plan[0].slot.tolist() for plan in plans]
+    assert slots[0] == slots[1] != slots[2]
+
+
+# BatchNorm
+
+
+@check
+def sync_batch_norm_needs_a_gpu() -> None:
+    """PyTorch refuses it on the CPU, on every rank, before any collective: nothing hangs."""
+    branch = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    x = torch.randn(4, 3, 2, 2)
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
+        fused_stochastic_depth(x, branch, 0.5)
+    # In evaluation it is an ordinary BatchNorm.
+    fused_stochastic_depth(x, branch.eval(), 0.5, training=False)
+
+
+@check
+def ddp_batch_norm_of_kept_rows() -> None:
+    """BatchNorm2d sees the kept rows of its own rank, none of them included."""
+    torch.manual_seed(SEED + dist.get_rank())
+    branch = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = DistributedDataParallel(StochasticDepth(branch, 0.9))
+    for step in range(STEPS):
+        x = torch.randn(BATCH, 3, 2, 2, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert branch[1].running_mean.isfinite().all()
+
+
+# Of the launch with four processes: what more ranks could change.
+MANY_RANKS = (
+    "rows_differ_per_rank_by_default",
+    "rows_can_be_made_equal",
+    "ddp_bernoulli",
+    "ddp_batch_mode",
+    "fsdp2_bernoulli",
+)
+
+
+def checks_of(world_size: int) -> list[str]:
+    names = list(CHECKS) if world_size == 2 else list(MANY_RANKS)
+    first = "rows_differ_per_rank_by_default"
+    return [first, *(name for name in names if name != first)]
+
+
+def main() -> None:
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    store = f"file://{folder.resolve()}/store"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    report = {}
+    for name in checks_of(world_size):
+        try:
+            CHECKS[name]()
+            report[name] = "passed"
+        except Exception:
+            report[name] = traceback.format_exc()
+            break
+    (folder / f"report-{rank}.json").write_text(json.dumps(report))
+    if all(outcome == "passed" for outcome in report.values()):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

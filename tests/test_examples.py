@@ -1,0 +1,106 @@
+"""The scripts in examples/ run, and learn something, in a setting that takes seconds."""
+
+import importlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import libraries
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+pytest.importorskip("sklearn")
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this PyTorch has no gloo",
+)
+
+
+def epochs_of(output: str) -> dict[int, tuple[float, float]]:
+    """epoch -> (loss, accuracy)"""
+    found = re.findall(r"epoch +(\d+)  loss (\S+)  accuracy (\S+)", output)
+    return {int(epoch): (float(loss), float(right)) for epoch, loss, right in found}
+
+
+def torchrun(script: str, *arguments: str) -> dict[int, tuple[float, float]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, str(EXAMPLES / script), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its workers
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    return epochs_of(output)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a script of examples/ as a module, its own imports with it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def test_timm(example, capsys):
+    libraries.load("timm")
+    script = example("train_timm_vit")
+    arguments = ["--epochs", "2", "--device", "cpu", "--batch-size", "64"]
+    script.main(arguments)
+    output = capsys.readouterr().out
+    assert "6 blocks patched" in output
+    first = epochs_of(output)
+    assert first[2][0] < first[1][0] < 3
+    torch.rand(100)  # whatever drew before, a seed gives the same run
+    script.main(arguments)
+    assert epochs_of(capsys.readouterr().out) == first
+
+
+@needs_gloo
+def test_ddp():
+    epochs = torchrun("ddp_digits.py", "--epochs", "2")
+    assert epochs[2][0] < epochs[1][0]
+    assert epochs[2][1] > 0.3
+
+
+@needs_gloo
+def test_ddp_goes_on_where_it_stopped(example, capsys, monkeypatch, tmp_path):
+    """A process alone: interrupted after an epoch, it ends as an uninterrupted run does."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    script = example("ddp_digits")
+    common = ["--batch-size", "128"]
+    script.main([*common, "--epochs", "3"])
+    expected = epochs_of(capsys.readouterr().out)
+    assert set(expected) == {1, 2, 3}
+    file = ["--checkpoint", str(tmp_path / "digits.pt")]
+    script.main([*common, *file, "--epochs", "1"])
+    torch.rand(100)
+    script.main([*common, *file, "--epochs", "3"])
+    assert epochs_of(capsys.readouterr().out) == expected
+
+
+@needs_gloo
+def test_fsdp2():
+    epochs = torchrun("fsdp2_digits.py", "--epochs", "2", "--bf16")
+    assert epochs[2][0] < epochs[1][0]
+    assert epochs[2][1] > 0.25

@@ -52,6 +52,22 @@ def test_a_plan_for_the_whole_model():
     assert not torch.equal(model(x), model(x))  # nothing is left bound by an exception
 
 
+def test_weighted_rows():
+    """All rows at scale 1 are the plain sum, unless they carry weights, which get gradients."""
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    x = VIT.inputs(4)
+    everything = torch.ones(4, dtype=torch.bool)
+    weight = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    with report.use([KeptRows.from_mask(everything, weight=weight)] * 4):
+        weighted = model(x)
+    with report.use([KeptRows.from_mask(everything, 0.5)] * 4):
+        torch.testing.assert_close(weighted, model(x))
+    weighted.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_plan_with_checkpointing(use_reentrant):
     """A block that runs again in the backward finds its rows, whatever ran in between."""

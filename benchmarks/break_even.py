@@ -129,13 +129,15 @@ def step(
     return (y.detach(), *torch.autograd.grad(y, (x, *block.parameters()), grad))
 
 
-def measure(device: torch.device, turns: int) -> dict[str, tuple[tuple[float, float], ...]]:
+def measure(
+    blocks: dict[str, tuple[nn.Module, Tensor]], device: torch.device, turns: int
+) -> dict[str, tuple[tuple[float, float], ...]]:
     """(share dropped, compact / whole) of every block, printed on the way."""
     ratios = {}
     print(
         f"{'block':16} {'dropped':>9} {'naive':>9} {'whole':>9} {'compact':>9} {'spread':>7}  ratio"
     )
-    for name, (block, x) in make_blocks(device).items():
+    for name, (block, x) in blocks.items():
         grad = torch.randn_like(x)
         points = []
         for dropped in DROPPED:
@@ -169,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     print(environment_line(environment(device)))
-    ratios = measure(device, options.turns)
+    ratios = measure(make_blocks(device), device, options.turns)
     smallest = min(crossing(points) for points in ratios.values())
     print("entry of MEASURED in sdkernels/break_even.py:\n")
     print(f'"{device.type}": BreakEven(min_saving={smallest:.3f}, machine=..., ratios={ratios!r}),')

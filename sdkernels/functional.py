@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.break_even import break_even, check_min_saving
-from sdkernels.ops import kernels
+from sdkernels.ops import is_compiling, kernels
 from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
 from sdkernels.schedules import check_probability
 from sdkernels.traceable import acc_type
@@ -278,8 +278,9 @@ def _runs_whole(rows: KeptRows, min_saving: float | str, inplace: bool) -> bool:
     """Whether the branch runs on every row, because so few are dropped.
 
     In place it never does: the branch may save its input, which has to be a copy of the rows then.
+    A graph does not depend on how many rows there are.
     """
-    if inplace or min_saving == 0.0:
+    if min_saving == 0.0 or inplace or is_compiling():
         return False
     dropped = rows.batch - rows.k
     return dropped < break_even(min_saving, rows.slot.device.type) * rows.batch
@@ -486,7 +487,7 @@ def fused_stochastic_depth(
             branch's parameters. "auto": the share below which compaction was measured not to pay
             (``python -m sdkernels.info`` shows it; ``SDKERNELS_MIN_SAVING`` sets it; 0 on devices
             where it was not measured). For a list `x`, each tensor is decided on by itself. Has no
-            effect together with `inplace`. Default: 0, always compact.
+            effect together with `inplace`, and in compiled code. Default: 0, always compact.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.

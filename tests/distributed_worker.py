@@ -187,6 +187,11 @@ def ddp_ranks_that_fall_back_and_ranks_that_compact() -> None:
 
 
 @check
+def ddp_inplace() -> None:
+    assert_as_single_process(DistributedDataParallel(make_model(inplace=True)))
+
+
+@check
 def ddp_with_skipped_branches_is_refused_by_ddp() -> None:
     """What `empty="run"` is the default for: an unused parameter is an error of the next step."""
     model = DistributedDataParallel(make_model(1.0, empty="skip"))
@@ -271,6 +276,14 @@ def fsdp2_mixed_precision() -> None:
         torch.testing.assert_close(
             found, expected, rtol=0.1, atol=0.03 * expected.abs().max().item() + 1e-3
         )
+
+
+@check
+def fsdp2_inplace_is_refused_by_autograd() -> None:
+    """The input of a unit is a view that FSDP made, which PyTorch lets nobody write to."""
+    model = sharded(make_model(inplace=True))
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        model(batch_of(0, dist.get_rank()))
 
 
 # Rows and ranks

@@ -9,7 +9,9 @@ from comparison import assert_same_bits, assert_same_results, run_fused, run_ref
 from hypothesis import given
 from torch import nn
 
-from benchmarks.break_even import crossing
+from benchmarks import break_even
+from benchmarks.break_even import ConvBlock, crossing
+from benchmarks.vit import Block, dense
 from sdkernels import KeptRows, Shared, StochasticDepth, fused_stochastic_depth, info
 from sdkernels.break_even import MEASURED, BreakEven, min_saving_table
 
@@ -206,6 +208,19 @@ def test_batch_norm_sees_the_whole_batch():
         torch.testing.assert_close(norm.running_mean, seen.mean(0))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Dynamo's
+def test_compiled_code_always_compacts():
+    x, norm = torch.randn(4, 3), nn.BatchNorm1d(3, momentum=1.0)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return fused_stochastic_depth(x, norm, 0.5, rows=ROWS, min_saving=1.0)
+
+    compiled(x)
+    torch.testing.assert_close(norm.running_mean, x[ROWS.index].mean(0))
+
+
 def test_zero_rows_still_run_the_branch():
     layer = nn.Linear(2, 2)
     none = KeptRows.sample(4, 1.0)
@@ -288,6 +303,27 @@ def test_stored_numbers_follow_from_the_stored_data():
     for measured in MEASURED.values():
         fitted = min(crossing(points) for points in measured.ratios.values())
         assert measured.min_saving == pytest.approx(fitted, abs=5e-4)
+
+
+# The benchmark
+
+
+def test_benchmark_measures_and_refuses_what_is_wrong(capsys, monkeypatch):
+    cpu = torch.device("cpu")
+    blocks = {
+        "vit": (Block(8, 2), torch.randn(32, 3, 8, requires_grad=True)),
+        "conv": (ConvBlock(4), torch.randn(32, 4, 5, 5, requires_grad=True)),
+    }
+    ratios = break_even.measure(blocks, cpu, turns=2)
+    assert list(ratios) == ["vit", "conv"]
+    for points in ratios.values():
+        assert [share for share, _ in points] == [0.0, 1 / 32, 2 / 32, 4 / 32, 8 / 32]
+        assert all(ratio > 0 for _, ratio in points)
+        assert 0.0 <= crossing(points) <= 1.0
+    assert "break-even" in capsys.readouterr().out
+    monkeypatch.setitem(break_even.PROVIDERS, "whole", dense)
+    with pytest.raises(SystemExit, match="'whole' differs from naive masking"):
+        break_even.measure(blocks, cpu, turns=2)
 
 
 # Bad input

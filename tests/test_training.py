@@ -341,11 +341,13 @@ def test_cuda_graph_replays_with_new_rows():
 # torch.compile
 
 
-@pytest.mark.xfail(reason="the op breaks the graph: remove this mark when it is traceable")
-def test_compiled_model_has_no_graph_breaks():
-    model, eager = make_model(), make_model()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Dynamo's
+@pytest.mark.parametrize("options", [{}, {"min_saving": 1.0}, {"min_saving": "auto"}], ids=str)
+def test_compiled_model_has_no_graph_breaks(options):
+    model, eager = make_model(**options), make_model(**options)
     x, target = data(0)
-    compiled = torch.compile(model, fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for step in range(2):
         rows = list(plan_of(step, sampler="fixed"))
         for each, owner in ((compiled, model), (eager, eager)):

@@ -253,4 +253,31 @@ inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> 
   return geometry;
 }
 
+// The layer scale in the type of the arithmetic, and the geometry that it shares with `tensors`.
+// A shape that two levels cannot express (say [C, 1, W]) is written out for one whole row, as is
+// one that is constant along lines shorter than `least_line`.
+struct ScaledGeometry {
+  std::optional<RowGeometry> rows;
+  std::optional<at::Tensor> layer_scale;
+};
+
+inline ScaledGeometry scaled_geometry(c10::ArrayRef<const at::Tensor*> tensors,
+                                      const std::optional<at::Tensor>& layer_scale,
+                                      at::ScalarType acc, int64_t least_line = 0) {
+  if (!layer_scale) return {row_geometry(tensors), {}};
+  at::Tensor gamma = layer_scale->to(acc).contiguous();
+  const auto rows = row_geometry(tensors, &gamma);
+  if (rows && (rows->lines == 1 || rows->layer_scale_element || rows->len >= least_line))
+    return {rows, gamma};
+  const at::Tensor row = tensors[0]->select(0, 0);
+  gamma = at::empty_like(row, row.options().dtype(acc)).copy_(gamma.expand(row.sizes()));
+  return {row_geometry(tensors, &gamma), gamma};
+}
+
+// row_weight in the type of the arithmetic.
+inline std::optional<at::Tensor> weight_of_rows(const std::optional<at::Tensor>& row_weight,
+                                                at::ScalarType acc) {
+  return row_weight ? std::optional(row_weight->to(acc).contiguous()) : row_weight;
+}
+
 }  // namespace sdkernels

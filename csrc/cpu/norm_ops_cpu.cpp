@@ -1,6 +1,7 @@
 // compact_norm (LayerNorm and RMSNorm of the kept rows) and its backward on the CPU.
 #include <torch/library.h>
 
+#include "../norm_ops.h"
 #include "cpu_ops.h"
 
 namespace sdkernels::cpu {
@@ -9,38 +10,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-OptionalTensor in_acc(const OptionalTensor& parameter, at::ScalarType acc) {
-  return parameter ? OptionalTensor(parameter->to(acc).contiguous()) : parameter;
-}
-
 const void* data_of(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
-
-// Lines of a norm are the normalized dimensions; whatever stands between them and the batch counts
-// lines. Empty when x is not laid out like that.
-std::optional<Stride> line_stride(const Tensor& x, int64_t normalized_dims) {
-  const int64_t dims = x.dim() - normalized_dims;
-  const auto merged = [&](int64_t begin, int64_t end) -> std::optional<int64_t> {
-    // The stride of the innermost dimension in [begin, end), if the others merge into it.
-    int64_t innermost = 0, next = -1;
-    for (int64_t d = end - 1; d >= begin; --d) {
-      if (x.size(d) == 1) continue;
-      if (next >= 0 && x.stride(d) != next) return std::nullopt;
-      if (next < 0) innermost = x.stride(d);
-      next = x.stride(d) * x.size(d);
-    }
-    return innermost;
-  };
-  const auto element = merged(dims, x.dim());
-  const bool has_elements = c10::multiply_integers(x.sizes().slice(dims)) > 1;
-  const auto line = merged(1, dims);
-  if (!element || !line || (*element != 1 && has_elements)) return std::nullopt;
-  return Stride{x.stride(0), *line};
-}
-
-// x, or a copy of it that has lines.
-Tensor in_lines(const Tensor& x, int64_t normalized_dims) {
-  return line_stride(x, normalized_dims) ? x : x.clone(at::MemoryFormat::Contiguous);
-}
 
 // normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
 std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
@@ -49,15 +19,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
                                                         const OptionalTensor& bias, double eps,
                                                         bool rms, at::ScalarType dtype,
                                                         bool keep_rows) {
-  check_norm(x, normalized_shape, weight, bias);
-  check_index_tensor(index, "rows.index", x.device());
+  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
   check_index_values(index, x.size(0));
   const auto acc = acc_type(x.scalar_type());
-  TORCH_CHECK_TYPE(is_supported(dtype) && acc_type(dtype) == acc, "dtype: cannot write ", dtype,
-                   " from x of ", x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes[0] = index.size(0);
-  const int64_t len = c10::multiply_integers(normalized_shape);
+  const int64_t len = line_length(normalized_shape);
   const auto stat_sizes = x.sizes().slice(0, x.dim() - normalized_shape.size()).vec();
   const int64_t lines = c10::multiply_integers(stat_sizes.begin() + 1, stat_sizes.end());
   const auto acc_options = x.options().dtype(acc);
@@ -95,34 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
     const OptionalTensor& d_stream, const Tensor& d_normed, const Tensor& kept, const Tensor& mean,
     const Tensor& rstd, const Tensor& index, const Tensor& slot, at::IntArrayRef normalized_shape,
     const OptionalTensor& weight, bool rms, std::array<bool, 3> wanted) {
-  check_norm(kept, normalized_shape, weight, {});
-  check_index_tensor(index, "rows.index", kept.device());
-  check_index_tensor(slot, "rows.slot", kept.device());
+  check_compact_norm_backward(d_stream, d_normed, kept, mean, rstd, index, slot, normalized_shape,
+                              weight, rms);
   check_row_values(index, slot);
-  const int64_t len = c10::multiply_integers(normalized_shape);
-  const int64_t kept_lines = len > 0 ? kept.numel() / len : 0;
+  const int64_t len = line_length(normalized_shape);
   const auto acc = acc_type(kept.scalar_type());
-  TORCH_CHECK_VALUE(kept.size(0) == index.size(0), "kept: expected ", index.size(0), " rows, got ",
-                    kept.size(0));
-  TORCH_CHECK_VALUE(d_normed.sizes() == kept.sizes(), "d_normed: expected shape ", kept.sizes(),
-                    ", got ", d_normed.sizes());
-  TORCH_CHECK_TYPE(is_supported(d_normed.scalar_type()) && acc_type(d_normed.scalar_type()) == acc,
-                   "d_normed: got ", d_normed.scalar_type(), " beside kept of ",
-                   kept.scalar_type());
-  TORCH_CHECK_VALUE(
-      len == 0 || (rstd.numel() == kept_lines && rstd.is_contiguous() && rstd.scalar_type() == acc),
-      "rstd: expected ", kept_lines, " values of ", acc);
-  TORCH_CHECK_VALUE(
-      len == 0 || rms ||
-          (mean.numel() == kept_lines && mean.is_contiguous() && mean.scalar_type() == acc),
-      "mean: expected ", kept_lines, " values of ", acc);
   auto sizes = kept.sizes().vec();
   sizes[0] = slot.size(0);
-  if (d_stream)
-    TORCH_CHECK_VALUE(d_stream->sizes() == at::IntArrayRef(sizes) &&
-                          d_stream->scalar_type() == kept.scalar_type(),
-                      "d_stream: expected shape ", sizes, " and ", kept.scalar_type(), ", got ",
-                      d_stream->sizes(), " and ", d_stream->scalar_type());
   // The sums stay in the type of the arithmetic: autograd rounds them to the parameters' own.
   const auto acc_options = kept.options().dtype(acc);
   Tensor d_x = wanted[0] ? at::empty(sizes, kept.options()) : at::empty({0}, kept.options());

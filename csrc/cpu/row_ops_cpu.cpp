@@ -89,28 +89,6 @@ Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) 
   return x;
 }
 
-// The layer scale in the type of the arithmetic, and the geometry that it shares with `tensors`.
-// A shape that two levels cannot express (say [C, 1, W]) is written out for one whole row.
-struct ScaledGeometry {
-  std::optional<RowGeometry> rows;
-  OptionalTensor layer_scale;
-};
-
-ScaledGeometry scaled_geometry(c10::ArrayRef<const Tensor*> tensors,
-                               const OptionalTensor& layer_scale, at::ScalarType acc) {
-  if (!layer_scale) return {row_geometry(tensors), {}};
-  Tensor gamma = layer_scale->to(acc).contiguous();
-  if (auto rows = row_geometry(tensors, &gamma)) return {rows, gamma};
-  const Tensor row = tensors[0]->select(0, 0);
-  gamma = at::empty_like(row, row.options().dtype(acc)).copy_(gamma.expand(row.sizes()));
-  return {row_geometry(tensors, &gamma), gamma};
-}
-
-// row_weight in the type of the arithmetic.
-OptionalTensor weight_of_rows(const OptionalTensor& row_weight, at::ScalarType acc) {
-  return row_weight ? OptionalTensor(row_weight->to(acc).contiguous()) : row_weight;
-}
-
 void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
                       const Tensor& index, const Tensor& slot, const OptionalTensor& layer_scale,
                       const OptionalTensor& row_weight, double scale, bool inplace) {

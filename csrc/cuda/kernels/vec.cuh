@@ -1,0 +1,103 @@
+// Element types, the type of their arithmetic, and vectors of elements that are loaded and stored
+// with as few instructions as their alignment allows (16 bytes each at most).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "row_kernels.h"
+
+namespace sdkernels::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr int alignment(int bytes) { return bytes < 16 ? bytes : 16; }
+
+template <class T, int N>
+struct alignas(alignment(N* static_cast<int>(sizeof(T)))) Vec {
+  T v[N];
+};
+
+// Elements in a vector that takes 16 bytes in the tensor with the narrowest of these types.
+template <class... T>
+constexpr int kWidest = 16 / static_cast<int>(std::min({sizeof(T)...}));
+
+template <int N, class T>
+__device__ __forceinline__ Vec<T, N> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, N>*>(p);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(T* p, const Vec<T, N>& value) {
+  *reinterpret_cast<Vec<T, N>*>(p) = value;
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(f16 x) { return __half2float(x); }
+
+template <class T, int N>
+__device__ __forceinline__ Vec<Acc<T>, N> widen(const Vec<T, N>& packed) {
+  Vec<Acc<T>, N> values;
+#pragma unroll
+  for (int i = 0; i < N; ++i) values.v[i] = widen(packed.v[i]);
+  return values;
+}
+
+// One rounding, to nearest even. Two at a time where the hardware converts pairs.
+template <class T, class A, int N>
+__device__ __forceinline__ Vec<T, N> narrow(const Vec<A, N>& values) {
+  Vec<T, N> packed;
+  if constexpr (std::is_same_v<T, A>) {
+    packed = values;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values.v[i], values.v[i + 1]);
+      packed.v[i] = pair.x;
+      packed.v[i + 1] = pair.y;
+    }
+    if constexpr (N % 2) packed.v[N - 1] = __float2bfloat16_rn(values.v[N - 1]);
+  } else {
+    static_assert(std::is_same_v<T, f16>);
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2) {
+      const __half2 pair = __floats2half2_rn(values.v[i], values.v[i + 1]);
+      packed.v[i] = pair.x;
+      packed.v[i + 1] = pair.y;
+    }
+    if constexpr (N % 2) packed.v[N - 1] = __float2half_rn(values.v[N - 1]);
+  }
+  return packed;
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> filled(T value) {
+  Vec<T, N> values;
+#pragma unroll
+  for (int i = 0; i < N; ++i) values.v[i] = value;
+  return values;
+}
+
+template <class T>
+__device__ __forceinline__ T* at(T* data, const Stride& stride, int64_t row, int64_t line) {
+  return data + row * stride.row + line * stride.line;
+}
+
+// What PyTorch's own index kernels do about a row number that does not exist.
+__device__ __forceinline__ int64_t checked(int64_t row, int64_t lowest, int64_t end) {
+  if (row < lowest || row >= end) __trap();
+  return row;
+}
+
+}  // namespace sdkernels::cuda

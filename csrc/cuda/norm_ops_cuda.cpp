@@ -1,0 +1,117 @@
+// compact_norm (LayerNorm and RMSNorm of the kept rows) and its backward on CUDA.
+#include <torch/library.h>
+
+#include "../norm_ops.h"
+#include "cuda_ops.h"
+
+namespace sdkernels::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
+                                                        at::IntArrayRef normalized_shape,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps,
+                                                        bool rms, at::ScalarType dtype,
+                                                        bool keep_rows) {
+  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
+  const auto acc = acc_type(x.scalar_type());
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  const auto dims = static_cast<int64_t>(normalized_shape.size());
+  const int64_t lines = c10::multiply_integers(sizes.begin() + 1, sizes.end() - dims);
+  const auto acc_options = x.options().dtype(acc);
+  // Written in float32 and rounded afterwards where no kernel writes `dtype` itself.
+  const bool writes_dtype = instantiated(dtype_of(x), dtype_of(dtype));
+  Tensor normed = at::empty(sizes, x.options().dtype(writes_dtype ? dtype : at::kFloat));
+  Tensor kept = keep_rows ? at::empty(sizes, x.options()) : at::empty({0}, x.options());
+  Tensor mean = at::empty({rms ? 0 : index.size(0) * lines}, acc_options);
+  Tensor rstd = at::empty({index.size(0) * lines}, acc_options);
+  if (normed.numel() == 0) return {normed.to(dtype), kept, mean.zero_(), rstd.zero_()};
+
+  const Tensor lines_of_x = in_lines(x, dims);
+  const auto gamma = in_acc(weight, acc);
+  const auto beta = in_acc(bias, acc);
+  CompactNorm p{};
+  p.normed = normed.mutable_data_ptr();
+  p.copy = keep_rows ? kept.mutable_data_ptr() : nullptr;
+  p.mean = rms ? nullptr : mean.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr();
+  p.x = lines_of_x.const_data_ptr();
+  p.weight = data_of(gamma);
+  p.bias = data_of(beta);
+  p.index = index.const_data_ptr<int64_t>();
+  p.batch = x.size(0);
+  p.kept = index.size(0);
+  p.eps = eps;
+  p.lines = lines;
+  p.len = line_length(normalized_shape);
+  p.x_stride = *line_stride(lines_of_x, dims);
+  const OnDevice device(x);
+  check_launch(launch_compact_norm(p, dtype_of(x), dtype_of(normed), device.stream()),
+               "compact_norm");
+  return {normed.to(dtype), kept, mean, rstd};
+}
+
+// d_x, d_weight, d_bias; an empty tensor for each that `wanted` leaves out.
+std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
+    const OptionalTensor& d_stream, const Tensor& d_normed, const Tensor& kept, const Tensor& mean,
+    const Tensor& rstd, const Tensor& index, const Tensor& slot, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, bool rms, std::array<bool, 3> wanted) {
+  check_compact_norm_backward(d_stream, d_normed, kept, mean, rstd, index, slot, normalized_shape,
+                              weight, rms);
+  const int64_t len = line_length(normalized_shape);
+  const auto acc = acc_type(kept.scalar_type());
+  const auto dims = static_cast<int64_t>(normalized_shape.size());
+  auto sizes = kept.sizes().vec();
+  sizes[0] = slot.size(0);
+  const int64_t lines = c10::multiply_integers(sizes.begin() + 1, sizes.end() - dims);
+  // The sums stay in the type of the arithmetic: autograd rounds them to the parameters' own.
+  const auto acc_options = kept.options().dtype(acc);
+  const auto sum = [&](bool is_wanted) {
+    return is_wanted ? at::empty(normalized_shape, acc_options) : at::empty({0}, acc_options);
+  };
+  Tensor d_x = wanted[0] ? at::empty(sizes, kept.options()) : at::empty({0}, kept.options());
+  Tensor d_weight = sum(wanted[1]), d_bias = sum(wanted[2]);
+  if (slot.size(0) * lines * len == 0) return {d_x, d_weight.zero_(), d_bias.zero_()};
+
+  OptionalTensor stream;
+  if (d_stream) stream = in_lines(*d_stream, dims);
+  const Tensor dense_d_normed = beside(d_normed, kept.scalar_type()).contiguous();
+  const Tensor dense_kept = kept.contiguous();
+  const auto gamma = in_acc(weight, acc);
+  CompactNormBackward p{};
+  p.d_x = wanted[0] ? d_x.mutable_data_ptr() : nullptr;
+  p.d_weight = wanted[1] ? d_weight.mutable_data_ptr() : nullptr;
+  p.d_bias = wanted[2] ? d_bias.mutable_data_ptr() : nullptr;
+  p.d_stream = data_of(stream);
+  p.d_normed = dense_d_normed.const_data_ptr();
+  p.x = dense_kept.const_data_ptr();
+  p.mean = rms ? nullptr : mean.const_data_ptr();
+  p.rstd = rstd.const_data_ptr();
+  p.weight = data_of(gamma);
+  p.slot = slot.const_data_ptr<int64_t>();
+  p.batch = slot.size(0);
+  p.kept = index.size(0);
+  p.lines = lines;
+  p.len = len;
+  p.inverse_len = 1.0 / static_cast<double>(len);
+  if (stream) p.d_stream_stride = *line_stride(*stream, dims);
+  OnDevice device(kept);
+  check_launch(launch_compact_norm_backward(p, dtype_of(kept), dtype_of(dense_d_normed),
+                                            device.allocate(), device.stream()),
+               "compact_norm_backward");
+  return {d_x, d_weight, d_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
+  m.impl("compact_norm", compact_norm);
+  m.impl("compact_norm_backward", compact_norm_backward);
+}
+
+}  // namespace sdkernels::cuda

@@ -1,0 +1,258 @@
+// compact_rows, expand_rows, scatter_add_rows, its backward and compact_mask on CUDA.
+#include "../row_ops.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <torch/library.h>
+
+#include "cuda_ops.h"
+
+namespace sdkernels::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A layer scale that is constant along shorter lines than this ([C, 1, 1] of a small image) is
+// written out for a row: the kernels then have longer lines.
+constexpr int64_t kLeastLine = 32;
+
+// y[r] = x[map[r]], zeros where map[r] is -1; y and x are of one dtype.
+void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, bool zeros_allowed,
+              const char* op) {
+  const auto geometry = row_geometry({&y, &x});
+  if (!geometry) {
+    // x walks its rows in an order that y cannot follow in two levels.
+    const Tensor dense = at::empty(y.sizes(), y.options());
+    map_rows(dense, x.contiguous(), map, zeros_allowed, op);
+    y.copy_(dense);
+    return;
+  }
+  const int64_t size = y.element_size();
+  const auto in_bytes = [&](const Stride& s) { return Stride{s.row * size, s.line * size}; };
+  CopyRows p{};
+  p.y = y.mutable_data_ptr();
+  p.x = x.const_data_ptr();
+  p.map = map.const_data_ptr<int64_t>();
+  p.rows = y.size(0);
+  p.x_rows = x.size(0);
+  p.zeros_allowed = zeros_allowed;
+  p.lines = geometry->lines;
+  p.len = geometry->len * size;
+  p.y_stride = in_bytes(geometry->strides[0]);
+  p.x_stride = in_bytes(geometry->strides[1]);
+  const OnDevice device(y);
+  check_launch(launch_copy_rows(p, device.stream()), op);
+}
+
+Tensor compact_rows(const Tensor& x, const Tensor& index) {
+  check_rows_tensor(x, "x");
+  check_index_tensor(index, "rows.index", x.device());
+  Tensor kept = empty_rows(x, index.size(0), x.scalar_type());
+  if (kept.numel() > 0) map_rows(kept, x, index, /*zeros_allowed=*/false, "compact_rows");
+  return kept;
+}
+
+Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) {
+  check_rows_tensor(kept, "kept");
+  check_index_tensor(index, "rows.index", kept.device());
+  check_index_tensor(slot, "rows.slot", kept.device());
+  TORCH_CHECK_VALUE(kept.size(0) == index.size(0), "kept: expected ", index.size(0), " rows, got ",
+                    kept.size(0));
+  Tensor x = empty_rows(kept, slot.size(0), kept.scalar_type());
+  if (kept.numel() == 0) return x.zero_();
+  map_rows(x, kept, slot, /*zeros_allowed=*/true, "expand_rows");
+  return x;
+}
+
+void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
+                      const Tensor& index, const Tensor& slot, const OptionalTensor& layer_scale,
+                      const OptionalTensor& row_weight, double scale, bool inplace) {
+  const auto is_double = [](const Tensor& x) { return x.scalar_type() == at::kDouble; };
+  const auto acc = is_double(y) || is_double(residual) || is_double(out) ? at::kDouble : at::kFloat;
+  if (acc == at::kDouble && !(is_double(y) && is_double(residual) && is_double(out))) {
+    // In the kernels double goes with double only: this is rare, and widening is exact.
+    if (inplace) {
+      const Tensor kept = residual.index_select(0, index).to(acc);
+      const Tensor rows = at::arange(index.size(0), index.options());
+      scatter_add_into(kept, kept, out.to(acc), rows, rows, layer_scale, row_weight, scale, true);
+      y.index_copy_(0, index, kept.to(y.scalar_type()));
+    } else {
+      scatter_add_into(y, residual.to(acc), out.to(acc), index, slot, layer_scale, row_weight,
+                       scale, false);
+    }
+    return;
+  }
+  // The strides of a tensor without elements mean nothing.
+  const Tensor rows_of_out = beside(out.numel() > 0 ? out : residual, residual.scalar_type());
+  const auto [geometry, gamma] =
+      scaled_geometry({&y, &residual, &rows_of_out}, layer_scale, acc, kLeastLine);
+  if (!geometry) {
+    const Tensor dense = at::empty(y.sizes(), y.options());
+    scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
+                     row_weight, scale, false);
+    y.copy_(dense);
+    return;
+  }
+  const auto weight = weight_of_rows(row_weight, acc);
+  ScatterAdd p{};
+  p.y = y.mutable_data_ptr();
+  p.residual = residual.const_data_ptr();
+  p.out = rows_of_out.const_data_ptr();
+  p.layer_scale = data_of(gamma);
+  p.row_weight = data_of(weight);
+  p.slot = inplace ? nullptr : slot.const_data_ptr<int64_t>();
+  p.index = inplace ? index.const_data_ptr<int64_t>() : nullptr;
+  p.batch = slot.size(0);
+  p.kept = index.size(0);
+  p.scale = scale;
+  p.lines = geometry->lines;
+  p.len = geometry->len;
+  p.y_stride = geometry->strides[0];
+  p.residual_stride = geometry->strides[1];
+  p.out_stride = geometry->strides[2];
+  p.layer_scale_line = geometry->layer_scale_line;
+  p.layer_scale_element = geometry->layer_scale_element;
+  const OnDevice device(y);
+  check_launch(launch_scatter_add(p, dtype_of(y), dtype_of(residual), dtype_of(rows_of_out),
+                                  device.stream()),
+               "scatter_add_rows");
+}
+
+Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
+                        const Tensor& slot, const OptionalTensor& layer_scale,
+                        const OptionalTensor& row_weight, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
+  auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  if (layer_scale &&
+      layer_scale->dim() > 0)  // as for any operand, one without dimensions is left out
+    dtype = c10::promoteTypes(dtype, layer_scale->scalar_type());
+  Tensor y = empty_rows(residual, residual.size(0), dtype);
+  if (y.numel() > 0)
+    scatter_add_into(y, residual, out, index, slot, layer_scale, row_weight, scale,
+                     /*inplace=*/false);
+  return y;
+}
+
+void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
+                       const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
+                       double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
+  at::assert_no_internal_overlap(residual);
+  at::assert_no_overlap(residual, out);
+  if (layer_scale) at::assert_no_overlap(residual, *layer_scale);
+  if (row_weight) at::assert_no_overlap(residual, *row_weight);
+  if (out.numel() > 0)
+    scatter_add_into(residual, residual, out, index, slot, layer_scale, row_weight, scale,
+                     /*inplace=*/true);
+}
+
+// wanted: the gradients of layer_scale and row_weight; an empty tensor takes the place of one that
+// is not.
+std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
+    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
+  const auto acc =
+      grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
+  // What no kernel takes: double beside another type, and bfloat16 beside float16.
+  if (!instantiated(dtype_of(grad), dtype_of(dtype))) {
+    const OptionalTensor wide_out = out ? OptionalTensor(out->to(acc)) : out;
+    auto [d_out, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
+        grad.to(acc), wide_out, index, layer_scale, row_weight, scale, acc, wanted);
+    return {d_out.to(dtype), d_layer_scale, d_row_weight};
+  }
+
+  const auto [wants_layer_scale, wants_row_weight] = wanted;
+  const int64_t k = index.size(0);
+  Tensor d_out = empty_rows(out ? *out : grad, k, dtype);
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  if (d_out.numel() == 0)
+    return {d_out, wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
+            wants_row_weight ? at::zeros_like(*row_weight) : none()};
+
+  c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
+  if (out) tensors.push_back(&*out);
+  const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc, kLeastLine);
+  if (!geometry) {
+    const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
+    auto [dense, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
+        grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted);
+    return {d_out.copy_(dense), d_layer_scale, d_row_weight};
+  }
+  const auto weight = weight_of_rows(row_weight, acc);
+  const auto sums = grad.options().dtype(acc);
+  const Tensor layer_scale_sum = wants_layer_scale ? at::empty({gamma->numel()}, sums) : none();
+  const Tensor row_weight_sum = wants_row_weight ? at::empty({k}, sums) : none();
+  ScatterAddBackward p{};
+  p.d_out = d_out.mutable_data_ptr();
+  p.d_layer_scale = wants_layer_scale ? layer_scale_sum.mutable_data_ptr() : nullptr;
+  p.d_row_weight = wants_row_weight ? row_weight_sum.mutable_data_ptr() : nullptr;
+  p.grad = grad.const_data_ptr();
+  p.out = data_of(out);
+  p.layer_scale = data_of(gamma);
+  p.row_weight = data_of(weight);
+  p.index = index.const_data_ptr<int64_t>();
+  p.batch = grad.size(0);
+  p.kept = k;
+  p.scale = scale;
+  p.lines = geometry->lines;
+  p.len = geometry->len;
+  p.d_out_stride = geometry->strides[0];
+  p.grad_stride = geometry->strides[1];
+  if (out) p.out_stride = geometry->strides[2];
+  p.layer_scale_line = geometry->layer_scale_line;
+  p.layer_scale_element = geometry->layer_scale_element;
+  p.layer_scale_size = gamma ? gamma->numel() : 0;
+  OnDevice device(grad);
+  check_launch(launch_scatter_add_backward(p, dtype_of(grad), dtype_of(dtype), device.allocate(),
+                                           device.stream()),
+               "scatter_add_rows_backward");
+  Tensor d_layer_scale = layer_scale_sum;
+  if (wants_layer_scale) {
+    // A layer scale that was written out for a whole row is summed back to its own shape, and the
+    // result has the strides of layer_scale itself.
+    Tensor total = layer_scale_sum.as_strided(gamma->sizes(), gamma->strides());
+    if (gamma->sizes() != layer_scale->sizes()) total = total.sum_to_size(layer_scale->sizes());
+    d_layer_scale = total.scalar_type() == layer_scale->scalar_type() &&
+                            total.strides() == at::empty_like(*layer_scale).strides()
+                        ? total
+                        : at::empty_like(*layer_scale).copy_(total);
+  }
+  return {d_out, d_layer_scale,
+          wants_row_weight ? row_weight_sum.to(row_weight->scalar_type()) : row_weight_sum};
+}
+
+std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_t> k) {
+  check_mask(mask, k);
+  const auto options = mask.options().dtype(at::kLong);
+  const int64_t batch = mask.size(0);
+  Tensor index = at::empty({k.value_or(batch)}, options);
+  Tensor slot = at::empty({batch}, options);
+  const Tensor count = at::empty({k ? 0 : 1}, options);
+  CompactMask p{};
+  p.index = index.mutable_data_ptr<int64_t>();
+  p.slot = slot.mutable_data_ptr<int64_t>();
+  p.count = k ? nullptr : count.mutable_data_ptr<int64_t>();
+  p.mask = mask.const_data_ptr<bool>();
+  p.batch = batch;
+  p.kept = index.size(0);
+  p.mask_stride = mask.stride(0);
+  const OnDevice device(mask);
+  check_launch(launch_compact_mask(p, device.stream()), "compact_mask");
+  if (!k) index = index.narrow(0, 0, count.item<int64_t>());  // waits for the device
+  return {index, slot};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
+  m.impl("compact_rows", compact_rows);
+  m.impl("expand_rows", expand_rows);
+  m.impl("scatter_add_rows", scatter_add_rows);
+  m.impl("scatter_add_rows_", scatter_add_rows_);
+  m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("compact_mask", compact_mask);
+}
+
+}  // namespace sdkernels::cuda

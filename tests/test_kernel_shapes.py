@@ -1,0 +1,199 @@
+"""The sizes at which the kernels change their way of working: vectors, tiles, blocks, slices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import TOLERANCE
+from comparison import assert_close
+from op_samples import Arguments
+from test_ops import check_arguments
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+HALF_PRECISION = [torch.bfloat16, torch.float16]
+
+
+def tensor(*shape: int, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Tensor:
+    """Random values that start `offset` elements into their memory."""
+    values = torch.empty(offset + torch.Size(shape).numel(), dtype=dtype, device=device)
+    values = values[offset:].view(shape)
+    return values.copy_(torch.randn(shape))
+
+
+def kept_rows(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.randperm(batch)[:k].sort().values
+    slot = torch.full((batch,), -1)
+    slot[index] = torch.arange(k)
+    return index.to(device), slot.to(device)
+
+
+def norm_arguments(
+    batch: int, k: int, lines: int, width: int, dtype: torch.dtype, device: torch.device, offset=0
+) -> tuple[Arguments, Arguments]:
+    """Of compact_norm, and of its backward with everything wanted."""
+    index, slot = kept_rows(batch, k, device)
+    x = tensor(batch, lines, width, dtype=dtype, device=device, offset=offset)
+    weight, bias = (tensor(width, dtype=torch.float32, device=device) for _ in range(2))
+    forward = (x, index, [width], weight, bias, 0.1, False, dtype, True)
+    kept = x[index]
+    wide = kept.float()
+    mean = wide.mean(-1)
+    rstd = ((wide - mean[..., None]).square().mean(-1) + 0.1).rsqrt()
+    d_stream = tensor(batch, lines, width, dtype=dtype, device=device, offset=offset)
+    d_normed = tensor(k, lines, width, dtype=dtype, device=device)
+    statistics = mean.flatten(), rstd.flatten()
+    rows = index, slot
+    backward = (d_stream, d_normed, kept, *statistics, *rows, [width], weight, False, [True] * 3)
+    return forward, backward
+
+
+def check_backward(args: Arguments, wanted: list[bool]) -> None:
+    """compact_norm_backward for some of its results."""
+    function = torch.ops.sdkernels.compact_norm_backward
+    expected, actual = function(*args), function(*args[:-1], wanted)
+    for is_wanted, a, b in zip(wanted, actual, expected, strict=True):
+        if is_wanted:
+            assert_close(a, b.double(), TOLERANCE[torch.float32])
+        else:
+            assert a.shape == (0,)
+
+
+# A warp holds a line of up to 1024 elements in vectors, a block one of 8192; half of that one by
+# one. Beyond, lines are read again.
+WIDTHS = [1, 2, 5, 8, 31, 33, 64, 96, 256, 768, 1000, 1024, 1032, 3000, 4095, 4097, 8192, 8200, 8193]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_widths(dtype, width, device):
+    forward, backward = norm_arguments(4, 2, 2, width, dtype, device)
+    check_arguments("compact_norm", forward, TOLERANCE[dtype])
+    check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("width", [4, 1024, 2048, 2050])
+def test_norm_widths_in_double(width, device):
+    forward, backward = norm_arguments(3, 2, 2, width, torch.float32, device)
+
+    def double(args: Arguments) -> Arguments:
+        args = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        return tuple(torch.float64 if a is torch.float32 else a for a in args)
+
+    check_arguments("compact_norm", double(forward), TOLERANCE[torch.float64])
+    # The statistics were rounded to float32.
+    check_arguments("compact_norm_backward", double(backward), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("width", [24, 9000])
+def test_norm_of_many_lines(width, device):
+    """Parameter gradients from several blocks, and from one."""
+    lines = 2000 if width < 100 else 12
+    forward, backward = norm_arguments(3, 2, lines, width, torch.float32, device)
+    check_arguments("compact_norm", forward, TOLERANCE[torch.float32])
+    check_arguments("compact_norm_backward", backward, TOLERANCE[torch.float32])
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        check_backward(backward, wanted)
+
+
+@pytest.mark.parametrize("dtype", HALF_PRECISION)
+def test_norm_of_misaligned_rows(dtype, device):
+    forward, backward = norm_arguments(4, 3, 2, 96, dtype, device, offset=1)
+    check_arguments("compact_norm", forward, TOLERANCE[dtype])
+    check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
+
+
+# Rows of every width of vector, few long and many short ones; layer scales that vary along a line,
+# from line to line, both, or not at all.
+ROWS = {
+    "one-long-row": (2, 1, (150_000,), (150_000,)),
+    "one-long-row-one-scale": (2, 1, (50_000,), (1,)),
+    "many-short-rows": (3000, 2000, (64,), (64,)),
+    "many-single-elements": (3000, 2000, (1,), (1,)),
+    "three-elements": (600, 400, (3,), (3,)),
+    "tokens": (24, 16, (197, 48), (48,)),
+    "tokens-own-scale": (5, 4, (197, 48), (197, 48)),
+    "tokens-of-4": (6, 4, (50, 12), (12,)),
+    "tokens-of-odd-width": (6, 4, (50, 33), (33,)),
+    "image": (6, 4, (24, 14, 14), (24, 1, 1)),
+    "image-odd": (6, 4, (24, 7, 7), (24, 1, 1)),
+    "small-image": (6, 4, (64, 2, 2), (64, 1, 1)),
+    "three-levels": (6, 4, (5, 6, 8), (5, 1, 8)),
+}
+
+
+def scatter_arguments(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, offset: int = 0
+) -> tuple[Arguments, Arguments]:
+    """Of scatter_add_rows, and of its backward with everything wanted."""
+    batch, k, row, scale_shape = ROWS[name]
+    dtype, branch_dtype = dtypes
+    index, slot = kept_rows(batch, k, device)
+    residual = tensor(batch, *row, dtype=dtype, device=device, offset=offset)
+    out = tensor(k, *row, dtype=branch_dtype, device=device, offset=offset)
+    parameters = dtype if dtype == branch_dtype else torch.float32
+    layer_scale = tensor(*scale_shape, dtype=parameters, device=device)
+    weight = tensor(k, dtype=parameters, device=device)
+    forward = (residual, out, index, slot, layer_scale, weight, 1.5)
+    backward = (residual, out, index, layer_scale, weight, 1.5, branch_dtype, [True, True])
+    return forward, backward
+
+
+PAIRS = {
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f32+bf16": (torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, pair, device):
+    forward, backward = scatter_arguments(name, PAIRS[pair], device)
+    tolerance = max(TOLERANCE[dtype] for dtype in PAIRS[pair])
+    check_arguments("scatter_add_rows", forward, tolerance)
+    check_arguments("scatter_add_rows_", forward, tolerance)
+    check_arguments("scatter_add_rows_backward", backward, tolerance)
+    x, out, index, slot = forward[:4]
+    check_arguments("compact_rows", (x, index), 0.0)
+    check_arguments("expand_rows", (out, index, slot), 0.0)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_misaligned_rows(offset, device):
+    """Narrower vectors, down to single elements."""
+    for dtype in (torch.float32, torch.bfloat16):
+        forward, backward = scatter_arguments("tokens-of-4", (dtype, dtype), device, offset)
+        assert forward[0].data_ptr() % 16 == offset * dtype.itemsize % 16
+        check_arguments("scatter_add_rows", forward, TOLERANCE[dtype])
+        check_arguments("scatter_add_rows_backward", backward, TOLERANCE[dtype])
+        check_arguments("compact_rows", (forward[0], forward[2]), 0.0)
+
+
+@pytest.mark.parametrize("wanted", [[True, False], [False, True]])
+@pytest.mark.parametrize("name", ["tokens", "image", "one-long-row-one-scale"])
+def test_one_of_the_sums(name, wanted, device):
+    backward = scatter_arguments(name, PAIRS["f32"], device)[1]
+    args = (*backward[:-1], wanted)
+    check_arguments("scatter_add_rows_backward", args, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 31, 32, 33, 1023, 1024, 1025, 5000])
+def test_masks(batch, device):
+    for share in (0.0, 0.3, 1.0):
+        mask = (torch.rand(batch) < share).to(device)
+        expected = mask.nonzero().flatten()
+        for k in (None, len(expected)):
+            index, slot = torch.ops.sdkernels.compact_mask(mask, k)
+            assert torch.equal(index, expected)
+            assert torch.equal(slot[index], torch.arange(len(index), device=device))
+            assert (slot >= 0).sum() == len(index)
+            assert slot.min().item() >= -1 if batch else True
+
+
+def test_strided_mask(device):
+    mask = torch.tensor([True, False, True, True, False, False], device=device)[::2]
+    index, slot = torch.ops.sdkernels.compact_mask(mask, None)
+    assert index.tolist() == [0, 1]
+    assert slot.tolist() == [0, 1, -1]

@@ -1,0 +1,62 @@
+"""Rows that do not exist: the CUDA kernels trap, and never touch memory outside of their tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EMULATED = "SDKERNELS_EMULATED" in os.environ
+
+# A program each, because a trap ends a CUDA context. x has four rows, kept rows are two.
+SETUP = """
+import torch, sdkernels
+ops, device = torch.ops.sdkernels, {device!r}
+x, kept = torch.randn(4, 40, device=device), torch.randn(2, 40, device=device)
+def rows(*numbers): return torch.tensor(numbers, device=device)
+"""
+CALLS = {
+    "compact_rows": "ops.compact_rows(x, rows(0, 4))",
+    "compact_rows-negative": "ops.compact_rows(x, rows(-1, 2))",
+    "expand_rows": "ops.expand_rows(kept, rows(0, 1), rows(0, 2, -1, -1))",
+    "expand_rows-below": "ops.expand_rows(kept, rows(0, 1), rows(0, 1, -2, -1))",
+    "scatter_add_rows": "ops.scatter_add_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1),"
+    " None, None, 1.0)",
+    "scatter_add_rows_": "ops.scatter_add_rows_(x, kept, rows(0, 4), rows(0, 1, -1, -1),"
+    " None, None, 1.0)",
+    "scatter_add_rows_backward": "ops.scatter_add_rows_backward(x, None, rows(0, 9), None, None,"
+    " 1.0, torch.float32, [False, False])",
+    "scatter_add_rows_backward-sums": "ops.scatter_add_rows_backward(x, kept, rows(0, 9),"
+    " torch.ones(40, device=device), None, 1.0, torch.float32, [True, False])",
+    "compact_norm": "ops.compact_norm(x, rows(0, 4), [40], None, None, 0.1, False, x.dtype, True)",
+    "compact_norm_backward": "ops.compact_norm_backward(None, kept, kept, kept[:, 0].contiguous(),"
+    " kept[:, 1].contiguous(), rows(0, 1), rows(0, 2, -1, -1), [40], None, False,"
+    " [True, False, False])",
+    "compact_mask-more": "ops.compact_mask(rows(1, 1, 0, 1) > 0, 2)",
+    "compact_mask-fewer": "ops.compact_mask(rows(1, 0, 0, 0) > 0, 2)",
+}
+
+
+@pytest.mark.skipif(not EMULATED, reason="the CUDA kernels do not serve the CPU")
+@pytest.mark.parametrize("name", CALLS)
+def test_emulated_trap(name):
+    with pytest.raises(RuntimeError, match="the kernel trapped"):
+        exec(SETUP.format(device="cpu") + CALLS[name], {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CALLS)
+def test_trap(name):
+    program = SETUP.format(device="cuda") + CALLS[name] + "\ntorch.cuda.synchronize()\n"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "CUDA error" in result.stderr

@@ -260,6 +260,29 @@ def test_options(name, options):
     assert gradients["x"] is not None
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-things", "torchvision-convnext"])
+def test_expected_saving(name):
+    """What the probabilities say, of the blocks; stem and head stay."""
+    net = NETS[name]
+    model, report = patched_copy(net.model().train(), net)
+    model.eval()
+    model.get_submodule(report.patched[0].name).train()
+    x = net.inputs(1)
+    blocks = sum(p.numel() for e in report.patched for p in e.block.parameters())
+    share = blocks / sum(p.numel() for p in model.parameters())
+    probabilities = report.drop_probs
+    average = sum(probabilities) / len(probabilities)
+    assert report.expected_saving() <= share * max(probabilities)
+    assert report.expected_saving() > 0.8 * share * average
+    assert 0.5 * average < report.expected_saving(x) < 1.3 * average
+    # The count leaves the model as it was.
+    assert report.patched[0].block.training
+    assert not report.patched[1].block.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    sdkernels.patch(model, drop_probs=[0.0] * len(probabilities))
+    assert report.expected_saving() == report.expected_saving(x) == 0.0
+
+
 def test_inplace_is_the_same():
     for name in ("timm-vit-things", "timm-vit", "timm-coatnet", "transformers-beit"):
         net = NETS[name]

@@ -62,10 +62,11 @@ class BlockState:
     drops: tuple[str | None, ...]  # the drop path module of each branch
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
-    was_bound: bool = field(default=False, init=False)  # since the last forward outside of `use`
+    was_bound: bool = field(init=False)  # by `use`, since the last forward outside of it
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.drops)
+        self.was_bound = False
 
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
@@ -256,10 +257,9 @@ def make_patched(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sdkernels
         bound = state.rows[0] is not None
-        if state.was_bound != bound:
-            if not bound:
-                _check_recomputation()
-            state.was_bound = bound
+        if not bound and state.was_bound:
+            _check_recomputation()
+            state.was_bound = False
         laws = [state.law(self, branch) for branch in range(len(state.drops))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
         if None in laws:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sdkernels.functional import fused_stochastic_depth
 from sdkernels.models.blocks import BlockState, Branch, Options
-from sdkernels.models.parts import is_bare, looks_like_drop_path
+from sdkernels.models.parts import is_bare, layer_scale_of, looks_like_drop_path
 from sdkernels.models.registry import find_known, obstacle, original_class, patched_class
 from sdkernels.models.report import (
     LeftAlone,
@@ -103,6 +103,8 @@ def patch(
         p = [next(overrides) for _ in branches]
         block._sdkernels = BlockState(options, tuple(branch.drop for branch in branches), p)
         block.__class__ = patched_class(type(block))
+        for module in block.modules():
+            layer_scale_of(module)  # learns its class, which compiled code could not
     blocks = tuple(PatchedEntry(name, block, branches) for name, block, branches in found)
     return PatchReport(model, blocks, left)
 
@@ -270,6 +272,8 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
     try:
         for state in states:
             state.rows = [next(rows) for _ in state.rows]
+            # Here, not in the forward: a compiled one would be compiled again for the change.
+            state.was_bound = True
         yield
     finally:
         for state, previous in zip(states, before, strict=True):

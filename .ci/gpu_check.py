@@ -110,7 +110,13 @@ def report(outcomes: list[Outcome]) -> str:
     """Failures first, then what was not run, then the rest."""
     order = ["failed", "not run", "passed"]
     counts = ", ".join(f"{sum(o.state == state for o in outcomes)} {state}" for state in order)
-    lines = ["# GPU check", "", datetime.now(timezone.utc).isoformat(timespec="seconds"), "", counts]
+    lines = [
+        "# GPU check",
+        "",
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "",
+        counts,
+    ]
     lines += ["", "| step | state | seconds |", "| --- | --- | --- |"]
     ranked = sorted(outcomes, key=lambda outcome: order.index(outcome.state))
     lines += [f"| {o.step.name} | {o.state} | {o.seconds:.0f} |" for o in ranked]

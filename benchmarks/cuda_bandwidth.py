@@ -178,10 +178,14 @@ def check(kernel: Kernel, inputs: Inputs) -> None:
         return  # timed with a scale of zero; what it computes is scatter_add_rows
     results = getattr(OPS, kernel.op)(*kernel.arguments(inputs))
     expected = traceable.OPS[kernel.op](*kernel.arguments(inputs))
-    pairs = zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
+    pairs = (
+        zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
+    )
     for actual, wanted in pairs:
         largest = wanted.abs().max().item() if wanted.numel() else 1.0
-        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, largest))
+        torch.testing.assert_close(
+            actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, largest)
+        )
 
 
 def batch_of(row: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
@@ -209,7 +213,9 @@ def pair(t: Inputs) -> tuple[Callable[[], object], Callable[[], object]]:
     return ours, peers
 
 
-def measure(name: str, functions: list[Callable[[], object]], floor: float, device: torch.device) -> Result:
+def measure(
+    name: str, functions: list[Callable[[], object]], floor: float, device: torch.device
+) -> Result:
     print(f"{name}: predicted floor {floor * 1e6:.1f} us", flush=True)
     times = seconds(functions, device)
     median = statistics.median(times)

@@ -33,14 +33,14 @@ class Masked(nn.Module):
 
 
 def make_rows(count: int, batch: int = BATCH) -> list[KeptRows]:
-    """Rows for every branch: none in the second, all but scaled in the third, half elsewhere."""
+    """Rows for every branch: none in the second and third, all in the fourth, half elsewhere."""
     generator = torch.Generator().manual_seed(0)
     plan = []
     for branch in range(count):
         mask = torch.rand(batch, generator=generator) < 0.5
-        if branch == 1:
+        if branch in (1, 2):  # attention and MLP in a transformer
             mask[:] = False
-        elif branch == 2:
+        elif branch == 3:
             mask[:] = True
         plan.append(KeptRows.from_mask(mask, 1.5))
     return plan

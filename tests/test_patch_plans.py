@@ -52,6 +52,27 @@ def test_a_plan_for_the_whole_model():
     assert not torch.equal(model(x), model(x))  # nothing is left bound by an exception
 
 
+@pytest.mark.parametrize("name", ["timm-deit3", "timm-swin-v2", "transformers-beit"])
+def test_no_row_is_kept(name):
+    """The stream is untouched, gradients are zeros, and a NaN of a dropped sample reaches none."""
+    net = NETS[name]
+    _, report = patched_copy(net.model().train(), net)
+    block = report.patched[-1].block
+    args = {"timm-swin-v2": (8, 8, 32), "transformers-beit": (17, 32), "timm-deit3": (17, 32)}
+    x = torch.randn(4, *args[name], dtype=torch.float64)
+    x[0] = float("nan")
+    kwargs = {"resolution": (32, 32)} if name == "transformers-beit" else {}
+    nothing = KeptRows.from_mask(torch.zeros(4, dtype=torch.bool), 2.0)
+    with report.use([nothing] * len(report.drop_probs)):
+        y = block(x.requires_grad_(), **kwargs)
+    assert_same_bits(y, x)
+    y.sum().backward()
+    for parameter_name, parameter in block.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+            assert not parameter.grad.any(), parameter_name
+
+
 def test_weighted_rows():
     """All rows at scale 1 are the plain sum, unless they carry weights, which get gradients."""
     model = VIT.model().train()
@@ -110,9 +131,9 @@ def test_a_list_of_crops(name):
     _, report = patched_copy(net.model().train(), net)
     block = report.patched[-1].block
     crops = [torch.randn(b, n, 32, dtype=torch.float64) for b, n in ((4, 17), (8, 5), (6, 5))]
-    rows = [make_rows(3, len(crop)) for crop in crops]
+    rows = [make_rows(4, len(crop)) for crop in crops]
     plan: list[Any] = [None] * (len(report.drop_probs) - 2)
-    plan += [[r[0] for r in rows], [r[2] for r in rows]]
+    plan += [[r[0] for r in rows], [r[3] for r in rows]]
     plan = [plan[-1] if entry is None else entry for entry in plan]
     kwargs: dict[str, Any] = {}
     if name == "timm-eva":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from sdkernels.functional import Shared, fused_stochastic_depth
 from sdkernels.models.parts import Law, drop_law, layer_scale_of
@@ -126,29 +127,47 @@ class _Composed:
 
     def __call__(self, kept: Any, *args: Any) -> Any:
         if isinstance(kept, list):
-            return [
-                self._run(each, [a[i] if isinstance(a, list) else a for a in args])
-                for i, each in enumerate(kept)
-            ]
-        return self._run(kept, args)
+            return [self.run(each, i, _entries(args, i)) for i, each in enumerate(kept)]
+        return self.run(kept, None, args)
 
-    def _run(self, kept: Any, args: Sequence[Any]) -> Any:
+    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
         for position, step in enumerate(self.steps):
             kept = step(kept, *args) if position == self.branch else step(kept)
         return kept
 
 
+class _NeverEmpty(_Composed):
+    """One that is not run on an empty batch, which many attentions cannot reshape.
+
+    A sample of ones runs beside no sample then, and its result is left out again: nothing is added
+    to any row, and parameters get zero gradients, not None. (No sample of the batch: whatever is in
+    a dropped one reaches nothing.)
+    """
+
+    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int, args: Sequence[Any]):
+        super().__init__(steps, branch)
+        self.args = args  # of the whole batch
+
+    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
+        if is_compiling() or kept.shape[0] > 0:
+            return super().run(kept, crop, args)
+        whole = self.args if crop is None else _entries(self.args, crop)
+        padded = [
+            torch.cat([arg, of_batch[:1].detach()]) if isinstance(of_batch, Tensor) else arg
+            for arg, of_batch in zip(args, whole, strict=True)
+        ]
+        ones = kept.new_ones((1, *kept.shape[1:]))
+        return super().run(torch.cat([kept, ones]), crop, padded)[:0]
+
+
+def _entries(args: Sequence[Any], crop: int) -> list[Any]:
+    """What belongs to one tensor of a list."""
+    return [arg[crop] if isinstance(arg, list) else arg for arg in args]
+
+
 def _is_everything(rows: KeptRows) -> bool:
     """Whether these are all the rows, as they are."""
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
-
-
-def _at_least_one(rows: Any) -> Any:
-    """Where no row is kept, the first one at a scale of 0, which adds nothing."""
-    if not isinstance(rows, KeptRows) or rows.k > 0 or rows.batch == 0:
-        return rows
-    first = torch.zeros(1, dtype=torch.int64)
-    return KeptRows.from_index(first, rows.batch, 0.0).to(rows.index.device)
 
 
 class Add:
@@ -183,18 +202,6 @@ class Add:
 
         rescale = options.rescale if law.scaled or options.rescale != "train" else "none"
         mode = options.mode or law.mode
-        runs_empty = self.block._runs_empty or options.empty == "skip"
-        if not runs_empty and law.training and (p > 0.0 or rows is not None):
-            if rows is None:
-                rows = KeptRows.sample(
-                    x.shape[0],
-                    p,
-                    mode=mode,
-                    sampler=options.sampler,
-                    rescale=rescale,
-                    device=x.device,
-                )
-            rows = _at_least_one(rows)
 
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
@@ -209,12 +216,17 @@ class Add:
                 after.append(layer_scale)
         else:
             factor = layer_scale
-        steps = [*before, branch, *after]
+        steps, position = [*before, branch, *after], len(before)
+        composed = (
+            _Composed(steps, position)
+            if self.block._runs_empty
+            else _NeverEmpty(steps, position, args)
+        )
         is_shared = residual is x  # the first of several branches of the same x
         residual = None if is_shared else residual
         return fused_stochastic_depth(
             x,
-            _Composed(steps, len(before)),
+            composed,
             p,
             mode,
             law.training,

@@ -38,8 +38,8 @@ class Known(NamedTuple):
             of the block where they vary.
         fingerprints: those of the forwards that `body` stands for, each with the versions of the
             library that have it.
-        runs_empty: whether `body`'s branches accept a batch of zero samples. Where they do not, one
-            sample runs a branch that nobody keeps, and counts for nothing.
+        runs_empty: whether its branches run on a batch of zero samples. Convolutions and BatchNorm
+            do; the reshapes of many attentions do not.
         without: why a block of the class has no branch to drop, None if it has one.
     """
 
@@ -48,7 +48,7 @@ class Known(NamedTuple):
     branches: tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]
     fingerprints: Mapping[str, str]
     without: Callable[[Any], str | None] = lambda block: None
-    runs_empty: bool = True
+    runs_empty: bool = False
 
     @property
     def patched_name(self) -> str:

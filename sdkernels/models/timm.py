@@ -398,42 +398,65 @@ KNOWN = (
         {"1af75b5bda2f": "1.0.9 to 1.0.31"},
     ),
     Known(
-        f"{MAXXVIT}:PartitionAttentionCl",
-        partition,
-        PRE_NORM,
-        {"34a730ad445b": "1.0.9 to 1.0.31"},
-        runs_empty=False,
+        f"{MAXXVIT}:PartitionAttentionCl", partition, PRE_NORM, {"34a730ad445b": "1.0.9 to 1.0.31"}
     ),
     Known(
-        f"{MAXXVIT}:PartitionAttention2d",
-        partition,
-        PRE_NORM,
-        {"34a730ad445b": "1.0.9 to 1.0.31"},
-        runs_empty=False,
+        f"{MAXXVIT}:PartitionAttention2d", partition, PRE_NORM, {"34a730ad445b": "1.0.9 to 1.0.31"}
     ),
     Known(
         f"{MAXXVIT}:ParallelPartitionAttention",
         partition,
         two("norm1 attn_block attn_grid ls1", "norm2 mlp ls2"),
         {"34a730ad445b": "1.0.9 to 1.0.31"},
-        runs_empty=False,
     ),
     Known(
         f"{MAXXVIT}:TransformerBlock2d",
         transformer_2d,
         PRE_NORM,
         {"0efc7d6fb44f": "1.0.9 to 1.0.31"},
-        runs_empty=False,
-    ),
-    Known(f"{MAXXVIT}:MbConvBlock", maxxvit_mbconv, ONE, {"e92a6f53d897": "1.0.9 to 1.0.31"}),
-    Known(f"{MAXXVIT}:ConvNeXtBlock", maxxvit_convnext, ONE, {"ffc7701d88e6": "1.0.9 to 1.0.31"}),
-    Known("timm.models.convnext:ConvNeXtBlock", convnext, ONE, {"29752f5d34d8": "1.0.9 to 1.0.31"}),
-    Known("timm.models.resnet:BasicBlock", resnet_basic, ONE, {"690265f6684b": "1.0.9 to 1.0.31"}),
-    Known(
-        "timm.models.resnet:Bottleneck", resnet_bottleneck, ONE, {"39fcc2a3b39e": "1.0.9 to 1.0.31"}
     ),
     Known(
-        f"{EFFICIENTNET}:ConvBnAct", conv_bn_act, ONE, {"d6259b1da9ea": "1.0.9 to 1.0.31"}, no_skip
+        f"{MAXXVIT}:MbConvBlock",
+        maxxvit_mbconv,
+        ONE,
+        {"e92a6f53d897": "1.0.9 to 1.0.31"},
+        runs_empty=True,
+    ),
+    Known(
+        f"{MAXXVIT}:ConvNeXtBlock",
+        maxxvit_convnext,
+        ONE,
+        {"ffc7701d88e6": "1.0.9 to 1.0.31"},
+        runs_empty=True,
+    ),
+    Known(
+        "timm.models.convnext:ConvNeXtBlock",
+        convnext,
+        ONE,
+        {"29752f5d34d8": "1.0.9 to 1.0.31"},
+        runs_empty=True,
+    ),
+    Known(
+        "timm.models.resnet:BasicBlock",
+        resnet_basic,
+        ONE,
+        {"690265f6684b": "1.0.9 to 1.0.31"},
+        runs_empty=True,
+    ),
+    Known(
+        "timm.models.resnet:Bottleneck",
+        resnet_bottleneck,
+        ONE,
+        {"39fcc2a3b39e": "1.0.9 to 1.0.31"},
+        runs_empty=True,
+    ),
+    Known(
+        f"{EFFICIENTNET}:ConvBnAct",
+        conv_bn_act,
+        ONE,
+        {"d6259b1da9ea": "1.0.9 to 1.0.31"},
+        no_skip,
+        runs_empty=True,
     ),
     Known(
         f"{EFFICIENTNET}:DepthwiseSeparableConv",
@@ -441,6 +464,7 @@ KNOWN = (
         ONE,
         {"ac8cab2e52d0": "1.0.9 to 1.0.31"},
         no_skip,
+        runs_empty=True,
     ),
     Known(
         f"{EFFICIENTNET}:InvertedResidual",
@@ -448,6 +472,7 @@ KNOWN = (
         ONE,
         {"25a74073d203": "1.0.9 to 1.0.31"},
         no_skip,
+        runs_empty=True,
     ),
     Known(
         f"{EFFICIENTNET}:UniversalInvertedResidual",
@@ -455,6 +480,7 @@ KNOWN = (
         ONE,
         {"4977ce26c143": "1.0.9 to 1.0.31"},
         no_skip,
+        runs_empty=True,
     ),
     Known(
         f"{EFFICIENTNET}:MobileAttention",
@@ -462,7 +488,6 @@ KNOWN = (
         ONE,
         {"ddf1d62f039c": "1.0.9 to 1.0.31"},
         no_skip,
-        runs_empty=False,
     ),
     Known(
         f"{EFFICIENTNET}:EdgeResidual",
@@ -470,6 +495,7 @@ KNOWN = (
         ONE,
         {"ce1679761305": "1.0.9 to 1.0.31"},
         no_skip,
+        runs_empty=True,
     ),
 )
 

@@ -100,7 +100,11 @@ KNOWN = (
         {"b23d1bf26f2c": "0.25.0 to 0.28.0"},
     ),
     Known(
-        "torchvision.models.convnext:CNBlock", convnext, ONE, {"2130f34135bc": "0.25.0 to 0.28.0"}
+        "torchvision.models.convnext:CNBlock",
+        convnext,
+        ONE,
+        {"2130f34135bc": "0.25.0 to 0.28.0"},
+        runs_empty=True,
     ),
     Known(
         "torchvision.models.efficientnet:MBConv",
@@ -108,6 +112,7 @@ KNOWN = (
         ONE,
         {"3e0d2dfbdbfa": "0.25.0 to 0.28.0"},
         no_skip,
+        runs_empty=True,
     ),
     Known(
         "torchvision.models.efficientnet:FusedMBConv",
@@ -115,9 +120,14 @@ KNOWN = (
         ONE,
         {"3e0d2dfbdbfa": "0.25.0 to 0.28.0"},
         no_skip,
+        runs_empty=True,
     ),
     Known(
-        "torchvision.models.maxvit:MBConv", maxvit_mbconv, ONE, {"86340cf55f63": "0.25.0 to 0.28.0"}
+        "torchvision.models.maxvit:MBConv",
+        maxvit_mbconv,
+        ONE,
+        {"86340cf55f63": "0.25.0 to 0.28.0"},
+        runs_empty=True,
     ),
     Known(
         "torchvision.models.maxvit:PartitionAttentionLayer",
@@ -130,12 +140,14 @@ KNOWN = (
         resnet_basic,
         WITHOUT_DROP_PATH,
         {"836796ccf4ec": "0.25.0 to 0.28.0"},
+        runs_empty=True,
     ),
     Known(
         "torchvision.models.resnet:Bottleneck",
         resnet_bottleneck,
         WITHOUT_DROP_PATH,
         {"10f3850da4b4": "0.25.0 to 0.28.0"},
+        runs_empty=True,
     ),
 )
 

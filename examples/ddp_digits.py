@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.checkpoint:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save({**state, "epoch": epoch + 1, "step": step}, options.checkpoint)
+    dist.barrier()  # rank 0 has printed: nobody leaves while another one is at work
     dist.destroy_process_group()
 
 

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if rank == 0:
             mean = total.item() / (len(order) // global_batch) / world_size
             print(f"epoch {epoch + 1:2d}  loss {mean:.4f}  accuracy {right:.3f}", flush=True)
+    dist.barrier()  # rank 0 has printed: nobody leaves while another one is at work
     dist.destroy_process_group()
 
 

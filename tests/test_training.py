@@ -264,12 +264,32 @@ def test_an_exception_writes_nothing(options):
             fused_stochastic_depth(streams, lambda kept: [kept[0], kept[1][:, :2]], 0.5, **options)
         assert torch.equal(streams[0], before)
         assert torch.equal(streams[1], before[:5])
-        y = fused_stochastic_depth(
-            streams, lambda kept: [t.sin() for t in kept], 0.5, **{**options, "inplace": False}
-        )
-        if grad and not options.get("inplace"):
-            sum(each.sum() for each in y).backward()
-            assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS.keys())
+def test_a_list_after_an_exception_is_right(options):
+    leaf, norm = torch.randn(8, 3, requires_grad=True), nn.LayerNorm(3)
+    rows = [KeptRows.sample(8, 0.5), KeptRows.sample(5, 0.5)]
+
+    def step(branch: object) -> list[Tensor]:
+        streams = [leaf * 1.0, leaf[:5] * 2.0]
+        ys = fused_stochastic_depth(streams, branch, 0.5, norm=norm, rows=rows, **options)
+        return list(torch.autograd.grad(sum(y.square().sum() for y in ys), [leaf, norm.weight]))
+
+    def fail_late(kept: list[Tensor]) -> list[Tensor]:
+        kept[1].sin()
+        raise Broken
+
+    with pytest.raises(Broken):
+        step(fail_late)
+    found = step(lambda kept: [t.sin() for t in kept])
+    masked = [
+        naive_masking(x, torch.sin, 0.5, norm=norm, rows=each)
+        for x, each in zip([leaf * 1.0, leaf[:5] * 2.0], rows, strict=True)
+    ]
+    expected = torch.autograd.grad(sum(y.square().sum() for y in masked), [leaf, norm.weight])
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 # CUDA graphs

@@ -13,8 +13,8 @@
 
 namespace sdkernels::cuda {
 
-// A block, at most. The 1 in every __launch_bounds__ keeps ptxas from spilling registers for the sake
-// of more blocks on a multiprocessor: loads in flight come from unrolling here.
+// A block, at most. The least number of blocks in every __launch_bounds__ keeps ptxas from spilling
+// registers for the sake of more: loads in flight come from unrolling here.
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 

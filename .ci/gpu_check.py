@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one run: `make gpu-check`.
 
 Builds for the GPUs of this machine into the Python that runs this, then runs the whole test suite,
-compute-sanitizer's four tools on the kernels' tests, and the benchmarks. Writes `build/gpu-check.md`,
-failures first. The exit code is the number of failed steps.
+compute-sanitizer's four tools on the kernels' tests, and the benchmarks. Writes
+`build/gpu-check.md`, failures first. The exit code is the number of failed steps.
 """
 
 from __future__ import annotations

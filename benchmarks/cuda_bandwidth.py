@@ -1,10 +1,10 @@
 """Device time of every kernel on a GPU, as a share of the bandwidth of a copy.
 
 ``python -m benchmarks.cuda_bandwidth`` prints one table and writes it to ``out/``. Tensors are
-several times the last cache, two sets of them take turns, and the launches of a measurement are one
-CUDA graph, so that the host's time plays no part. Before a kernel is timed its floor is printed (the
-bytes that it has to move, at the bandwidth of the copy of the same run) and its results are compared
-with the same ops in PyTorch code.
+several times the last cache, two sets of them take turns, and the launches of a measurement are
+one CUDA graph, so that the host's time plays no part. Before a kernel is timed its floor is printed
+(the bytes that it has to move, at the bandwidth of the copy of the same run) and its results are
+compared with the same ops in PyTorch code.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An op with the bytes that it moves, in rows of the stream: (multiples of B, multiples of k)."""
+    """An op and what it moves, in rows of the stream: (multiples of B, multiples of k)."""
 
     op: str
     arguments: Callable[[Inputs], tuple[object, ...]]

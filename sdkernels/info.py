@@ -66,8 +66,8 @@ def is_covered(arch_list: str, capability: tuple[int, int]) -> bool | None:
     """Whether code built for TORCH_CUDA_ARCH_LIST runs on a GPU; None if it cannot be told.
 
     A GPU runs the code of its own major version up to its minor version, and compiles PTX of any
-    version up to its own. Architectures with an "a" run on themselves only, those with an "f" within
-    their major version.
+    version up to its own. Architectures with an "a" run on themselves only, those with an "f"
+    within their major version.
 
     >>> is_covered("8.0;9.0+PTX", (8, 6)), is_covered("8.0;9.0", (12, 0))
     (True, False)

@@ -1,12 +1,16 @@
 """Fixtures that several test files share."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Memory is poisoned under deterministic algorithms, for which cuBLAS needs a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Derandomized: CI runs the same examples every time. `--hypothesis-profile=brief` is for the runs
 # of whole files in a subprocess, under another backend or instruction set; "thorough" looks for new

@@ -210,9 +210,7 @@ def test_ten_thousand_repetitions(dtype):
     out, d_normed = (torch.randn(k, 197, 192, device="cuda").to(dtype) for _ in range(2))
     layer_scale, weight, bias = (torch.rand(192, device="cuda") for _ in range(3))
     gates = torch.rand(k, device="cuda")
-    _, kept, mean, rstd = OPS.compact_norm(
-        x, index, [192], weight, bias, 1e-6, False, dtype, True
-    )
+    _, kept, mean, rstd = OPS.compact_norm(x, index, [192], weight, bias, 1e-6, False, dtype, True)
 
     def step() -> tuple[Tensor, ...]:
         return (

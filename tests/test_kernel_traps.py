@@ -53,7 +53,8 @@ def test_no_kernel_image(monkeypatch):
     monkeypatch.setenv("SDKERNELS_EMULATION_NO_KERNEL_IMAGE", "1")
     message = (
         r"^sdkernels::compact_rows: sdkernels was built for the CUDA architectures 9\.0, "
-        r"which do not cover device 0 \(12\.1\); set TORCH_CUDA_ARCH_LIST=12\.1 and rebuild with: pip install"
+        r"which do not cover device 0 \(12\.1\); "
+        r"set TORCH_CUDA_ARCH_LIST=12\.1 and rebuild with: pip install"
     )
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))

@@ -9,7 +9,7 @@ constexpr int kWarps = kMaskThreads / kWarp;
 
 // One block: a mask has as many entries as the batch has rows, a few thousand at most. Every round
 // takes one entry a thread and knows how many were true before it.
-__global__ void __launch_bounds__(kMaskThreads) compact_mask(const CompactMask p) {
+__global__ void __launch_bounds__(kMaskThreads, 1) compact_mask(const CompactMask p) {
   __shared__ int warp_counts[kWarps];
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;

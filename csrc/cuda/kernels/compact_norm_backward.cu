@@ -192,7 +192,7 @@ struct ColumnTiles {
 };
 
 template <class X, class N, int W>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     sum_columns(const CompactNormBackward p, const ColumnTiles tiles, Acc<X>* sums) {
   using A = Acc<X>;
   __shared__ A shared[2][kThreads * W];
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t last = min(p.kept * p.lines, (slice + 1) * tiles.lines_per_slice);
     auto weight_sum = filled<A, W>(0), bias_sum = weight_sum;
     if (column < p.len) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t i = slice * tiles.lines_per_slice + threadIdx.y; i < last; i += blockDim.y) {
         const auto x = widen(load<W>(static_cast<const X*>(p.x) + i * p.len + column));
         const auto d = widen(load<W>(static_cast<const N*>(p.d_normed) + i * p.len + column));

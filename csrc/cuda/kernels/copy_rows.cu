@@ -7,7 +7,7 @@ namespace {
 constexpr int kUnroll = 4;
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) copy_rows(const CopyRows p, const RowTiles tiles) {
+__global__ void __launch_bounds__(kThreads, 2) copy_rows(const CopyRows p, const RowTiles tiles) {
   constexpr int64_t kBytes = N * sizeof(T);
   for (int64_t block = blockIdx.x; block < tiles.blocks; block += gridDim.x) {
     const int64_t group = tiles.chunks.quotient(block);

@@ -13,7 +13,9 @@
 
 namespace sdkernels::cuda {
 
-constexpr int kThreads = 256;  // a block, at most
+// A block, at most. The least number of blocks in every __launch_bounds__ keeps ptxas from spilling
+// registers for the sake of more: loads in flight come from unrolling here.
+constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
 // Blocks that keep every multiprocessor of a large GPU busy. A constant, not a question to the

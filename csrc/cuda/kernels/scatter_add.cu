@@ -7,7 +7,8 @@ namespace {
 constexpr int kUnroll = 2;
 
 template <class Y, class R, class O, int N>
-__global__ void __launch_bounds__(kThreads) scatter_add(const ScatterAdd p, const RowTiles tiles) {
+__global__ void __launch_bounds__(kThreads, 2)
+    scatter_add(const ScatterAdd p, const RowTiles tiles) {
   using A = Acc<Y>;
   const A* const layer_scale = static_cast<const A*>(p.layer_scale);
   for (int64_t block = blockIdx.x; block < tiles.blocks; block += gridDim.x) {

@@ -11,7 +11,7 @@ namespace {
 constexpr int kUnroll = 2;
 
 template <class G, class O, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     scale_rows(const ScatterAddBackward p, const RowTiles tiles) {
   using A = Acc<G>;
   const A* const layer_scale = static_cast<const A*>(p.layer_scale);
@@ -92,11 +92,11 @@ struct SumTiles {
 };
 
 template <class G, class O, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
     scale_rows_and_sum(const ScatterAddBackward p, const SumTiles tiles, Acc<G>* layer_scale_sums,
                        Acc<G>* row_weight_sums) {
   using A = Acc<G>;
-  constexpr int kSumUnroll = N == 8 ? 2 : 4;
+  constexpr int kSumUnroll = N == 4 ? 4 : 2;
   __shared__ A shared[kThreads * N];
   const A scale = static_cast<A>(p.scale);
   const A* const layer_scale = static_cast<const A*>(p.layer_scale);

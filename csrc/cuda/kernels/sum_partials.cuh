@@ -18,7 +18,7 @@ __device__ __forceinline__ A sum_of_group(A value, int size, int thread) {
 
 // totals[i] = sum over p of partials[p][i]; entry i of the second half goes to `second`, if set.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     sum_partials(const A* partials, int64_t count, int64_t entries, A* first, A* second,
                  int64_t second_from) {
   __shared__ A shared[kThreads];

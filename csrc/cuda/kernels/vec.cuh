@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "row_kernels.h"
@@ -31,14 +32,57 @@ struct alignas(alignment(N* static_cast<int>(sizeof(T)))) Vec {
 template <class... T>
 constexpr int kWidest = 16 / static_cast<int>(std::min({sizeof(T)...}));
 
+// Written out as words of CUDA's own vector types, stored by __stwb (a plain store): of anything
+// else the compiler may make accesses of four bytes each.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
+
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* p) {
-  return *reinterpret_cast<const Vec<T, N>*>(p);
+  using Word = typename WordOf<alignof(Vec<T, N>)>::type;
+  constexpr int kWords = sizeof(Vec<T, N>) / sizeof(Word);
+  Word words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(p)[i];
+  Vec<T, N> value;
+  memcpy(&value, words, sizeof(value));
+  return value;
 }
 
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const Vec<T, N>& value) {
-  *reinterpret_cast<Vec<T, N>*>(p) = value;
+  using Word = typename WordOf<alignof(Vec<T, N>)>::type;
+  constexpr int kWords = sizeof(Vec<T, N>) / sizeof(Word);
+  Word words[kWords];
+  memcpy(words, &value, sizeof(value));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    Word* const word = reinterpret_cast<Word*>(p) + i;
+    if constexpr (sizeof(Word) > 4)
+      __stwb(word, words[i]);
+    else
+      *word = words[i];
+  }
 }
 
 __device__ __forceinline__ float widen(float x) { return x; }

@@ -22,6 +22,13 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 // Of the fiber that runs.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -87,6 +94,11 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulation::ball
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
 }
 
 template <class T>

@@ -20,14 +20,15 @@ BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -
 LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/requirements.txt
 endif
 
-.PHONY: help build test bench lint clean
+.PHONY: help build test bench gpu-check lint clean
 
 help:
-	@echo 'make build   compile the extension'
-	@echo 'make test    run the tests and the examples in the docstrings'
-	@echo 'make bench   run the quick benchmarks'
-	@echo 'make lint    check style, types and formatting'
-	@echo 'make clean   remove what was built, but not $(VENV)'
+	@echo 'make build       compile the extension'
+	@echo 'make test        run the tests and the examples in the docstrings'
+	@echo 'make bench       run the quick benchmarks'
+	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
+	@echo 'make lint        check style, types and formatting'
+	@echo 'make clean       remove what was built, but not $(VENV)'
 
 build: $(BUILT)
 
@@ -37,11 +38,15 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick
 
+gpu-check:
+	$(PYTHON) .ci/gpu_check.py
+
 lint: $(TOOLS)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+	$(CLANG_FORMAT) --dry-run -Werror \
+		$$(find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # The build writes this file last. Folders are listed by find too: a deleted source is a change.
 $(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc)

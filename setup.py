@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -138,12 +138,14 @@ def inspect_toolkit(root: Path) -> Toolkit:
     return Toolkit(str(root), nvcc.is_file(), header.is_file(), version)
 
 
-def cuda_arch_list(environ: Mapping[str, str], toolkit_version: str, gpu_visible: bool) -> str:
-    """The value for TORCH_CUDA_ARCH_LIST; "native" means the GPUs of this machine."""
+def cuda_arch_list(
+    environ: Mapping[str, str], toolkit_version: str, capabilities: Sequence[tuple[int, int]]
+) -> str:
+    """The value for TORCH_CUDA_ARCH_LIST: what is set, else this machine's GPUs, else the usual."""
     if chosen := environ.get("TORCH_CUDA_ARCH_LIST"):
         return chosen
-    if gpu_visible:
-        return "native"
+    if capabilities:
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(set(capabilities)))
     major_version, minor_version = map(int, toolkit_version.split("."))
     has_blackwell = (major_version, minor_version) >= (12, 8)
     return "8.0;8.6;8.9;9.0+PTX" + (";10.0;12.0+PTX" if has_blackwell else "")
@@ -190,8 +192,6 @@ def extension(target: str, cuda_version: str, arch_list: str) -> Extension:
     }
     # Flags for the C++ compiler only, not define_macros: nvcc would need another level of quoting.
     definitions = [f'-D{name}="{value}"' for name, value in strings.items()]
-    if target == "cuda":
-        definitions.append("-DSDKERNELS_WITH_CUDA")
     kind = CUDAExtension if target == "cuda" else CppExtension
     return kind(
         "sdkernels._C",
@@ -226,10 +226,11 @@ def main() -> None:
         import torch
 
         cuda_version = environment.toolkit.version
-        arch_list = cuda_arch_list(os.environ, cuda_version, torch.cuda.is_available())
-        if arch_list != "native":
-            # Without a GPU and without a list, torch's build fails with an IndexError.
-            os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list
+        devices = range(torch.cuda.device_count())
+        capabilities = [torch.cuda.get_device_capability(device) for device in devices]
+        arch_list = cuda_arch_list(os.environ, cuda_version, capabilities)
+        # Without a GPU and without a list, torch's build fails with an IndexError.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list
     record = {"torch": environment.torch, "cuda": cuda_version or None}
     setup(
         ext_modules=[extension(decision.target, cuda_version, arch_list)],

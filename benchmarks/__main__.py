@@ -205,8 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     case = preset.training
-    trains = case.name in options.selected
-    steps = steps_per_epoch(case) * case.epochs if trains else 0
+    trains = case is not None and case.name in options.selected
+    steps = steps_per_epoch(case) * case.epochs if case is not None and trains else 0
     start = time.perf_counter()
     progress = RunProgress(console, checks=len(options.selected) - trains, steps=steps)
     records, training = [], None
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         with progress.bars:
             if len(options.selected) > trains:
                 records = run_cases(preset, options.filter, options.device, options.out, progress)
-            if trains:
+            if case is not None and trains:
                 training = figures.merge_training(train(case, options.device, progress.trained))
     except RunFailed as error:
         console.print(

@@ -66,7 +66,7 @@ def compare_statistics(data: tuple[Tensor, ...], batch: int, epochs: int) -> tup
     masked = make_model(seed=0)
     patched = copy.deepcopy(masked)
     again = copy.deepcopy(masked)  # masking with other rows: what chance alone does
-    sdkernels.patch(patched)
+    sdkernels.patch(patched, sampler="fixed")
     for epoch in range(epochs):
         for number, (images, _) in enumerate(batches(data[0], data[1], batch, epoch)):
             for offset, model in enumerate((masked, patched, again)):
@@ -80,7 +80,7 @@ def train(data: tuple[Tensor, ...], batch: int, epochs: int, seed: int, patch: b
     """Accuracy on the held out digits."""
     model = make_model(seed)
     if patch:
-        sdkernels.patch(model)
+        sdkernels.patch(model, sampler="fixed")  # Bernoulli may keep one sample of one pixel
     steps = epochs * (len(data[0]) // batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -27,6 +27,7 @@ from sdkernels import KeptRows, fused_stochastic_depth, reference
 
 BATCH = 32
 DROPPED = (0, 1, 2, 4, 8)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PROVIDERS: dict[str, Residual] = {
     "compact": fused_stochastic_depth,
     "whole": partial(fused_stochastic_depth, min_saving=1.0),
@@ -90,7 +91,10 @@ def check(name: str, runs: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
 
 
 def time_in_turns(
-    runs: dict[str, Callable[[], Any]], device: torch.device, turns: int
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every call. The providers take turns, a single call each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -98,12 +102,12 @@ def time_in_turns(
         for name, run in runs.items():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -130,7 +134,10 @@ def step(
 
 
 def measure(
-    blocks: dict[str, tuple[nn.Module, Tensor]], device: torch.device, turns: int
+    blocks: dict[str, tuple[nn.Module, Tensor]],
+    device: torch.device,
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[tuple[float, float], ...]]:
     """(share dropped, compact / whole) of every block, printed on the way."""
     ratios = {}
@@ -144,7 +151,7 @@ def measure(
             rows = kept_rows(dropped, device)
             runs = {p: partial(step, block, x, grad, rows, rule) for p, rule in PROVIDERS.items()}
             check(name, runs)
-            seconds = time_in_turns(runs, device, turns)
+            seconds = time_in_turns(runs, device, turns, clock)
             median = {provider: statistics.median(each) for provider, each in seconds.items()}
             # Of neighbouring calls: what else the machine does falls on both alike.
             pairs = zip(seconds["compact"], seconds["whole"], strict=True)
@@ -168,10 +175,16 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=int, default=30, help="calls of every provider (default 30)"
     )
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: this process' CPU time, for one thread (OMP_NUM_THREADS=1) on a busy machine",
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     print(environment_line(environment(device)))
-    ratios = measure(make_blocks(device), device, options.turns)
+    ratios = measure(make_blocks(device), device, options.turns, CLOCKS[options.clock])
     smallest = min(crossing(points) for points in ratios.values())
     print("entry of MEASURED in sdkernels/break_even.py:\n")
     print(f'"{device.type}": BreakEven(min_saving={smallest:.3f}, machine=..., ratios={ratios!r}),')

@@ -110,7 +110,7 @@ def _add_ratios(
             figures["of_copy_bandwidth"] = (
                 case["traffic_bytes"] / net / copy_bandwidth if net > 0 else None
             )
-        elif case["kind"] in ("block", "model"):
+        elif case["kind"] in ("block", "model", "compile"):
             if floor is not None:
                 figures["over_floor"] = own.median / floor.median
                 figures["over_floor_turns"] = turn_ratios(own, floor)

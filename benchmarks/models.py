@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
+from benchmarks.compiled import CompileCase
 from benchmarks.libraries import import_module
 from benchmarks.providers import BlockCase, Comparison, HostCase, OpCase, Workload
 from sdkernels import DepthPlan, KeptRows, reference
@@ -182,4 +183,4 @@ class ModelCase:
             yield Comparison("dense", evaluate(dense), evaluate(patched))
 
 
-Case = OpCase | BlockCase | HostCase | ModelCase
+Case = OpCase | BlockCase | HostCase | ModelCase | CompileCase

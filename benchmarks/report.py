@@ -132,6 +132,33 @@ def model_table(cases: list[dict[str, Any]]) -> Table:
     return block_table(cases, "Models of timm, forward + loss + backward")
 
 
+def compile_table(cases: list[dict[str, Any]]) -> Table:
+    """One line per compiled block and provider."""
+    table = _table(
+        "Blocks under torch.compile, forward + backward",
+        "static: k never changes; dynamic: it does, rows given; bernoulli: drawn inside.\n"
+        "eager: the fused op without torch.compile. -fullgraph: one graph, k depends on data.",
+        "case",
+        "provider",
+        "median",
+        "spread",
+        "dinov3 / this",
+        "this / dense",
+    )
+    for case in cases:
+        for provider, f in case["providers"].items():
+            table.add_row(
+                case["name"].removeprefix("compile-"),
+                SHORT_NAMES.get(provider, provider),
+                seconds(f["median"]),
+                _spread(f["spread"]),
+                _ratio(f.get("speedup")),
+                _ratio(f.get("over_floor")),
+            )
+        table.add_section()
+    return table
+
+
 def host_table(cases: list[dict[str, Any]]) -> Table:
     """One line per way of calling."""
     table = _table(
@@ -232,7 +259,13 @@ def reach_table(outcomes: list[Outcome]) -> Table:
 def print_report(console: Console, results: dict[str, Any], outcomes: list[Outcome]) -> None:
     """Environment line, one table per kind that was run, and the targets."""
     console.print(environment_line(results["environment"]), highlight=False, soft_wrap=True)
-    tables = {"op": op_table, "block": block_table, "model": model_table, "host": host_table}
+    tables = {
+        "op": op_table,
+        "block": block_table,
+        "model": model_table,
+        "compile": compile_table,
+        "host": host_table,
+    }
     for kind, table in tables.items():
         cases = [case for case in results["cases"] if case["kind"] == kind]
         if cases:

@@ -45,7 +45,7 @@ def load() -> ModuleType:
     if importlib.util.find_spec("sdkernels._C") is None:
         python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
         raise ExtensionMissingError(
-            f"sdkernels was not built for {python}; build it with: {_build_command()}"
+            f"sdkernels was not built for {python}; build it with: {build_command()}"
         )
     return importlib.import_module("sdkernels._C")
 
@@ -56,7 +56,7 @@ def check(record: Path, running: TorchBuild) -> None:
         text = record.read_text()
     except FileNotFoundError:
         raise ExtensionMissingError(
-            f"sdkernels was not built: {record} is missing; build it with: {_build_command()}"
+            f"sdkernels was not built: {record} is missing; build it with: {build_command()}"
         ) from None
     fields = json.loads(text)
     built = TorchBuild(fields["torch"], fields["cuda"])
@@ -65,7 +65,7 @@ def check(record: Path, running: TorchBuild) -> None:
     same_cuda = built.cuda is None or _major(built.cuda) == _major(running.cuda)
     if not (same_release and same_cuda):
         raise ExtensionMismatchError(
-            f"sdkernels was built for {built}, this is {running}; rebuild with: {_build_command()}"
+            f"sdkernels was built for {built}, this is {running}; rebuild with: {build_command()}"
         )
 
 
@@ -77,7 +77,8 @@ def _major(version: str | None) -> str | None:
     return None if version is None else version.partition(".")[0]
 
 
-def _build_command() -> str:
+def build_command() -> str:
+    """What rebuilds the extension, for messages."""
     tree = _PACKAGE.parent
     in_source_tree = (tree / "setup.py").is_file()
     # A wheel that pip built earlier, for the other torch, must not come out of its cache.

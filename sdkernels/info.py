@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ class Info:
     versions: dict[str, str]
     environment: dict[str, str | None]
     build: dict[str, str] = field(default_factory=dict)
+    devices: list[dict[str, str]] = field(default_factory=list)
     backends: list[dict[str, str]] = field(default_factory=list)
     min_saving: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
@@ -49,6 +51,7 @@ def collect() -> Info:
         from sdkernels import _extension
 
         info.build = _extension.load().build_config()
+        info.devices = devices(info.build["cuda_arch_list"])
 
         from sdkernels import break_even, ops
 
@@ -57,6 +60,59 @@ def collect() -> Info:
     except Exception as error:  # whatever it is, printing it is what this command is for
         info.error = f"{type(error).__name__}: {error}"
     return info
+
+
+def is_covered(arch_list: str, capability: tuple[int, int]) -> bool | None:
+    """Whether code built for TORCH_CUDA_ARCH_LIST runs on a GPU; None if it cannot be told.
+
+    A GPU runs the code of its own major version up to its minor version, and compiles PTX of any
+    version up to its own. Architectures with an "a" run on themselves only, those with an "f" within
+    their major version.
+
+    >>> is_covered("8.0;9.0+PTX", (8, 6)), is_covered("8.0;9.0", (12, 0))
+    (True, False)
+    """
+    unknown = False
+    for entry in re.split(r"[; ]+", arch_list):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if not found:
+            unknown = unknown or bool(entry)
+            continue
+        built = int(found[1]), int(found[2])
+        if found[3] == "a":
+            runs = built == capability
+        else:
+            runs = built[0] == capability[0] and built <= capability
+        if runs or (found[4] and not found[3] and built <= capability):
+            return True
+    return None if unknown else False
+
+
+def devices(arch_list: str) -> list[dict[str, str]]:
+    """Every CUDA device that PyTorch sees, and whether the kernels run on it."""
+    import torch
+
+    from sdkernels import _extension
+
+    found = []
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        version = "{}.{}".format(*capability)
+        covered = {
+            True: "yes",
+            None: f"perhaps, built for {arch_list}",
+            False: f"no, built for {arch_list}; set TORCH_CUDA_ARCH_LIST={version} and rebuild "
+            f"with: {_extension.build_command()}",
+        }[is_covered(arch_list, capability)]
+        found.append(
+            {
+                "device": f"cuda:{device}",
+                "name": torch.cuda.get_device_name(device),
+                "capability": version,
+                "covered": covered if arch_list else "no, built without CUDA",
+            }
+        )
+    return found
 
 
 def _installed_version(package: str) -> str:
@@ -82,6 +138,7 @@ def format_text(info: Info) -> str:
         _section("versions", info.versions),
         _section("build", {name: value or "-" for name, value in info.build.items()}),
         _section("environment", environment),
+        _records("devices", ["device", "name", "capability", "covered"], info.devices),
         _records("backends", ["op", "device", "backend", "reason"], info.backends),
         _records('min_saving="auto"', ["device", "min_saving", "reason"], info.min_saving),
     ]

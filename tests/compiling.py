@@ -52,9 +52,10 @@ def compilation() -> Iterator[Compilation]:
     save = GraphLowering.save_output_code
     GraphLowering.save_output_code = staticmethod(seen.code.append)
     try:
-        # A graph that comes out of a cache leaves no code to look at.
+        # A graph that comes out of a cache leaves no code to look at, and code for one thread has no
+        # need of atomics.
         with (
-            torch._inductor.config.patch(fx_graph_cache=False),
+            torch._inductor.config.patch({"fx_graph_cache": False, "cpp.threads": 2}),
             torch._functorch.config.patch(enable_autograd_cache=False),
         ):
             yield seen

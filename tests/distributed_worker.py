@@ -7,6 +7,7 @@ out.
 """
 
 import datetime
+import importlib.util
 import json
 import sys
 import traceback
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import sdkernels
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, fused_stochastic_depth
 
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -284,6 +286,53 @@ def fsdp2_inplace_is_refused_by_autograd() -> None:
     model = sharded(make_model(inplace=True))
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         model(batch_of(0, dist.get_rank()))
+
+
+# Patched models
+
+
+def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A timm ViT, with plans under which ranks keep other rows, or none."""
+    from zoo import NETS  # takes long to import
+
+    net, rank, world = NETS["timm-vit"], dist.get_rank(), dist.get_world_size()
+    model, single = net.model().train(), net.model().train()
+    report, single_report = sdkernels.patch(model), sdkernels.patch(single)
+    wrapped = wrap(model)
+    probs = [0.7] * len(report.drop_probs)
+    drawn = []
+    xs = [net.inputs(BATCH) for _ in range(world)]  # every process makes those of all
+    for step in range(3):
+        plans = [DepthPlan.for_step(1, step, BATCH, probs, rank=r) for r in range(world)]
+        rows = [list(each) for each in zip(*plans, strict=True)]
+        drawn.append(rows)
+        with report.use(plans[rank]):
+            wrapped(xs[rank]).square().mean().backward()
+        with single_report.use([joined(each) for each in rows]):
+            single(torch.cat(xs)).square().mean().backward()
+    assert_ranks_disagree(drawn)
+    for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad)
+
+
+def ddp_patched_timm_vit() -> None:
+    assert_patched_as_single_process(DistributedDataParallel)
+
+
+def fsdp2_patched_timm_vit() -> None:
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    assert_patched_as_single_process(wrap)
+
+
+if importlib.util.find_spec("timm") is not None:
+    check(ddp_patched_timm_vit)
+    check(fsdp2_patched_timm_vit)
 
 
 # Rows and ranks

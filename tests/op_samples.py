@@ -160,7 +160,7 @@ def _compact_norm_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     kept = kept.double().requires_grad_()
-    gamma = torch.ones(shape) if weight is None else weight
+    gamma = kept.new_ones(shape) if weight is None else weight
     gamma = gamma.double().requires_grad_()
     stat_shape = kept.shape[: kept.dim() - len(shape)] + (1,) * len(shape)
     dims = list(range(-len(shape), 0))

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import correctness, figures, memory, presets, providers, targets  # noqa: E402
+from benchmarks import compiled, correctness, figures, memory, presets, providers, targets  # noqa: E402
 from benchmarks.__main__ import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,13 @@ def test_providers_compute_the_same(case):
 @pytest.mark.parametrize("dtype", providers.DTYPES)
 def test_ops_compute_the_same(op, dtype):
     assert correctness.check(providers.OpCase(op, "fwd", dtype, (8, 16, 32), 4), CPU) > 0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_compiled_providers_compute_the_same():
+    case = compiled.CompileCase(compiled.STATIC, 32, 16, 8, keep=0.5, head_width=16)
+    assert correctness.check(case, CPU) > 0
 
 
 def wrong_scale(x, branch, p, *, norm, layer_scale, rows):

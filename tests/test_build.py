@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sdkernels
-from sdkernels import _extension, ops
+from sdkernels import _extension, info, ops
 from sdkernels._extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,18 +147,18 @@ ARCH = "TORCH_CUDA_ARCH_LIST"
 
 
 @pytest.mark.parametrize(
-    ("environ", "toolkit_version", "gpu_visible", "expected"),
+    ("environ", "toolkit_version", "capabilities", "expected"),
     [
-        ({}, "12.6", False, "8.0;8.6;8.9;9.0+PTX"),
-        ({}, "12.8", False, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
-        ({}, "13.0", False, "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
-        ({}, "13.0", True, "native"),
-        ({ARCH: "9.0a"}, "13.0", True, "9.0a"),
+        ({}, "12.6", [], "8.0;8.6;8.9;9.0+PTX"),
+        ({}, "12.8", [], "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ({}, "13.0", [], "8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
+        ({}, "13.0", [(9, 0), (8, 0), (9, 0)], "8.0;9.0"),
+        ({ARCH: "9.0a"}, "13.0", [(8, 0)], "9.0a"),
     ],
-    ids=["cuda-12.6", "cuda-12.8", "cuda-13.0", "gpu", "chosen"],
+    ids=["cuda-12.6", "cuda-12.8", "cuda-13.0", "gpus", "chosen"],
 )
-def test_cuda_arch_list(environ, toolkit_version, gpu_visible, expected):
-    assert build.cuda_arch_list(environ, toolkit_version, gpu_visible) == expected
+def test_cuda_arch_list(environ, toolkit_version, capabilities, expected):
+    assert build.cuda_arch_list(environ, toolkit_version, capabilities) == expected
 
 
 def test_flags_reach_the_compiler():
@@ -258,22 +258,62 @@ def test_info_reports_a_missing_extension(misfit):
     (misfit / "sdkernels/_build.json").unlink()
     result = run("-m", "sdkernels.info", "--json", cwd=misfit)
     assert result.returncode == 1
-    info = json.loads(result.stdout)
-    assert info["versions"]["torch"] == torch.__version__
-    assert info["error"].startswith("ExtensionMissingError: ")
-    assert info["build"] == {}
-    assert info["backends"] == []
+    printed = json.loads(result.stdout)
+    assert printed["versions"]["torch"] == torch.__version__
+    assert printed["error"].startswith("ExtensionMissingError: ")
+    assert printed["build"] == {}
+    assert printed["backends"] == []
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "capability", "expected"),
+    [
+        ("8.0;9.0", (9, 0), True),
+        ("8.0;9.0", (8, 6), True),  # the code of an older minor version runs
+        ("8.6", (8, 0), False),
+        ("8.0;9.0", (10, 0), False),
+        ("8.0;9.0+PTX", (12, 0), True),  # compiled for it when it is loaded
+        ("9.0+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("8.0 9.0", (9, 0), True),
+        ("Hopper", (9, 0), None),
+        ("", (9, 0), False),
+    ],
+)
+def test_covered(arch_list, capability, expected):
+    assert info.is_covered(arch_list, capability) is expected
+
+
+def test_info_of_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + device, 0))
+    first, second = info.devices("8.0;9.0")
+    assert (first["device"], first["name"], first["capability"]) == ("cuda:0", "GPU 0", "9.0")
+    assert first["covered"] == "yes"
+    command = "set TORCH_CUDA_ARCH_LIST=10.0 and rebuild with: pip install --no-build-isolation"
+    assert second["covered"].startswith(f"no, built for 8.0;9.0; {command}")
+    (row,) = [line for line in info.format_text(collected([first])).splitlines() if "GPU 0" in line]
+    assert row.split() == ["cuda:0", "GPU", "0", "9.0", "yes"]
+    assert [device["covered"] for device in info.devices("")] == ["no, built without CUDA"] * 2
+
+
+def collected(devices):
+    return dataclasses.replace(info.collect(), devices=devices)
 
 
 def test_info_json():
     result = run("-m", "sdkernels.info", "--json", SDKERNELS_BUILD="cpu")
     assert (result.returncode, result.stderr) == (0, "")
-    info = json.loads(result.stdout)
-    assert info["error"] is None
-    assert info["versions"]["torch"] == torch.__version__
-    assert info["build"] == _extension.load().build_config()
-    assert info["environment"]["SDKERNELS_BUILD"] == "cpu"
-    assert info["backends"] == [dataclasses.asdict(choice) for choice in ops.backend_table()]
+    printed = json.loads(result.stdout)
+    assert printed["error"] is None
+    assert printed["versions"]["torch"] == torch.__version__
+    assert printed["build"] == _extension.load().build_config()
+    assert printed["environment"]["SDKERNELS_BUILD"] == "cpu"
+    assert printed["backends"] == [dataclasses.asdict(choice) for choice in ops.backend_table()]
 
 
 def test_info_text():

@@ -1,7 +1,7 @@
 """The CUDA kernels and their glue, executed on the CPU under AddressSanitizer and UBSan.
 
-``cuda_emulation/`` compiles the sources of ``csrc/cuda`` with g++ and registers the ops for the CPU;
-test files that know nothing of it then run in a process of their own. Every tensor has the
+``cuda_emulation/`` compiles the sources of ``csrc/cuda`` with g++ and registers the ops for the
+CPU; test files that know nothing of it then run in a process of their own. Every tensor has the
 sanitizer's guard zones around it, and threads take turns in three orders.
 """
 

@@ -62,7 +62,27 @@ def check_backward(args: Arguments, wanted: list[bool]) -> None:
 
 # A warp holds a line of up to 1024 elements in vectors, a block one of 8192; half of that one by
 # one. Beyond, lines are read again.
-WIDTHS = [1, 2, 5, 8, 31, 33, 64, 96, 256, 768, 1000, 1024, 1032, 3000, 4095, 4097, 8192, 8200, 8193]
+WIDTHS = [
+    1,
+    2,
+    5,
+    8,
+    31,
+    33,
+    64,
+    96,
+    256,
+    768,
+    1000,
+    1024,
+    1032,
+    3000,
+    4095,
+    4097,
+    8192,
+    8200,
+    8193,
+]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

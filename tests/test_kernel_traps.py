@@ -1,4 +1,4 @@
-"""Rows that do not exist: the CUDA kernels trap, and never touch memory outside of their tensors."""
+"""Rows that do not exist: the CUDA kernels trap, and touch nothing outside of their tensors."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ CALLS = {
 def test_emulated_trap(name):
     with pytest.raises(RuntimeError, match="the kernel trapped"):
         exec(SETUP.format(device="cpu") + CALLS[name], {})
+
+
+@pytest.mark.skipif(not EMULATED, reason="the CUDA kernels do not serve the CPU")
+def test_no_kernel_image(monkeypatch):
+    monkeypatch.setenv("SDKERNELS_EMULATION_NO_KERNEL_IMAGE", "1")
+    message = (
+        r"^sdkernels::compact_rows: sdkernels was built for the CUDA architectures 9\.0, "
+        r"which do not cover device 0 \(12\.1\); set TORCH_CUDA_ARCH_LIST=12\.1 and rebuild with: pip install"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,8 +1,6 @@
 """patch and unpatch: reports, refusals, round trips, hooks, copies, plans."""
 
 import copy
-import functools
-import importlib
 import io
 import pickle
 import subprocess
@@ -12,26 +10,19 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_same_bits
-from libraries import LIBRARIES, is_installed, load
-from test_models import freeze_norms, make_rows, patched_copy, train_step
+from libraries import load
+from patched_models import freeze_norms, make_rows, patched_blocks, patched_copy, train_step
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from zoo import NETS, output_of
 
 import sdkernels
 from sdkernels import DepthPlan, KeptRows, linear_decay
-from sdkernels.functional import _is_plain
-from sdkernels.models import drop_probs, fingerprint, use
-from sdkernels.models.blocks import PatchedBlock
+from sdkernels.models import drop_probs, use
 
 VIT = NETS["timm-vit"]
 # One net of each library, and one whose blocks have no drop path.
 SOME = ("timm-deit3", "torchvision-convnext", "transformers-dinov2", "torchvision-resnet")
 some_nets = pytest.mark.parametrize("net", [NETS[name] for name in SOME], ids=SOME)
-
-
-def patched_blocks(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, PatchedBlock)]
 
 
 # Round trips
@@ -253,6 +244,7 @@ def test_paper_rule():
 
 @pytest.mark.parametrize("options", [
     {"sampler": "fixed"}, {"mode": "batch"}, {"rescale": "none"}, {"empty": "skip"},
+    {"min_saving": 0.9},
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["timm-vit-things", "timm-resnet", "torchvision-swin"])
 def test_options(name, options):
@@ -266,6 +258,29 @@ def test_options(name, options):
     assert y.isfinite().all()
     assert counts
     assert gradients["x"] is not None
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-things", "torchvision-convnext"])
+def test_expected_saving(name):
+    """What the probabilities say, of the blocks; stem and head stay."""
+    net = NETS[name]
+    model, report = patched_copy(net.model().train(), net)
+    model.eval()
+    model.get_submodule(report.patched[0].name).train()
+    x = net.inputs(1)
+    blocks = sum(p.numel() for e in report.patched for p in e.block.parameters())
+    share = blocks / sum(p.numel() for p in model.parameters())
+    probabilities = report.drop_probs
+    average = sum(probabilities) / len(probabilities)
+    assert report.expected_saving() <= share * max(probabilities)
+    assert report.expected_saving() > 0.8 * share * average
+    assert 0.5 * average < report.expected_saving(x) < 1.3 * average
+    # The count leaves the model as it was.
+    assert report.patched[0].block.training
+    assert not report.patched[1].block.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    sdkernels.patch(model, drop_probs=[0.0] * len(probabilities))
+    assert report.expected_saving() == report.expected_saving(x) == 0.0
 
 
 def test_inplace_is_the_same():
@@ -308,273 +323,3 @@ def test_drop_probs():
     vit = VIT.model()
     assert sdkernels.patch(vit, drop_probs=0.5).drop_probs == [0.25, 0.25, 0.5, 0.5]
     assert sdkernels.patch(vit).drop_probs == [0.0, 0.0, 0.5, 0.5]
-
-
-BAD = [
-    ({"drop_probs": [0.5]}, ValueError, "drop_probs: expected 4 entries, one for each branch"),
-    ({"drop_probs": 1.5}, ValueError, r"drop_probs: expected a drop probability in \[0, 1\]"),
-    ({"drop_probs": [0.1, 0.2, 0.3, -1]}, ValueError, "drop_probs: expected a drop probability"),
-    ({"drop_probs": "abcd"}, TypeError, "drop_probs: expected a number or a sequence"),
-    ({"sampler": "uniform"}, ValueError, "sampler: expected one of"),
-    ({"mode": "pixel"}, ValueError, "mode: expected one of"),
-    ({"rescale": "x"}, ValueError, "rescale: expected one of"),
-    ({"empty": "x"}, ValueError, "empty: expected one of"),
-    ({"mode": "batch", "sampler": "fixed"}, ValueError, "sampler:"),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "message"), BAD)
-def test_bad_options_leave_the_model_alone(options, error, message):
-    model = VIT.model()
-    with pytest.raises(error, match=message):
-        sdkernels.patch(model, **options)
-    assert not patched_blocks(model)
-
-
-def test_bad_models():
-    for function in (sdkernels.patch, sdkernels.unpatch, drop_probs):
-        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
-            function("vit_small_patch16_224")
-
-
-# Plans
-
-
-def test_a_plan_for_the_whole_model():
-    model = VIT.model().train()
-    report = sdkernels.patch(model)
-    plan = DepthPlan.sample(8, report.drop_probs, sampler="fixed")
-    x = VIT.inputs(8)
-    with report.use(plan):
-        first, again = model(x), model(x)
-    assert_same_bits(first, again)
-    plan.resample_()
-    with use(model, plan):
-        assert not torch.equal(model(x), first)
-        with use(model, [KeptRows.from_mask(torch.ones(8).bool())] * 4):  # the inner one counts
-            model.eval()
-            whole = model(x)
-            model.train()
-            torch.testing.assert_close(model(x), whole)
-        assert_same_bits(model(x), model(x))
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    with report.use(plan):
-        assert_same_bits(model(x), whole)
-    wrong = DepthPlan.sample(8, [0.5] * 3)
-    expected = "plan: expected 4 branches as the model has, got 3"
-    with pytest.raises(ValueError, match=expected), report.use(wrong):
-        pass
-    model.train()
-    small, expected = (
-        DepthPlan.sample(4, [0.5] * 4),
-        "rows: made for a batch of 4 rows, but x has 8",
-    )
-    with pytest.raises(ValueError, match=expected), report.use(small):
-        model(x)
-    assert not torch.equal(model(x), model(x))  # nothing is left bound by an exception
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_plan_with_checkpointing(use_reentrant):
-    """A block that runs again in the backward finds its rows, whatever ran in between."""
-    model = VIT.model().train()
-    report = sdkernels.patch(model)
-    plan = DepthPlan.sample(8, [0.5] * 4, sampler="fixed")
-    x = VIT.inputs(8).requires_grad_()
-
-    def run(through: Any) -> list[torch.Tensor]:
-        model.zero_grad()
-        stream = model.pos_drop(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            stream = through(block, stream)
-        stream.square().sum().backward()
-        return [p.grad.clone() for p in model.blocks.parameters()]
-
-    def checkpointed(block: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        return checkpoint(block, stream, use_reentrant=use_reentrant)
-
-    with report.use(plan):
-        expected = run(lambda block, stream: block(stream))
-        actual = run(checkpointed)
-    for a, e in zip(actual, expected, strict=True):
-        assert_same_bits(a, e)
-    # Without a plan the generator's state brings the rows back.
-    run(checkpointed)
-    with report.use(plan):
-        stream = model._pos_embed(model.patch_embed(x))
-        for block in model.blocks:
-            stream = checkpointed(block, stream)
-    with pytest.raises(RuntimeError, match=r"call backward\(\) inside the with statement"):
-        stream.sum().backward()
-    run(checkpointed)
-
-
-@pytest.mark.parametrize("name", ["timm-deit3", "timm-eva", "transformers-dinov2"])
-def test_a_list_of_crops(name):
-    """Crops of other sizes and batches: as one after the other, with rows for each."""
-    net = NETS[name]
-    _, report = patched_copy(net.model().train(), net)
-    block = report.patched[-1].block
-    crops = [torch.randn(b, n, 32, dtype=torch.float64) for b, n in ((4, 17), (8, 5), (6, 5))]
-    rows = [make_rows(3, len(crop)) for crop in crops]
-    plan: list[Any] = [None] * (len(report.drop_probs) - 2)
-    plan += [[r[0] for r in rows], [r[2] for r in rows]]
-    plan = [plan[-1] if entry is None else entry for entry in plan]
-    kwargs: dict[str, Any] = {}
-    if name == "timm-eva":
-        rope = torch.randn(16, 32, dtype=torch.float64)
-        each = torch.randn(8, 1, 4, 32, dtype=torch.float64)  # of the samples: patches dropped
-        kwargs = {"rope": [rope, each, rope[:4]]}
-    with report.use(plan):
-        ys = block(list(crops), **kwargs)
-    assert [y.shape for y in ys] == [crop.shape for crop in crops]
-    for i, (y, crop) in enumerate(zip(ys, crops, strict=True)):
-        alone = {key: value[i] for key, value in kwargs.items()}
-        single = [entry[i] for entry in plan]
-        with report.use(single):
-            torch.testing.assert_close(block(crop, **alone), y)
-    drawn = block(list(crops), **kwargs)
-    assert len(drawn) == 3
-    block.eval()
-    for i, (y, crop) in enumerate(zip(block(list(crops), **kwargs), crops, strict=True)):
-        assert_same_bits(y, block(crop, **{key: value[i] for key, value in kwargs.items()}))
-
-
-def test_masks_and_ropes():
-    """What belongs to the samples is compacted with them; what merely has that size is not."""
-    net = NETS["timm-eva"]
-    model = net.model().train()
-    report = sdkernels.patch(model)
-    block = model.blocks[1]
-    plan = [*make_rows(1), *make_rows(1)] * 2
-    x = torch.randn(4, 5, 32, dtype=torch.float64)
-    ropes = {
-        "of the samples": torch.randn(4, 1, 4, 32, dtype=torch.float64),
-        "as many tokens as samples": torch.randn(4, 32, dtype=torch.float64),
-    }
-    masks = [
-        None,
-        torch.rand(4, 1, 5, 5) < 0.7,
-        torch.rand(5, 5) < 0.7,
-        torch.rand(1, 1, 5, 5) < 0.7,
-    ]
-    for rope in ropes.values():
-        for mask in masks:
-            if mask is not None:
-                mask = mask | torch.eye(5).bool()
-            with report.use(plan):
-                y = block(x, rope=rope, attn_mask=mask)
-            block.eval()
-            full = block(x, rope=rope, attn_mask=mask)
-            block.train()
-            dropped = plan[0].slot < 0
-            assert_same_bits(y[dropped], x[dropped])
-            ones = [KeptRows.from_mask(rows.slot >= 0) for rows in plan]
-            with report.use(ones):
-                y = block(x, rope=rope, attn_mask=mask)
-            torch.testing.assert_close(y[~dropped], full[~dropped])
-
-
-# What is left alone
-
-
-def test_unknown_classes_are_left_alone():
-    vision: Any = load("timm.models.vision_transformer")
-    drop: Any = load("timm.layers.drop")
-
-    class Changed(vision.Block):
-        def forward(self, x):
-            return x + self.drop_path1(self.attn(self.norm1(x)))
-
-    class Mine(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop_path = drop.DropPath(0.5)
-
-    model = nn.Sequential(Changed(8, 2, drop_path=0.5), Mine(), vision.Block(8, 2, drop_path=0.5))
-    report = sdkernels.patch(model)
-    assert [entry.name for entry in report.patched] == ["2"]
-    reasons = {entry.name: entry.reason for entry in report.left}
-    assert "subclass of timm.models.vision_transformer.Block" in reasons["0"]
-    assert reasons["1"] == "unknown class"
-    text = str(report)
-    assert "1 blocks patched, 2 left alone" in text
-    assert "left alone: unknown class" in text
-
-
-def test_a_changed_forward_is_left_alone(monkeypatch):
-    """Another version of a library, or somebody's own forward in its class."""
-    vision: Any = load("timm.models.vision_transformer")
-
-    def forward(self, x, attn_mask=None, is_causal=False):
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-    monkeypatch.setattr(vision.Block, "forward", forward)
-    report = sdkernels.patch(VIT.model())
-    assert not report.patched
-    assert len(report.left) == 2
-    assert "its forward is not one that is known: this is timm" in report.left[0].reason
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_other_obstacles():
-    load("timm")
-    model = VIT.model()
-    block = model.blocks[0]
-    block.forward = block.forward
-    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
-    reasons = [entry.reason for entry in sdkernels.patch(model).left]
-    assert reasons == ["its forward was replaced", "its drop path module has hooks"]
-
-    class DropPath(nn.Module):
-        p = 0.5
-
-    model = VIT.model()
-    model.blocks[0].drop_path1 = DropPath()
-    model.blocks[1].compile()
-    reasons = [entry.reason for entry in sdkernels.patch(model).left]
-    assert reasons == [
-        "the class of its drop path, DropPath, is not known",
-        "it was compiled: compile after patch",
-    ]
-
-
-def test_fast_norms_of_timm_are_called():
-    """timm's fast norm computes in another precision: it is not replaced."""
-    model = VIT.model()
-    sdkernels.patch(model)
-    assert _is_plain(model.blocks[0].norm1)
-    model.blocks[0].norm1._fast_norm = True
-    assert not _is_plain(model.blocks[0].norm1)
-
-
-def test_fingerprints_see_the_code_and_nothing_else():
-    def first(self, x: torch.Tensor) -> torch.Tensor:
-        """A docstring."""
-        return self.a(x) + 1  # a comment
-
-    def second(self, x):
-        return self.a(x) + 1
-
-    def third(self, x):
-        return self.a(x) + 2
-
-    second.__name__ = "first"
-    sources = [fingerprint.fingerprint(f) for f in (first, second, third)]
-    assert None not in sources
-    assert len(set(sources)) == 3  # the name in the source counts
-    assert fingerprint.fingerprint(len) is None
-    assert fingerprint.fingerprint(lambda self, x: self.a(x) + 1) is None
-    assert fingerprint.fingerprint(functools.wraps(first)(third)) == sources[2]
-
-
-def test_every_known_class_is_tested():
-    """Every class in the tables is in a model of the zoo."""
-    covered = {(name.partition("-")[0], cls) for name, net in NETS.items() for cls in net.classes}
-    for library in filter(is_installed, LIBRARIES):
-        load(library)
-        file = importlib.import_module(f"sdkernels.models.{library}")
-        for known in file.KNOWN:
-            assert (library, known.path.partition(":")[2]) in covered, known.path

@@ -248,9 +248,23 @@ def test_meta_tensors():
 # Export
 
 
-def test_export_in_evaluation():
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_onnx_export_in_evaluation():
+    """Standard operators only."""
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(
+        make_block().eval(), (torch.randn(8, 6),), dynamo=True, verbose=False
+    )
+    operators = {node.op_type for node in program.model.graph}
+    assert {node.domain for node in program.model.graph} == {""}
+    assert operators == {"LayerNormalization", "Gemm", "Gelu", "Mul", "Add"}
+    assert not program.model.functions
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_in_evaluation(strict):
     block, x = make_block().eval(), torch.randn(8, 6)
-    program = torch.export.export(block, (x,))
+    program = torch.export.export(block, (x,), strict=strict)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "sdkernels" in name]
     torch.testing.assert_close(program.module()(x), block(x))

@@ -51,6 +51,7 @@ class Options:
     rescale: str = "train"
     empty: str = "run"
     inplace: bool = False
+    min_saving: float | str = 0.0
 
 
 @dataclass
@@ -61,10 +62,11 @@ class BlockState:
     drops: tuple[str | None, ...]  # the drop path module of each branch
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
-    was_bound: bool = field(default=False, init=False)  # since the last forward outside of `use`
+    was_bound: bool = field(init=False)  # by `use`, since the last forward outside of it
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.drops)
+        self.was_bound = False
 
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
@@ -136,6 +138,11 @@ class _Composed:
         return kept
 
 
+def _is_everything(rows: KeptRows) -> bool:
+    """Whether these are all the rows, as they are."""
+    return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
+
+
 def _at_least_one(rows: Any) -> Any:
     """Where no row is kept, the first one at a scale of 0, which adds nothing."""
     if not isinstance(rows, KeptRows) or rows.k > 0 or rows.batch == 0:
@@ -171,8 +178,8 @@ class Add:
         state, law = self.block._sdkernels, self.laws[index]
         options = state.options
         p, rows = law.p, state.rows[index] if law.training else None
-        if isinstance(rows, KeptRows) and rows.k == rows.batch and rows.scale == 1.0:
-            rows, p = None, 0.0  # all of them, as they are
+        if isinstance(rows, KeptRows) and _is_everything(rows):
+            rows, p = None, 0.0
 
         rescale = options.rescale if law.scaled or options.rescale != "train" else "none"
         mode = options.mode or law.mode
@@ -220,6 +227,7 @@ class Add:
             rescale=rescale,
             empty=options.empty,
             inplace=options.inplace and not is_shared,
+            min_saving=options.min_saving,
         )
 
 
@@ -249,9 +257,9 @@ def make_patched(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sdkernels
         bound = state.rows[0] is not None
-        if state.was_bound and not bound:
+        if not bound and state.was_bound:
             _check_recomputation()
-        state.was_bound = bound
+            state.was_bound = False
         laws = [state.law(self, branch) for branch in range(len(state.drops))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
         if None in laws:

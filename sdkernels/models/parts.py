@@ -5,7 +5,6 @@ Each is recognised by the fingerprint of its forward, and by nothing else.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,14 +43,10 @@ class Law(NamedTuple):
     training: bool
 
 
-@cache
-def _drop_path_attribute(kind: Any) -> str | None:
-    return DROP_PATHS.get(fingerprint(kind.forward) or "")
-
-
-@cache
-def _layer_scale_attribute(kind: Any) -> tuple[str, bool] | None:
-    return LAYER_SCALES.get(fingerprint(kind.forward) or "")
+# What was found for a class, in dicts that torch.compile reads without looking further: patch()
+# has filled them by then.
+_DROP_PATH_ATTRIBUTES: dict[Any, str | None] = {}
+_LAYER_SCALE_ATTRIBUTES: dict[Any, tuple[str, bool] | None] = {}
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -77,7 +72,9 @@ def looks_like_drop_path(module: nn.Module) -> bool:
 def drop_law(drop: nn.Module) -> Law | None:
     """The law of a drop path module; None where it is not known."""
     kind: Any = type(drop)
-    attribute = _drop_path_attribute(kind)
+    if kind not in _DROP_PATH_ATTRIBUTES:
+        _DROP_PATH_ATTRIBUTES[kind] = DROP_PATHS.get(fingerprint(kind.forward) or "")
+    attribute = _DROP_PATH_ATTRIBUTES[kind]
     if attribute is None or not is_bare(drop):
         return None
     p = getattr(drop, attribute)
@@ -92,7 +89,9 @@ def drop_law(drop: nn.Module) -> Law | None:
 def layer_scale_of(module: nn.Module) -> Tensor | None:
     """The tensor that a layer scale module multiplies by; None where it must be called instead."""
     kind: Any = type(module)
-    attribute = _layer_scale_attribute(kind)
+    if kind not in _LAYER_SCALE_ATTRIBUTES:
+        _LAYER_SCALE_ATTRIBUTES[kind] = LAYER_SCALES.get(fingerprint(kind.forward) or "")
+    attribute = _LAYER_SCALE_ATTRIBUTES[kind]
     if attribute is None or not is_bare(module):
         return None
     name, channels_first = attribute

@@ -13,7 +13,7 @@ from torch import nn
 
 from sdkernels.functional import fused_stochastic_depth
 from sdkernels.models.blocks import BlockState, Branch, Options
-from sdkernels.models.parts import is_bare, looks_like_drop_path
+from sdkernels.models.parts import is_bare, layer_scale_of, looks_like_drop_path
 from sdkernels.models.registry import find_known, obstacle, original_class, patched_class
 from sdkernels.models.report import (
     LeftAlone,
@@ -37,6 +37,7 @@ def patch(
     rescale: str = "train",
     empty: str = "run",
     inplace: bool = False,
+    min_saving: float | str = 0.0,
 ) -> PatchReport:
     """Put the op into the blocks of a timm, torchvision or transformers model, in place.
 
@@ -58,9 +59,9 @@ def patch(
             has one entry a branch, in the order of the report. Blocks without a drop path
             (torchvision's ResNet) are patched only if this is given.
         mode: "row" or "batch". Default: as the block's drop path module says.
-        sampler, rescale, empty, inplace: as in :func:`sdkernels.fused_stochastic_depth`. With
-            ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
-            original forward that runs there.
+        sampler, rescale, empty, inplace, min_saving: as in
+            :func:`sdkernels.fused_stochastic_depth`. With ``rescale="eval"`` evaluation multiplies
+            the branches by 1 - p, so that it is not the original forward that runs there.
 
     Returns:
         A report of the blocks that were patched and those that were not. It prints as a table.
@@ -81,7 +82,7 @@ def patch(
     """
     _check_model(model)
     # The op checks its own options; without training nothing is drawn.
-    options = Options(mode, sampler, rescale, empty, inplace)
+    options = Options(mode, sampler, rescale, empty, inplace, min_saving)
     fused_stochastic_depth(
         torch.zeros(1, 1),
         torch.neg,
@@ -92,6 +93,7 @@ def patch(
         rescale=rescale,
         empty=empty,
         inplace=inplace,
+        min_saving=min_saving,
     )
     found, left = _find(model, drop_probs is not None)
     overrides = iter(_overrides(drop_probs, [len(branches) for _, _, branches in found]))
@@ -101,6 +103,8 @@ def patch(
         p = [next(overrides) for _ in branches]
         block._sdkernels = BlockState(options, tuple(branch.drop for branch in branches), p)
         block.__class__ = patched_class(type(block))
+        for module in block.modules():
+            layer_scale_of(module)  # learns its class, which compiled code could not
     blocks = tuple(PatchedEntry(name, block, branches) for name, block, branches in found)
     return PatchReport(model, blocks, left)
 
@@ -268,6 +272,8 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
     try:
         for state in states:
             state.rows = [next(rows) for _ in state.rows]
+            # Here, not in the forward: a compiled one would be compiled again for the change.
+            state.was_bound = True
         yield
     finally:
         for state, previous in zip(states, before, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdkernels.models.blocks import Add, Branch, chain, per_sample
-from sdkernels.models.parts import layer_scale_of
+from sdkernels.models.parts import is_bare, layer_scale_of
 from sdkernels.models.registry import Known, class_getter
 
 # Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
@@ -97,11 +98,10 @@ def _attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
         )
-    from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
-
+    timm = importlib.import_module("timm.layers.attention")
     scores = (q * block.scale) @ k.transpose(-2, -1)
-    bias = resolve_self_attn_mask(q.shape[-2], scores, mask, is_causal=is_causal)
-    return block.attn_drop(maybe_add_mask(scores, bias).softmax(dim=-1)) @ v
+    bias = timm.resolve_self_attn_mask(q.shape[-2], scores, mask, is_causal=is_causal)
+    return block.attn_drop(timm.maybe_add_mask(scores, bias).softmax(dim=-1)) @ v
 
 
 def vit_relpos(block: Any, add: Add, x: Any, shared_rel_pos: Tensor | None = None) -> Any:
@@ -213,7 +213,10 @@ def transformer_2d(block: Any, add: Add, x: Tensor, shared_rel_pos: Tensor | Non
 
 def _shortcut(module: nn.Module | None, x: Tensor) -> Tensor | None:
     """What the branch is added to; None for x itself."""
-    return None if module is None or type(module) is nn.Identity else module(x)
+    if module is None or (type(module) is nn.Identity and is_bare(module)):
+        return None
+    shortcut: Tensor = module(x)
+    return shortcut
 
 
 def _channels_last(*modules: nn.Module) -> Any:

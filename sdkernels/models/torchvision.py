@@ -31,7 +31,8 @@ def mbconv(block: Any, add: Add, input: Tensor) -> Any:
 
 
 def maxvit_mbconv(block: Any, add: Add, x: Tensor) -> Any:
-    residual = None if type(block.proj) is nn.Identity else block.proj(x)
+    is_identity = type(block.proj) is nn.Identity and is_bare(block.proj)
+    residual = None if is_identity else block.proj(x)
     return add(0, x, block.layers, residual=residual)
 
 

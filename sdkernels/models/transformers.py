@@ -22,8 +22,10 @@ def _check_kwargs(kwargs: dict[str, Any], x: Any) -> None:
             )
 
 
-def _mask(mask: Tensor | None, x: Tensor) -> Any:
+def _mask(mask: Any, x: Any) -> Any:
     """Flash attention's masks, [B, tokens], belong to the samples as well."""
+    if isinstance(mask, list) and isinstance(x, list):
+        return [_mask(each, crop) for each, crop in zip(mask, x, strict=True)]
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
     return per_sample(mask, x)

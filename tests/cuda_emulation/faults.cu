@@ -1,5 +1,5 @@
-// One program for each fault that the emulation has to notice: `faults NAME [ORDER]`. It prints what
-// a kernel computed, or ends with an error.
+// One program for each fault that the emulation has to notice: `faults NAME [ORDER]`. It prints
+// what a kernel computed, or ends with an error.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -62,21 +62,19 @@ __global__ void sum_by_shuffles(int* y) {
   y[threadIdx.x] = value;
 }
 
-__global__ void votes(int* y) {
-  y[threadIdx.x] = __popc(__ballot_sync(~0u, threadIdx.x % 4 == 0));
-}
+__global__ void votes(int* y) { y[threadIdx.x] = __popc(__ballot_sync(~0u, threadIdx.x % 4 == 0)); }
 
 // Quotients where a rounding of the multiplier would show: around multiples of the divisor.
 __global__ void divide(int* y) {
   y[threadIdx.x] = 0;
   if (threadIdx.x != 0) return;
   const int64_t most = INT64_MAX;
-  for (const int64_t divisor : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{7}, int64_t{197},
-                                int64_t{1} << 20, (int64_t{1} << 31) - 1, (int64_t{1} << 33) + 1,
-                                most / 2, most}) {
+  for (const int64_t divisor :
+       {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{7}, int64_t{197}, int64_t{1} << 20,
+        (int64_t{1} << 31) - 1, (int64_t{1} << 33) + 1, most / 2, most}) {
     const Divisor by(divisor);
-    for (const int64_t around : {int64_t{0}, divisor, most / divisor / 2 * divisor,
-                                 most / divisor * divisor, most}) {
+    for (const int64_t around :
+         {int64_t{0}, divisor, most / divisor / 2 * divisor, most / divisor * divisor, most}) {
       for (int64_t less = 0; less < 3 && less <= around; ++less)
         y[0] += by.quotient(around - less) != (around - less) / divisor;
     }

@@ -31,7 +31,8 @@ __device__ __forceinline__ void save(const CompactNorm& p, int64_t line, A mean,
 
 // Two passes (mean, then squares around it) over a line in registers.
 template <class X, class N, int W, int kItems>
-__global__ void __launch_bounds__(kThreads, 1) compact_norm(const CompactNorm p, const Divisor lines) {
+__global__ void __launch_bounds__(kThreads, 1)
+    compact_norm(const CompactNorm p, const Divisor lines) {
   using A = Acc<X>;
   __shared__ A shared[2 * kWarp];
   LineSum<A> line_sum(shared);

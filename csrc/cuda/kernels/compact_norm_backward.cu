@@ -40,8 +40,7 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
 template <class X, int W, class Each>
 __device__ __forceinline__ void pass_line(X* d_x, const X* d_stream, Each each) {
   each([&](int64_t element) {
-    store(d_x + element,
-          d_stream ? load<W>(d_stream + element) : narrow<X>(filled<Acc<X>, W>(0)));
+    store(d_x + element, d_stream ? load<W>(d_stream + element) : narrow<X>(filled<Acc<X>, W>(0)));
   });
 }
 

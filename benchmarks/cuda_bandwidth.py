@@ -1,0 +1,288 @@
+"""Device time of every kernel on a GPU, as a share of the bandwidth of a copy.
+
+``python -m benchmarks.cuda_bandwidth`` prints one table and writes it to ``out/``. Tensors are
+several times the last cache, two sets of them take turns, and the launches of a measurement are one
+CUDA graph, so that the host's time plays no part. Before a kernel is timed its floor is printed (the
+bytes that it has to move, at the bandwidth of the copy of the same run) and its results are compared
+with the same ops in PyTorch code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment, environment_line
+from sdkernels import traceable
+
+OUT = Path(__file__).resolve().parent / "out"
+OPS = torch.ops.sdkernels
+CACHES = 4  # the stream is at least so many times the size of the last cache
+LEAST_SHARE, LEAST_SPEEDUP = 0.9, 1.3
+
+# One row of the stream, and its memory format.
+ROWS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
+    "197x768": ((197, 768), torch.contiguous_format),
+    "197x1024": ((197, 1024), torch.contiguous_format),
+    "56x56x128-channels_last": ((128, 56, 56), torch.channels_last),
+    "256x14x14": ((256, 14, 14), torch.contiguous_format),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of tensors: B rows of the stream, k = B / 2 of the branch."""
+
+    x: Tensor
+    grad: Tensor
+    out: Tensor  # [k, ...]
+    index: Tensor
+    slot: Tensor
+    layer_scale: Tensor
+    parameter: Tensor  # [C], of a norm over the last dimension
+
+    @classmethod
+    def make(
+        cls,
+        batch: int,
+        row: tuple[int, ...],
+        memory_format: torch.memory_format,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Inputs:
+        def random(rows: int) -> Tensor:
+            values = torch.randn(rows, *row, device=device).to(dtype)
+            return values.contiguous(memory_format=memory_format)
+
+        k = batch // 2
+        index = torch.randperm(batch)[:k].sort().values
+        slot = torch.full((batch,), -1)
+        slot[index] = torch.arange(k)
+        channels = (row[0], 1, 1) if len(row) == 3 else row[-1:]
+        return cls(
+            random(batch),
+            random(batch),
+            random(k),
+            index.to(device),
+            slot.to(device),
+            torch.rand(channels, device=device),
+            torch.rand(row[-1:], device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An op with the bytes that it moves, in rows of the stream: (multiples of B, multiples of k)."""
+
+    op: str
+    arguments: Callable[[Inputs], tuple[object, ...]]
+    traffic: tuple[int, int]
+
+
+def _norm_forward(t: Inputs) -> tuple[object, ...]:
+    shape = list(t.parameter.shape)
+    return t.x, t.index, shape, t.parameter, t.parameter, 1e-6, False, t.x.dtype, True
+
+
+def _norm_backward(t: Inputs) -> tuple[object, ...]:
+    kept = t.out
+    lines = kept[..., 0].numel()
+    mean, rstd = torch.zeros(lines, device=kept.device), torch.ones(lines, device=kept.device)
+    shape = list(t.parameter.shape)
+    rows = (t.index, t.slot, shape, t.parameter, False, [True] * 3)
+    return (t.grad, t.out, kept, mean, rstd, *rows)
+
+
+# Reads and writes together, after the budgets of the kernels' own comments.
+KERNELS: dict[str, Kernel] = {
+    "compact": Kernel("compact_rows", lambda t: (t.x, t.index), (0, 2)),
+    "expand": Kernel("expand_rows", lambda t: (t.out, t.index, t.slot), (1, 1)),
+    "scatter-add": Kernel(
+        "scatter_add_rows",
+        lambda t: (t.x, t.out, t.index, t.slot, t.layer_scale.to(t.x.dtype), None, 2.0),
+        (2, 1),
+    ),
+    "scatter-add in place": Kernel(
+        "scatter_add_rows_",
+        lambda t: (t.x, t.out, t.index, t.slot, t.layer_scale, None, 0.0),
+        (0, 3),
+    ),
+    "merged gradient": Kernel(
+        "scatter_add_rows", lambda t: (t.grad, t.out, t.index, t.slot, None, None, 1.0), (2, 1)
+    ),
+    "scatter-add backward": Kernel(
+        "scatter_add_rows_backward",
+        lambda t: (t.grad, None, t.index, t.layer_scale, None, 2.0, t.x.dtype, [False] * 2),
+        (0, 2),
+    ),
+    "scatter-add backward with d_layer_scale": Kernel(
+        "scatter_add_rows_backward",
+        lambda t: (t.grad, t.out, t.index, t.layer_scale, None, 2.0, t.x.dtype, [True, False]),
+        (0, 3),
+    ),
+    "compact + layer norm": Kernel("compact_norm", _norm_forward, (0, 3)),
+    "compact + layer norm backward": Kernel("compact_norm_backward", _norm_backward, (2, 2)),
+}
+
+
+@dataclass
+class Result:
+    """One line of the table. Times in seconds, shares and speed-ups as plain numbers."""
+
+    case: str
+    floor: float
+    median: float
+    spread: float
+    share: float
+    is_met: bool
+
+
+def seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Device time of one call, for each of several replays of a graph of them all."""
+    rounds = 10
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for function in functions:
+                function()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / rounds / len(functions))
+    return times[2:]
+
+
+def check(kernel: Kernel, inputs: Inputs) -> None:
+    """Raise if the kernel's results are not those of PyTorch code."""
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-4}[inputs.x.dtype]
+    if kernel.op.endswith("_"):
+        return  # timed with a scale of zero; what it computes is scatter_add_rows
+    results = getattr(OPS, kernel.op)(*kernel.arguments(inputs))
+    expected = traceable.OPS[kernel.op](*kernel.arguments(inputs))
+    pairs = (
+        zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
+    )
+    for actual, wanted in pairs:
+        largest = wanted.abs().max().item() if wanted.numel() else 1.0
+        torch.testing.assert_close(
+            actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, largest)
+        )
+
+
+def batch_of(row: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    row_bytes = torch.Size(row).numel() * dtype.itemsize
+    return max(16, -(-CACHES * cache // row_bytes) // 2 * 2)
+
+
+def pair(t: Inputs) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Gather, a branch that costs nothing, scatter-add with layer scale; forward and backward."""
+    from sdkernels import KeptRows, compact_rows, scatter_add_rows
+
+    rows = KeptRows(t.index, t.slot, 2.0)
+    x = t.x.detach().requires_grad_()
+    layer_scale = t.layer_scale.to(x.dtype).requires_grad_()
+
+    def ours() -> object:
+        y = scatter_add_rows(x, compact_rows(x, rows), rows, layer_scale)
+        return torch.autograd.grad(y, (x, layer_scale), t.grad)
+
+    def peers() -> object:
+        y = x.index_add(0, t.index, x.index_select(0, t.index) * layer_scale, alpha=2.0)
+        return torch.autograd.grad(y, (x, layer_scale), t.grad)
+
+    return ours, peers
+
+
+def measure(
+    name: str, functions: list[Callable[[], object]], floor: float, device: torch.device
+) -> Result:
+    print(f"{name}: predicted floor {floor * 1e6:.1f} us", flush=True)
+    times = seconds(functions, device)
+    median = statistics.median(times)
+    share = floor / median
+    spread = (max(times) - min(times)) / 2 / median
+    print(f"  measured {median * 1e6:.1f} us, {share:.1%} of the copy's bandwidth", flush=True)
+    return Result(name, floor, median, spread, share, share >= LEAST_SHARE)
+
+
+def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]:
+    row, memory_format = ROWS[shape]
+    dtype = DTYPES[dtype_name]
+    batch = batch_of(row, dtype, device)
+    sets = [Inputs.make(batch, row, memory_format, dtype, device) for _ in range(2)]
+    row_bytes = torch.Size(row).numel() * dtype.itemsize
+    target = torch.empty_like(sets[0].x)
+    copy = statistics.median(seconds([lambda t=t: target.copy_(t.x) for t in sets], device))
+    bandwidth = 2 * batch * row_bytes / copy
+    prefix = f"{shape} {dtype_name} B={batch}"
+    print(f"{prefix}: a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
+    results = []
+    for name, kernel in KERNELS.items():
+        if "norm" in name and len(row) == 3:
+            continue
+        check(kernel, sets[0])
+        of_batch, of_kept = kernel.traffic
+        floor = (of_batch * batch + of_kept * (batch // 2)) * row_bytes / bandwidth
+        op = getattr(OPS, kernel.op)
+        arguments = [kernel.arguments(t) for t in sets]
+        functions = [lambda a=a, op=op: op(*a) for a in arguments]
+        results.append(measure(f"{prefix} {name}", functions, floor, device))
+    if dtype == torch.bfloat16:
+        ours, peers = (
+            statistics.median(seconds(list(functions), device))
+            for functions in zip(*(pair(t) for t in sets), strict=True)
+        )
+        speedup = peers / ours
+        name = f"{prefix} forward + backward over index_select + index_add"
+        print(f"{name}: {speedup:.2f} times as fast", flush=True)
+        results.append(Result(name, peers, ours, 0.0, speedup, speedup >= LEAST_SPEEDUP))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print and write the table; the exit code is 1 if a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_bandwidth")
+    parser.add_argument("--shapes", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this PyTorch sees no CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    env = environment(device)
+    print(environment_line(env), flush=True)
+    results = []
+    for shape in options.shapes.split(","):
+        for dtype_name in DTYPES:
+            results += run_shape(shape, dtype_name, device)
+            torch.cuda.empty_cache()
+    missed = [result for result in results if not result.is_met]
+    print(f"\n{len(results) - len(missed)} of {len(results)} targets met")
+    for result in missed:
+        print(f"  missed: {result.case}: {result.share:.3f}, spread {result.spread:.1%}")
+    OUT.mkdir(exist_ok=True)
+    record = {"environment": env, "results": [asdict(result) for result in results]}
+    (OUT / "cuda_bandwidth.json").write_text(json.dumps(record, indent=2) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

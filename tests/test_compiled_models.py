@@ -1,0 +1,48 @@
+"""torch.compile of patched timm models: one graph, and what the eager model computes."""
+
+import copy
+
+import pytest
+import torch
+from compiling import assert_same, compilation, results
+from zoo import NETS
+
+import sdkernels
+from sdkernels import DepthPlan
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+BATCH = 4
+
+
+@pytest.mark.parametrize("rows", ["plan", "own"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-convnext"])
+def test_one_graph(name, rows):
+    """With the rows of a plan, and with rows that every branch draws inside of the graph."""
+    net = NETS[name]
+    model = net.model().train()
+    eager = copy.deepcopy(model)
+    reports = [sdkernels.patch(each, sampler="fixed") for each in (model, eager)]
+    x = net.inputs(BATCH)
+    found = []
+    with compilation() as seen:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for function, module, report in zip(
+            (compiled, eager), (model, eager), reports, strict=True
+        ):
+            torch.manual_seed(3)
+            leaves = [p for p in module.parameters() if p.requires_grad]
+            for step in range(2):
+                if rows == "plan":
+                    probs = report.drop_probs
+                    plan = DepthPlan.for_step(5, step, BATCH, probs, sampler="fixed")
+                    with report.use(plan):
+                        found.append(results(function, leaves, x))
+                else:
+                    found.append(results(function, leaves, x))
+        assert seen.breaks == 0
+        assert seen.graphs == 1
+    for actual, expected in zip(found[:2], found[2:], strict=True):
+        assert_same(actual, expected)
+    # The second step has other rows than the first.
+    assert not torch.equal(found[0][0], found[1][0])

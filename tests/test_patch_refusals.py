@@ -1,0 +1,146 @@
+"""What patch refuses, and what it leaves alone."""
+
+import functools
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from libraries import LIBRARIES, is_installed, load
+from patched_models import patched_blocks
+from torch import nn
+from zoo import NETS
+
+import sdkernels
+from sdkernels.functional import _is_plain
+from sdkernels.models import drop_probs, fingerprint
+
+VIT = NETS["timm-vit"]
+
+BAD = [
+    ({"drop_probs": [0.5]}, ValueError, "drop_probs: expected 4 entries, one for each branch"),
+    ({"drop_probs": 1.5}, ValueError, r"drop_probs: expected a drop probability in \[0, 1\]"),
+    ({"drop_probs": [0.1, 0.2, 0.3, -1]}, ValueError, "drop_probs: expected a drop probability"),
+    ({"drop_probs": "abcd"}, TypeError, "drop_probs: expected a number or a sequence"),
+    ({"sampler": "uniform"}, ValueError, "sampler: expected one of"),
+    ({"mode": "pixel"}, ValueError, "mode: expected one of"),
+    ({"rescale": "x"}, ValueError, "rescale: expected one of"),
+    ({"empty": "x"}, ValueError, "empty: expected one of"),
+    ({"min_saving": 2.0}, ValueError, "min_saving: expected"),
+    ({"mode": "batch", "sampler": "fixed"}, ValueError, "sampler:"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_options_leave_the_model_alone(options, error, message):
+    model = VIT.model()
+    with pytest.raises(error, match=message):
+        sdkernels.patch(model, **options)
+    assert not patched_blocks(model)
+
+
+def test_bad_models():
+    for function in (sdkernels.patch, sdkernels.unpatch, drop_probs):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+            function("vit_small_patch16_224")
+
+
+def test_unknown_classes_are_left_alone():
+    vision: Any = load("timm.models.vision_transformer")
+    drop: Any = load("timm.layers.drop")
+
+    class Changed(vision.Block):
+        def forward(self, x):
+            return x + self.drop_path1(self.attn(self.norm1(x)))
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop_path = drop.DropPath(0.5)
+
+    model = nn.Sequential(Changed(8, 2, drop_path=0.5), Mine(), vision.Block(8, 2, drop_path=0.5))
+    report = sdkernels.patch(model)
+    assert [entry.name for entry in report.patched] == ["2"]
+    reasons = {entry.name: entry.reason for entry in report.left}
+    assert "subclass of timm.models.vision_transformer.Block" in reasons["0"]
+    assert reasons["1"] == "unknown class"
+    text = str(report)
+    assert "1 blocks patched, 2 left alone" in text
+    assert "left alone: unknown class" in text
+
+
+def test_a_changed_forward_is_left_alone(monkeypatch):
+    """Another version of a library, or somebody's own forward in its class."""
+    vision: Any = load("timm.models.vision_transformer")
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    monkeypatch.setattr(vision.Block, "forward", forward)
+    report = sdkernels.patch(VIT.model())
+    assert not report.patched
+    assert len(report.left) == 2
+    assert "its forward is not one that is known: this is timm" in report.left[0].reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_obstacles():
+    load("timm")
+    model = VIT.model()
+    block = model.blocks[0]
+    block.forward = block.forward
+    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
+    reasons = [entry.reason for entry in sdkernels.patch(model).left]
+    assert reasons == ["its forward was replaced", "its drop path module has hooks"]
+
+    class DropPath(nn.Module):
+        p = 0.5
+
+    model = VIT.model()
+    model.blocks[0].drop_path1 = DropPath()
+    model.blocks[1].compile()
+    reasons = [entry.reason for entry in sdkernels.patch(model).left]
+    assert reasons == [
+        "the class of its drop path, DropPath, is not known",
+        "it was compiled: compile after patch",
+    ]
+
+
+def test_fast_norms_of_timm_are_called():
+    """timm's fast norm computes in another precision: it is not replaced."""
+    model = VIT.model()
+    sdkernels.patch(model)
+    assert _is_plain(model.blocks[0].norm1)
+    model.blocks[0].norm1._fast_norm = True
+    assert not _is_plain(model.blocks[0].norm1)
+
+
+def test_fingerprints_see_the_code_and_nothing_else():
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """A docstring."""
+        return self.a(x) + 1  # a comment
+
+    def second(self, x):
+        return self.a(x) + 1
+
+    def third(self, x):
+        return self.a(x) + 2
+
+    second.__name__ = "first"
+    sources = [fingerprint.fingerprint(f) for f in (first, second, third)]
+    assert None not in sources
+    assert len(set(sources)) == 3  # the name in the source counts
+    assert fingerprint.fingerprint(len) is None
+    assert fingerprint.fingerprint(lambda self, x: self.a(x) + 1) is None
+    assert fingerprint.fingerprint(functools.wraps(first)(third)) == sources[2]
+
+
+def test_every_known_class_is_tested():
+    """Every class in the tables is in a model of the zoo."""
+    covered = {(name.partition("-")[0], cls) for name, net in NETS.items() for cls in net.classes}
+    for library in filter(is_installed, LIBRARIES):
+        load(library)
+        file = importlib.import_module(f"sdkernels.models.{library}")
+        for known in file.KNOWN:
+            assert (library, known.path.partition(":")[2]) in covered, known.path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +30,7 @@ def kernels() -> Any:
     return compiled if is_compiling() else C
 
 
-BACKENDS = ("auto", "cpp", "traceable")
+BACKENDS = ("auto", "cpp", "triton", "traceable")
 DEVICES = ("cpu", "cuda")
 
 
@@ -45,7 +48,24 @@ def _missing(backend: str, device: str) -> str | None:
     """Why `backend` cannot serve tensors of `device`; None where it can."""
     if backend == "cpp" and device == "cuda" and not C.build_config()["cuda_version"]:
         return "the extension was built without CUDA kernels"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if torch.version.hip is not None:
+            return "the Triton kernels are for NVIDIA's GPUs"
+        if torch.cuda.device_count() == 0 and not _interpreted():
+            return "there is no CUDA device for Triton"
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs its kernels, on the CPU too: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _has_triton_kernel(op: str, device: str) -> bool:
+    # compact_mask waits for nothing as PyTorch code, and moves next to nothing.
+    return op != "compact_mask" and (device == "cuda" or _interpreted())
 
 
 def _requested() -> str:
@@ -57,14 +77,20 @@ def _requested() -> str:
     return requested
 
 
-def _choose(requested: str, device: str) -> tuple[str, str]:
+def _choose(requested: str, op: str, device: str) -> tuple[str, str]:
     if requested != "auto":
         missing = _missing(requested, device)
         if missing:
             return "none", f"SDKERNELS_BACKEND={requested}, but {missing}"
-        return requested, f"SDKERNELS_BACKEND={requested}"
-    missing = _missing("cpp", device)
-    return ("traceable", missing) if missing else ("cpp", "native kernels")
+        if requested != "triton" or _has_triton_kernel(op, device):
+            return requested, f"SDKERNELS_BACKEND={requested}"
+    no_cpp = _missing("cpp", device)
+    if no_cpp is None:
+        return "cpp", "native kernels"
+    no_triton = _missing("triton", device)
+    if no_triton is None and _has_triton_kernel(op, device):
+        return "triton", no_cpp
+    return "traceable", f"{no_cpp}, and {no_triton}" if no_triton else no_cpp
 
 
 def _refusal(op: str, reason: str) -> Callable[..., object]:
@@ -72,6 +98,34 @@ def _refusal(op: str, reason: str) -> Callable[..., object]:
         raise RuntimeError(f"sdkernels::{op}: {reason}")
 
     return refuse
+
+
+def _triton(op: str, asked: bool) -> Callable[..., object]:
+    """The op's Triton function, which is loaded at its first call."""
+    loaded: list[Callable[..., object]] = []
+
+    def call(*args: object) -> object:
+        if not loaded:
+            reason = _triton_fails()
+            if reason is None:
+                loaded.append(importlib.import_module("sdkernels.triton").OPS[op])
+            elif asked:
+                raise RuntimeError(f"sdkernels::{op}: SDKERNELS_BACKEND=triton, but {reason}")
+            else:
+                loaded.append(traceable.OPS[op])
+        return loaded[0](*args)
+
+    return call
+
+
+@functools.cache
+def _triton_fails() -> str | None:
+    """Why Triton does not work here after all; only trying tells."""
+    try:
+        reason: str | None = importlib.import_module("sdkernels.triton").why_unusable()
+    except Exception as error:  # of a foreign package: anything, and none of it is ours to mend
+        reason = f"Triton does not load: {type(error).__name__}: {error}"
+    return reason
 
 
 def _override(
@@ -93,10 +147,12 @@ def _register_backends() -> tuple[torch.library.Library, list[BackendChoice]]:
         # PyTorch code serves every device that no kernel of ours is registered for.
         library.impl(op, function, "CompositeExplicitAutograd")
         for device in DEVICES:
-            backend, reason = _choose(requested, device)
+            backend, reason = _choose(requested, op, device)
             table.append(BackendChoice(op, device, backend, reason))
             if backend == "none":
                 _override(library, op, _refusal(op, reason), device)
+            elif backend == "triton":
+                _override(library, op, _triton(op, requested == "triton"), device)
             elif backend == "traceable" and not _missing("cpp", device):
                 _override(library, op, function, device)
         table.append(BackendChoice(op, "other", "traceable", "PyTorch code, on any device"))
@@ -108,8 +164,17 @@ _library, _table = _register_backends()
 
 
 def backend_table() -> list[BackendChoice]:
-    """The backend of every op on every device type, with the reason for the choice."""
-    return list(_table)
+    """The backend of every op on every device type, with the reason for the choice.
+
+    Where Triton was chosen it is loaded, to see whether it works.
+    """
+    table = list(_table)
+    for i, choice in enumerate(table):
+        if choice.backend == "triton" and (fails := _triton_fails()):
+            asked = choice.reason == "SDKERNELS_BACKEND=triton"
+            backend = "none" if asked else "traceable"
+            table[i] = replace(choice, backend=backend, reason=f"{choice.reason}, but {fails}")
+    return table
 
 
 @torch.library.register_fake("sdkernels::compact_rows")

@@ -77,7 +77,7 @@ print("aten::index_select" in {event.name for event in profiler.events()})
 def test_invalid_backend():
     result = run("import sdkernels", SDKERNELS_BACKEND="cuda")
     assert result.returncode != 0
-    message = "SDKERNELS_BACKEND: expected one of auto, cpp, traceable, got 'cuda'"
+    message = "SDKERNELS_BACKEND: expected one of auto, cpp, triton, traceable, got 'cuda'"
     assert message in result.stderr.splitlines()[-1]
 
 

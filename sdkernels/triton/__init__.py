@@ -1,0 +1,55 @@
+"""The row ops as Triton kernels, for CUDA tensors.
+
+Importing this package imports Triton: `sdkernels.ops` does so at the first call of an op that the
+Triton backend serves. Each function has the signature of the op of the same name
+(``csrc/module.cpp``). compact_mask is not here: with k given, its PyTorch code waits for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+
+from sdkernels.triton.norm_ops import compact_norm, compact_norm_backward
+from sdkernels.triton.row_ops import (
+    compact_rows,
+    expand_rows,
+    scatter_add_rows,
+    scatter_add_rows_,
+    scatter_add_rows_backward,
+)
+
+OPS: dict[str, Callable[..., object]] = {
+    function.__name__: function
+    for function in (
+        compact_rows,
+        expand_rows,
+        scatter_add_rows,
+        scatter_add_rows_,
+        scatter_add_rows_backward,
+        compact_norm,
+        compact_norm_backward,
+    )
+}
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+def why_unusable() -> str | None:
+    """Why the kernels cannot run here; None where they can.
+
+    Asking Triton for its target finds the driver, and compiles what Triton launches kernels with.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton cannot launch kernels: {error}"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return "the Triton kernels need compute capability 8.0, got {}.{}".format(*capability)
+    return None

@@ -1,0 +1,77 @@
+"""What the ops check of their arguments before a kernel sees them.
+
+The autograd functions have looked at them already; these are for a direct call, so that no kernel
+reads or writes outside of its tensors. The values of rows are looked at by the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_batch(x: Tensor, name: str, rows: int | None = None) -> None:
+    if x.dim() < 1 or (rows is not None and x.shape[0] != rows):
+        expected = "a batch dimension" if rows is None else f"{rows} rows"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(x.shape)}")
+
+
+def check_rows(rows: Tensor, name: str, x: Tensor) -> None:
+    """Row numbers: rows.index, or rows.slot."""
+    if rows.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {rows.dtype}")
+    if rows.dim() != 1 or not rows.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor of one dimension, got {tuple(rows.shape)}"
+        )
+    check_device(rows, name, x)
+
+
+def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device}, got one on {tensor.device}")
+
+
+def check_floating(x: Tensor, name: str) -> None:
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+    """A floating point tensor of this shape on the device of x."""
+    check_floating(tensor, name)
+    check_device(tensor, name, x)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_scales(layer_scale: Tensor | None, row_weight: Tensor | None, x: Tensor, k: int) -> None:
+    if layer_scale is not None:
+        check_floating(layer_scale, "layer_scale")
+        check_device(layer_scale, "layer_scale", x)
+        row = x.shape[1:]
+        sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
+        if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(
+                f"layer_scale: shape {tuple(layer_scale.shape)} does not broadcast against one row "
+                f"of shape {tuple(row)}"
+            )
+    if row_weight is not None:
+        check_shape(row_weight, "row_weight", (k,), x)
+
+
+def check_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None = None
+) -> None:
+    check_batch(x, "x")
+    check_floating(x, "x")
+    if not 1 <= len(shape) < x.dim() or tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"norm: normalizes over {shape}, which are not the last dimensions of one row of x, "
+            f"shape {tuple(x.shape)}"
+        )
+    for parameter, name in ((weight, "norm.weight"), (bias, "norm.bias")):
+        if parameter is not None:
+            check_shape(parameter, name, shape, x)

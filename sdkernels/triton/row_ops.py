@@ -1,0 +1,273 @@
+"""compact_rows, expand_rows, scatter_add_rows and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdkernels.traceable import acc_type, empty_rows, scatter_add_dtype
+from sdkernels.triton.checks import (
+    check_batch,
+    check_floating,
+    check_rows,
+    check_scales,
+    check_shape,
+)
+from sdkernels.triton.geometry import Walk, walk_rows
+from sdkernels.triton.launching import ACC, launch
+from sdkernels.triton.row_kernels import (
+    copy_rows_kernel,
+    scatter_add_backward_kernel,
+    scatter_add_kernel,
+)
+from sdkernels.triton.tiles import Tile, cdiv, row_tile, rows_per_sum
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compact_rows(x: Tensor, index: Tensor) -> Tensor:
+    check_batch(x, "x")
+    check_rows(index, "rows.index", x)
+    kept = empty_rows(x, index.shape[0], x.dtype)
+    if kept.numel():
+        _copy_rows(_bits(kept), _bits(x), index, negative_is_zero=False)
+    return kept
+
+
+def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    check_batch(kept, "kept", index.shape[0])
+    check_rows(slot, "rows.slot", kept)
+    x = empty_rows(kept, slot.shape[0], kept.dtype)
+    if not kept.numel():
+        return x.zero_()
+    _copy_rows(_bits(x), _bits(kept), slot, negative_is_zero=True)
+    return x
+
+
+def _bits(x: Tensor) -> Tensor:
+    """x as integers: what is copied is bits."""
+    if x.dtype == torch.complex128:
+        x = torch.view_as_real(x)
+    return x.view(_INTEGERS[x.element_size()])
+
+
+def _copy_rows(y: Tensor, x: Tensor, source_of: Tensor, negative_is_zero: bool) -> None:
+    walk = walk_rows((y, x))
+    if walk is None:
+        # x walks its rows in an order that y cannot follow in two levels.
+        dense = y.new_empty(y.shape)
+        _copy_rows(dense, x.contiguous(), source_of, negative_is_zero)
+        y.copy_(dense)
+        return
+    tile = row_tile(walk, torch.float32)
+    launch(
+        copy_rows_kernel, _tiles(walk, tile), y.shape[0], tile, y.device,
+        y, x, source_of, y.shape[0], x.shape[0], walk.lines, walk.length,
+        *_strides((y, x), walk),
+        negative_is_zero, tile.lines, tile.length,
+    )  # fmt: skip
+
+
+def _tiles(walk: Walk, tile: Tile) -> int:
+    return cdiv(walk.lines, tile.lines) * cdiv(walk.length, tile.length)
+
+
+def _strides(tensors: Sequence[Tensor], walk: Walk) -> list[int]:
+    """From row to row, line to line and element to element, of each tensor."""
+    strides = []
+    for tensor, line, element in zip(
+        tensors, walk.line_strides, walk.element_strides, strict=False
+    ):
+        strides += [tensor.stride(0), line, element]
+    return strides
+
+
+def _walk_scaled(
+    tensors: Sequence[Tensor], layer_scale: Tensor | None
+) -> tuple[Walk | None, Tensor | None]:
+    """A layer scale whose shape two levels cannot express ([C, 1, W]) is written out for a row."""
+    walk = walk_rows(tensors, layer_scale)
+    if walk is None and layer_scale is not None:
+        row = tensors[0].select(0, 0)
+        layer_scale = torch.empty_like(row, dtype=layer_scale.dtype).copy_(layer_scale)
+        walk = walk_rows(tensors, layer_scale)
+    return walk, layer_scale
+
+
+def _scale_strides(walk: Walk, layer_scale: Tensor | None) -> tuple[int, int]:
+    if layer_scale is None:
+        return 0, 0
+    return walk.line_strides[-1], walk.element_strides[-1]
+
+
+def scatter_add_rows(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+) -> Tensor:
+    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
+    dtype = scatter_add_dtype(residual, out, layer_scale)
+    y = empty_rows(residual, residual.shape[0], dtype)
+    if y.numel():
+        _scatter_add_into(y, residual, out, slot, layer_scale, row_weight, scale, in_place=False)
+    return y
+
+
+def scatter_add_rows_(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+) -> None:
+    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
+    if out.numel():
+        # What is read must not be overwritten first.
+        out = _apart_from(residual, out)
+        layer_scale = None if layer_scale is None else _apart_from(residual, layer_scale)
+        row_weight = None if row_weight is None else _apart_from(residual, row_weight)
+        _scatter_add_into(
+            residual, residual, out, index, layer_scale, row_weight, scale, in_place=True
+        )
+
+
+def _apart_from(written: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy of it where both may lie in the same memory."""
+    shared = x.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
+    return x.clone() if shared else x
+
+
+def _check_scatter_add(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+) -> None:
+    check_batch(residual, "residual", slot.shape[0])
+    check_floating(residual, "residual")
+    check_rows(index, "rows.index", residual)
+    check_rows(slot, "rows.slot", residual)
+    check_shape(out, "out", (index.shape[0], *residual.shape[1:]), residual)
+    check_scales(layer_scale, row_weight, residual, index.shape[0])
+
+
+def _scatter_add_into(
+    y: Tensor,
+    residual: Tensor,
+    out: Tensor,
+    rows_of: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    in_place: bool,
+) -> None:
+    # The strides of a tensor without elements mean nothing.
+    tensors = (y, residual, out if out.numel() else residual)
+    walk, gamma = _walk_scaled(tensors, layer_scale)
+    if walk is None:
+        dense = residual.contiguous()
+        result = dense if in_place else y.new_empty(y.shape)
+        _scatter_add_into(
+            result, dense, out.contiguous(), rows_of, layer_scale, row_weight, scale, in_place
+        )
+        if result is not y:
+            y.copy_(result)
+        return
+    acc = acc_type(y.dtype, residual.dtype, out.dtype)
+    tile = row_tile(walk, acc)
+    scale_strides = _scale_strides(walk, gamma)
+    rows, others = (out, y) if in_place else (y, out)
+    launch(
+        scatter_add_kernel, _tiles(walk, tile), rows.shape[0], tile, y.device,
+        y, residual, out, gamma, row_weight, rows_of, scale,
+        rows.shape[0], others.shape[0], walk.lines, walk.length,
+        *_strides(tensors, walk), *scale_strides,
+        in_place, scale_strides[0] != 0, scale_strides[1] != 0,
+        tile.lines, tile.length, ACC[acc],
+    )  # fmt: skip
+
+
+def scatter_add_rows_backward(
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_batch(grad, "grad")
+    check_floating(grad, "grad")
+    check_rows(index, "rows.index", grad)
+    k = index.shape[0]
+    check_scales(layer_scale, row_weight, grad, k)
+    if out is not None:
+        check_shape(out, "out", (k, *grad.shape[1:]), grad)
+    if any(wanted) and out is None:
+        raise ValueError("out: expected the branch's output, which the wanted gradients need")
+    if (wanted[0] and layer_scale is None) or (wanted[1] and row_weight is None):
+        raise ValueError("wanted: asks for the gradient of a factor that is not there")
+    d_out = empty_rows(grad if out is None else out, k, dtype)
+    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
+    if not d_out.numel():
+        if wanted[0] and layer_scale is not None:
+            d_layer_scale = torch.zeros_like(layer_scale)
+        if wanted[1] and row_weight is not None:
+            d_row_weight = torch.zeros_like(row_weight)
+        return d_out, d_layer_scale, d_row_weight
+    if layer_scale is not None and wanted[0]:
+        layer_scale = layer_scale.contiguous()  # its sums are stored at its own offsets
+    tensors = (d_out, grad) if out is None else (d_out, grad, out)
+    walk, gamma = _walk_scaled(tensors, layer_scale)
+    if walk is None:
+        dense_out = None if out is None else out.contiguous()
+        dense, *sums = scatter_add_rows_backward(
+            grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted
+        )
+        return d_out.copy_(dense), sums[0], sums[1]
+
+    acc = acc_type(grad.dtype, dtype)
+    tile = row_tile(walk, acc)
+    tiles = _tiles(walk, tile)
+    scale_strides = _scale_strides(walk, gamma)
+    per_line, per_element = (stride != 0 for stride in scale_strides)
+    group, layer_scale_sums, row_weight_sums = 1, None, None
+    if wanted[0]:
+        assert gamma is not None
+        group = rows_per_sum((1 if per_line else tile.lines) * (1 if per_element else tile.length))
+        parts = cdiv(k, group) * (1 if per_line else cdiv(walk.lines, tile.lines))
+        parts *= 1 if per_element else cdiv(walk.length, tile.length)
+        layer_scale_sums = grad.new_empty((parts, gamma.numel()), dtype=acc)
+    if wanted[1]:
+        row_weight_sums = grad.new_empty((k, tiles), dtype=acc)
+    strides = _strides(tensors, walk) + ([0, 0, 0] if out is None else [])
+    launch(
+        scatter_add_backward_kernel, tiles, cdiv(k, group), tile, grad.device,
+        d_out, grad, out if any(wanted) else None, gamma, row_weight,
+        layer_scale_sums, row_weight_sums, index, scale,
+        grad.shape[0], k, walk.lines, walk.length,
+        *strides, *scale_strides, 0 if gamma is None else gamma.numel(),
+        per_line, per_element, group, tile.lines, tile.length, ACC[acc],
+    )  # fmt: skip
+    # The second stage. PyTorch's sum of a given shape adds in a fixed order.
+    if layer_scale_sums is not None:
+        assert gamma is not None
+        assert layer_scale is not None
+        total = layer_scale_sums.sum(0).as_strided(gamma.shape, gamma.stride())
+        # A layer scale that was written out for a row is summed back to its own shape.
+        d_layer_scale = torch.empty_like(layer_scale).copy_(total.sum_to_size(layer_scale.shape))
+    if row_weight_sums is not None:
+        assert row_weight is not None
+        d_row_weight = row_weight_sums.sum(1).to(row_weight.dtype)
+    return d_out, d_layer_scale, d_row_weight

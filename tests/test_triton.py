@@ -1,0 +1,287 @@
+"""The Triton backend: its kernels on the CPU, through Triton's interpreter, and who chooses it.
+
+What the compiler makes of them is looked at in test_triton_compiled.py.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_backends import run
+
+from sdkernels import ops
+
+TESTS = Path(__file__).resolve().parent
+INTERPRETED = {"SDKERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+
+INTERPRETER = """
+import sys
+sys.path.insert(0, "tests")
+import triton_interpreter
+triton_interpreter.prepare()
+"""
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+without_cuda_kernels = pytest.mark.skipif(
+    bool(ops.C.build_config()["cuda_version"]), reason="the extension has CUDA kernels"
+)
+
+# The interpreter needs milliseconds for each program of a grid: nothing large.
+CASES = [
+    "test_ops.py",
+    "test_functional.py",
+    "test_row_weights.py::test_values_and_gradients",
+    "test_accuracy.py",
+    "test_dropped_rows.py::test_bits_are_kept",
+    "test_dropped_rows.py::test_bits_are_kept_in_place_beside_another_dtype",
+    "test_layouts.py::test_layer_scale_in_any_layout",
+    "test_layouts.py::test_nothing_is_written_beside_a_view",
+]
+TOO_LARGE = (
+    "test_large or large-B8 or sum_of_many_rows or opcheck or fake_layouts or cuda "
+    "or (rounds_once and 64) or (bits_are_kept and (conv or wide))"
+)
+
+
+@needs_triton
+def test_in_the_interpreter():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
+    program = str(TESTS / "triton_interpreter.py")
+    result = subprocess.run(
+        [sys.executable, program, *options, "-k", f"not ({TOO_LARGE})"]
+        + [str(TESTS / case) for case in CASES],
+        cwd=TESTS.parent,
+        env=clean | INTERPRETED,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_triton
+def test_every_op_has_kernels_or_a_reason():
+    program = """
+from sdkernels import ops, traceable, triton
+assert set(traceable.OPS) == {*triton.OPS, "compact_mask"}
+for choice in ops.backend_table():
+    if choice.device == "cpu":
+        assert choice.backend == ("cpp" if choice.op == "compact_mask" else "triton"), choice
+"""
+    result = run(program, **INTERPRETED)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_rows_outside_of_the_batch():
+    """They are refused, and nothing is read or written there: so far away, that would crash."""
+    program = """
+import torch
+from sdkernels.triton import OPS
+x, out = torch.ones(3, 4), torch.ones(1, 4)
+slot, one = torch.tensor([-1, 0, -1]), torch.ones(1)
+for far in (3, -1, 2**40, -2**40):
+    bad = torch.tensor([far])
+    in_slot = torch.tensor([-1, max(far, 1), -1])
+    calls = {
+        "compact_rows": (x, bad),
+        "expand_rows": (out, bad, in_slot),
+        "scatter_add_rows": (x, out, bad, in_slot, None, None, 1.0),
+        "scatter_add_rows_": (x, out, bad, slot, None, None, 1.0),
+        "scatter_add_rows_backward": (x, None, bad, None, None, 1.0, x.dtype, [False, False]),
+        "compact_norm": (x, bad, [4], None, None, 1e-5, False, x.dtype, True),
+        "compact_norm_backward": (
+            None, out, out, one, one, bad, in_slot, [4], None, False, [True, True, True]
+        ),
+    }
+    assert calls.keys() == OPS.keys()
+    for op, arguments in calls.items():
+        try:
+            OPS[op](*arguments)
+        except Exception as error:
+            assert "AssertionError('rows" in str(error), (op, far, error)
+        else:
+            raise AssertionError((op, far))
+    assert (x == 1).all()
+"""
+    result = run(INTERPRETER + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+# Runs the ops by Triton and by PyTorch code.
+COMPARE = """
+import torch
+from cases import Case
+from op_samples import arguments, call
+from sdkernels import traceable, triton
+def compare(case, ops=tuple(triton.OPS)):
+    for op in ops:
+        args = arguments(op, case)
+        for a, b in zip(call(triton.OPS[op], op, args), call(traceable.OPS[op], op, args)):
+            torch.testing.assert_close(a, b, msg=lambda message: f"{op} of {case}: {message}")
+"""
+
+
+@needs_triton
+def test_more_rows_than_a_grid_dimension_has():
+    program = """
+from sdkernels.triton import launching
+launching._MOST_ROWS = 3
+compare(Case(norm="layer", layer_scale="C", weighted=True))
+compare(Case("conv", kept=8, layout="channels_last", norm="rms", layer_scale="C1", weighted=True))
+"""
+    result = run(INTERPRETER + COMPARE + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_lines_longer_than_a_program_holds():
+    program = """
+from sdkernels.triton import tiles
+tiles._MOST_WARPS = 1  # of 256 elements each
+assert tiles.norm_tile(1, 720, torch.float32) == (1, 256, 1)
+row = "wide"
+import cases
+cases.ROWS[row] = (3, 720)
+for norm in ("layer", "rms", "layer_2d", "layer_plain"):
+    compare(Case(row, norm=norm, scale=2.0), ["compact_norm", "compact_norm_backward"])
+"""
+    result = run(INTERPRETER + COMPARE + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_wrong_shapes_are_refused():
+    """In a direct call, which no autograd function has looked at."""
+    program = """
+import torch
+from sdkernels.triton import OPS
+x, out = torch.ones(3, 4), torch.ones(2, 4)
+index, slot = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
+def scatter(**changed):
+    given = dict(residual=x, out=out, index=index, slot=slot, layer_scale=None, row_weight=None)
+    return "scatter_add_rows", (*(given | changed).values(), 1.0)
+def norm(**changed):
+    given = dict(x=x, index=index, shape=[4], weight=None, bias=None)
+    return "compact_norm", (*(given | changed).values(), 1e-5, False, x.dtype, True)
+refused = [
+    (("compact_rows", (torch.tensor(1.0), index)), "x: expected a batch dimension"),
+    (("compact_rows", (x, index.int())), "rows.index: expected int64"),
+    (("compact_rows", (x, torch.arange(4)[::2])), "rows.index: expected a contiguous tensor"),
+    (("expand_rows", (x, index, slot)), "kept: expected 2 rows"),
+    (scatter(out=torch.ones(2, 5)), "out: expected shape (2, 4)"),
+    (scatter(slot=slot[:2]), "residual: expected 2 rows"),
+    (scatter(residual=x.long()), "residual: expected float16, bfloat16, float32 or float64"),
+    (scatter(layer_scale=torch.ones(5)), "layer_scale: shape (5,) does not broadcast"),
+    (scatter(row_weight=torch.ones(3)), "row_weight: expected shape (2,)"),
+    (norm(shape=[5]), "norm: normalizes over (5,)"),
+    (norm(weight=torch.ones(5)), "norm.weight: expected shape (4,)"),
+]
+for (op, arguments), message in refused:
+    try:
+        OPS[op](*arguments)
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith(message), (op, error)
+    else:
+        raise AssertionError(message)
+"""
+    result = run(INTERPRETER + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_does_not_import_triton():
+    program = """
+import sys, torch
+before = "triton" in sys.modules
+import sdkernels
+assert ("triton" in sys.modules) == before
+"""
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+# What serves CUDA and CPU tensors, each op's choice once, on a machine with one CUDA device.
+CHOICES = """
+import torch
+torch.cuda.device_count = lambda: 1
+from sdkernels import ops
+for device in ("cuda", "cpu"):
+    found = {(c.backend, c.reason) for c in ops.backend_table() if c.device == device}
+    print(*sorted(f"{backend}: {reason}" for backend, reason in found), sep="; ")
+"""
+NO_CUDA_KERNELS = "the extension was built without CUDA kernels"
+
+
+def choices(program: str = CHOICES, **environ: str) -> list[str]:
+    result = run(program, **environ)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@needs_triton
+@without_cuda_kernels
+def test_chosen_where_there_are_no_cuda_kernels():
+    cuda, cpu = choices(TRITON_INTERPRET="1")
+    assert cuda == f"traceable: {NO_CUDA_KERNELS}; triton: {NO_CUDA_KERNELS}"  # compact_mask; all
+    assert cpu == "cpp: native kernels"
+
+
+@without_cuda_kernels
+def test_triton_is_not_installed():
+    missing = "import sys; sys.modules['triton'] = None" + CHOICES
+    cuda, cpu = choices(missing)
+    assert f"traceable: {NO_CUDA_KERNELS}, and Triton is not installed" in cuda
+    assert cpu == "cpp: native kernels"
+    for line in choices(missing, SDKERNELS_BACKEND="triton"):
+        assert line == "none: SDKERNELS_BACKEND=triton, but Triton is not installed"
+
+
+@without_cuda_kernels
+def test_there_is_no_device():
+    no_device = CHOICES.replace("lambda: 1", "lambda: 0")
+    cuda, _ = choices(no_device)
+    assert f"traceable: {NO_CUDA_KERNELS}, and there is no CUDA device for Triton" in cuda
+    call = "\ntorch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))"
+    result = run(no_device + call, SDKERNELS_BACKEND="triton")
+    assert result.stderr.splitlines()[-1] == (
+        "RuntimeError: sdkernels::compact_rows: SDKERNELS_BACKEND=triton, but "
+        "there is no CUDA device for Triton"
+    )
+
+
+# A device that only torch sees: Triton finds no driver.
+BROKEN = (
+    CHOICES
+    + """
+x, index = torch.ones(2, 3), torch.tensor([1])
+print(ops._triton("compact_rows", asked=False)(x, index).tolist())
+ops._triton("compact_rows", asked=True)(x, index)
+"""
+)
+
+
+@needs_triton
+@without_cuda_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton finds the driver")
+def test_triton_does_not_work():
+    """Found out at the first call: chosen automatically the next backend serves."""
+    result = run(BROKEN)
+    cuda, _, kept = result.stdout.splitlines()
+    assert f"traceable: {NO_CUDA_KERNELS}, but Triton cannot launch kernels: " in cuda
+    assert kept == "[[1.0, 1.0, 1.0]]"
+    message = "RuntimeError: sdkernels::compact_rows: SDKERNELS_BACKEND=triton, but Triton cannot"
+    assert result.stderr.splitlines()[-1].startswith(message)
+    cuda, cpu = choices(SDKERNELS_BACKEND="triton")
+    assert "none: SDKERNELS_BACKEND=triton, but Triton cannot launch kernels: " in cuda
+    assert cpu == "cpp: native kernels"
+
+
+def test_the_interpreter_needs_to_be_asked_for():
+    """TRITON_INTERPRET alone, which other packages may want, changes nothing on the CPU."""
+    assert choices(TRITON_INTERPRET="1")[1] == "cpp: native kernels"

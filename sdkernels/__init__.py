@@ -14,7 +14,8 @@ try:
     )
     from sdkernels.models import patch, unpatch
     from sdkernels.modules import StochasticDepth
-    from sdkernels.rows import DepthPlan, KeptRows
+    from sdkernels.plan import DepthPlan
+    from sdkernels.rows import KeptRows
     from sdkernels.schedules import linear_decay, uniform
 except ImportError:
     # `python -m sdkernels.info` imports this file first, and is there to report what does not load.

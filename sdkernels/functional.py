@@ -11,7 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.break_even import break_even, check_min_saving
 from sdkernels.ops import is_compiling, kernels
-from sdkernels.rows import KeptRows, check_choice, check_generator, check_law, draw
+from sdkernels.rows import KeptRows, draw
+from sdkernels.sampling import check_choice, check_generator, check_law
 from sdkernels.schedules import check_probability
 from sdkernels.traceable import acc_type
 

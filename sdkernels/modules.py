@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sdkernels.break_even import check_min_saving
 from sdkernels.functional import EMPTY, check_norm, fused_stochastic_depth
-from sdkernels.rows import KeptRows, check_choice, check_law
+from sdkernels.rows import KeptRows
+from sdkernels.sampling import check_choice, check_law
 from sdkernels.schedules import check_probability
 
 __all__ = ["StochasticDepth"]

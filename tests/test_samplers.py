@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdkernels import DepthPlan, KeptRows, fused_stochastic_depth
-from sdkernels.rows import fixed_count
+from sdkernels.sampling import fixed_count
 
 FALSE_ALARM = 1e-9
 

@@ -22,7 +22,7 @@ from sdkernels.models.report import (
     patched_blocks,
     probabilities,
 )
-from sdkernels.rows import DepthPlan
+from sdkernels.plan import DepthPlan
 from sdkernels.schedules import check_probability, linear_decay
 
 __all__ = ["drop_probs", "patch", "unpatch", "use"]

@@ -1,0 +1,252 @@
+"""DepthPlan: the kept rows of every branch of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkernels.ops import C, is_compiling
+from sdkernels.rows import KeptRows
+from sdkernels.sampling import check_batch, check_generator, check_law, law
+from sdkernels.schedules import check_probability
+
+__all__ = ["DepthPlan"]
+
+
+def _check_batches(batch: object) -> list[int]:
+    if not isinstance(batch, (list, tuple)):
+        return [check_batch(batch)]
+    if not batch:
+        raise ValueError("batch: expected at least one number of rows, got an empty list")
+    return [check_batch(each) for each in batch]
+
+
+def _check_counter(name: str, value: object, bits: int) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**bits:
+        return int(value)
+    raise ValueError(f"{name}: expected an integer from 0 to 2**{bits} - 1, got {value!r}")
+
+
+def _process_rank() -> int:
+    """This process' rank in torch.distributed's default group; 0 where there is none."""
+    distributed = torch.distributed
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if started else 0
+
+
+class DepthPlan:
+    """The kept rows of every branch of a step, drawn together and sent to the device in one copy.
+
+    Make one with :meth:`sample` or :meth:`for_step`. ``len(plan)`` is the number of branches and
+    ``plan[i]`` the :class:`KeptRows` of branch i; of a plan for a list of batches (multi-crop), the
+    list of their KeptRows. :meth:`resample_` draws the next step's rows into the same memory: with
+    ``sampler="fixed"`` shapes and addresses stay as they are, which is what a captured CUDA graph
+    needs.
+    """
+
+    def __init__(
+        self,
+        batch: int | Sequence[int],
+        drop_probs: Iterable[float],
+        mode: str,
+        sampler: str,
+        rescale: str,
+        device: torch.device | str | None,
+        generator: torch.Generator | None = None,
+        step: tuple[int, int, int] | None = None,
+    ) -> None:
+        self._batches = _check_batches(batch)
+        self._is_list = isinstance(batch, (list, tuple))
+        check_law(mode, sampler, rescale)
+        check_generator(generator)
+        if not isinstance(drop_probs, Iterable) or isinstance(drop_probs, str):
+            raise TypeError(
+                f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
+            )
+        # One list for each branch, with one entry for each batch.
+        self._laws = [
+            [law(batch, check_probability(p), mode, sampler, rescale) for batch in self._batches]
+            for p in drop_probs
+        ]
+        self._generator = generator
+        self._step = step
+        self._views: dict[int, KeptRows | list[KeptRows]] = {}
+        target = torch.device("cpu" if device is None else device)
+        rows, self._kept = self._draw(target)
+        # [branches, 2, rows of all batches]: slot, then index, batch after batch; of the space for
+        # the index of a batch, the first kept[branch][batch] entries are used.
+        self._rows = rows.to(target, non_blocking=True)
+
+    @classmethod
+    def sample(
+        cls,
+        batch: int | Sequence[int],
+        drop_probs: Iterable[float],
+        *,
+        mode: str = "row",
+        sampler: str = "bernoulli",
+        rescale: str = "train",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan:
+        """Draw the rows of every branch.
+
+        Args:
+            batch: number of rows B; or a list of them, for branches that take a list of tensors
+                (multi-crop).
+            drop_probs: one drop probability a branch, for example from
+                :func:`sdkernels.linear_decay`.
+            mode, sampler, rescale, device: as in :meth:`KeptRows.sample`.
+            generator: CPU generator to draw from, by :meth:`resample_` too. Default: PyTorch's.
+
+        Returns:
+            A plan of ``len(drop_probs)`` branches; rows, branches and batches are independent.
+
+        Raises:
+            TypeError, ValueError: as :meth:`KeptRows.sample`, or an empty list of batches.
+
+        Example:
+            >>> plan = DepthPlan.sample(8, [0.25, 0.5], sampler="fixed")
+            >>> [rows.k for rows in plan]
+            [6, 4]
+            >>> crops = DepthPlan.sample([8, 20], [0.25, 0.5], sampler="fixed")
+            >>> [[rows.k for rows in branch] for branch in crops]
+            [[6, 15], [4, 10]]
+        """
+        return cls(batch, drop_probs, mode, sampler, rescale, device, generator)
+
+    @classmethod
+    def for_step(
+        cls,
+        seed: int,
+        step: int,
+        batch: int | Sequence[int],
+        drop_probs: Iterable[float],
+        *,
+        rank: int | None = None,
+        mode: str = "row",
+        sampler: str = "bernoulli",
+        rescale: str = "train",
+        device: torch.device | str | None = None,
+    ) -> DepthPlan:
+        """Draw the rows of a training step as a function of its number.
+
+        The rows follow from the arguments alone, whatever else has drawn random numbers before
+        (data loading, dropout, an interrupted run), and on every device. No generator is read or
+        advanced. :meth:`resample_` goes on to ``step + 1``.
+
+        Args:
+            seed: seed of the run, from 0 to 2**64 - 1.
+            step: number of the step, from 0 to 2**64 - 1; with gradient accumulation, of the
+                forward pass.
+            batch, drop_probs, mode, sampler, rescale, device: as in :meth:`sample`.
+            rank: which of the processes that train on different samples this is, from 0 to
+                2**32 - 1; each has rows of its own. Default: the rank in torch.distributed's
+                default process group, 0 where there is none. Processes that share a batch (tensor
+                or pipeline parallel) must be given the same number.
+
+        Returns:
+            A plan of ``len(drop_probs)`` branches. Plans of other seeds, steps or ranks are
+            independent of it: the numbers come from the counter-based generator Philox4x32-10,
+            with the seed as key and the step and the rank in its counter, so that no two streams of
+            a seed overlap.
+
+        Raises:
+            TypeError, ValueError: as :meth:`sample`, or a `seed`, `step` or `rank` out of range.
+
+        Reference:
+            Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+        Example:
+            >>> plan = DepthPlan.for_step(seed=1, step=1000, batch=8, drop_probs=[0.25, 0.5])
+            >>> again = DepthPlan.for_step(seed=1, step=999, batch=8, drop_probs=[0.25, 0.5])
+            >>> again = again.resample_()
+            >>> all(torch.equal(a.slot, b.slot) for a, b in zip(plan, again))
+            True
+        """
+        key = (
+            _check_counter("seed", seed, 64),
+            _check_counter("step", step, 64),
+            _check_counter("rank", _process_rank() if rank is None else rank, 32),
+        )
+        return cls(batch, drop_probs, mode, sampler, rescale, device, step=key)
+
+    def resample_(self) -> DepthPlan:
+        """Draw new rows for every branch, in place; returns self.
+
+        A plan of :meth:`for_step` goes on to the next step. KeptRows taken from the plan before
+        share its memory: they change with it for the fixed sampler, and are out of date for the
+        Bernoulli one, whose number of rows changes. A graph whose backward has not run yet refuses
+        rows that were refreshed under it, as PyTorch refuses any saved tensor that was modified in
+        place.
+        """
+        if self._step is not None:
+            seed, step, rank = self._step
+            self._step = (seed, (step + 1) % 2**64, rank)
+        rows, kept = self._draw(self.device)
+        self._rows.copy_(rows, non_blocking=True)
+        if kept != self._kept:
+            self._views.clear()
+        self._kept = kept
+        return self
+
+    @property
+    def batch(self) -> Any:
+        """Number of rows B of the batch; of a plan for a list of batches, the list of theirs."""
+        return list(self._batches) if self._is_list else self._batches[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._rows.device
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, branch: int) -> Any:
+        if not isinstance(branch, int):
+            raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
+        if is_compiling():
+            # Views that a graph remembers between calls are a reason to compile it again.
+            views = self._views_of(branch)
+            return views if self._is_list else views[0]
+        view = self._views.get(branch)
+        if view is None:
+            views = self._views_of(branch)
+            view = self._views[branch] = views if self._is_list else views[0]
+        # The list is the caller's; the rows in it are frozen.
+        return list(view) if isinstance(view, list) else view
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[branch] for branch in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views that were pickled would come back with memory of their own.
+        return {**self.__dict__, "_views": {}}
+
+    def __repr__(self) -> str:
+        kept = self._kept if self._is_list else [k for (k,) in self._kept]
+        return f"DepthPlan(batch={self.batch}, kept={kept}, device={str(self.device)!r})"
+
+    def _views_of(self, branch: int) -> list[KeptRows]:
+        kept, laws = self._kept[branch], self._laws[branch]
+        slot, index = self._rows[branch].unbind()
+        views = []
+        start = 0
+        for batch, k, (_, scale) in zip(self._batches, kept, laws, strict=True):
+            rows = KeptRows._trusted(index[start : start + k], slot[start : start + batch], scale)
+            views.append(rows)
+            start += batch
+        return views
+
+    def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+        draws = [law for laws in self._laws for law, _ in laws]
+        step = None if self._step is None else C.StepKey(*self._step)
+        pin_memory = device.type == "cuda"
+        rows, kept = C.sample_plan(self._batches, draws, self._generator, step, pin_memory)
+        crops = len(self._batches)
+        return rows, [kept[i : i + crops] for i in range(0, len(kept), crops)]

@@ -1,0 +1,222 @@
+"""Drawing rows: the options, the two laws, and the sampler in eager and in compiled code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from itertools import count
+from numbers import Integral
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sdkernels.ops import C, is_compiling
+
+P = ParamSpec("P")
+
+T = TypeVar("T")
+
+MODES = ("row", "batch")
+SAMPLERS = ("bernoulli", "fixed")
+RESCALES = ("train", "eval", "none")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def check_law(mode: object, sampler: object, rescale: object) -> None:
+    """The options that say what is drawn, and how it is scaled."""
+    check_choice("mode", mode, MODES)
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("rescale", rescale, RESCALES)
+    if sampler == "fixed" and mode == "batch":
+        raise ValueError(
+            'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice of; '
+            'use sampler="bernoulli"'
+        )
+
+
+def check_batch(batch: object) -> int:
+    if not isinstance(batch, Integral) or isinstance(batch, bool) or batch < 0:
+        raise ValueError(f"batch: expected the number of rows of the batch, got {batch!r}")
+    return int(batch)
+
+
+def check_generator(generator: object) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
+        raise ValueError(
+            "generator: expected a CPU generator (rows are drawn on the host, so that a seed gives "
+            f"the same rows on every device), got one on {generator.device}"
+        )
+
+
+def fixed_count(batch: int, p: float) -> int:
+    """The rows that ``sampler="fixed"`` keeps: ``clamp(round(batch * (1 - p)), 1, batch)``.
+
+    Computed exactly from the decimal text of `p`, so that binary rounding cannot change it
+    (``int(10 * (1 - 0.8))`` is 1); a half is rounded to even, as Python's ``round`` does.
+
+    >>> fixed_count(10, 0.8), fixed_count(2, 0.9), fixed_count(0, 0.5)
+    (2, 1, 0)
+    """
+    return min(max(round(batch * (1 - Fraction(repr(p)))), 1), batch)
+
+
+@lru_cache(maxsize=4096)
+def law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
+    """What to draw, and the scale of the kept rows; the arguments were looked at before."""
+    count = fixed_count(batch, p) if sampler == "fixed" else -1
+    draw = C.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
+    return draw, _scale(batch, count, p, sampler, rescale)
+
+
+def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> float:
+    """The scale of the kept rows, of which "fixed" keeps `count`."""
+    keep = 1.0 - p
+    if sampler == "fixed":
+        # Every row is kept with probability count / batch. "eval" multiplies by keep in evaluation,
+        # so training must average to keep as well: 1 but for the rounding of count.
+        inverse = batch / count if count else 1.0
+        return {"train": inverse, "eval": keep * inverse, "none": 1.0}[rescale]
+    return 1.0 / keep if rescale == "train" and keep > 0 else 1.0
+
+
+def sample_rows(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Index, slot and scale, for arguments that were looked at before."""
+    if is_compiling():
+        return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
+    draw, scale = law(batch, p, mode, sampler, rescale)
+    index, slot = C.sample_rows(batch, draw, generator, device)
+    return index, slot, scale
+
+
+def _sample_in_graph(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor, float]:
+    host = torch.device("cpu")
+    device = host if device is None else device
+    if generator is None:
+        index, slot = torch.ops.sdkernels.sample_rows(
+            batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
+        )
+    else:
+        _warn_of_graph_break("rows from a generator= of their own")
+        index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
+    scale = _scale(batch, index.shape[0], p, sampler, rescale)
+    if device != host:
+        index, slot = (rows.to(device, non_blocking=True) for rows in (index, slot))
+    return index, slot, scale
+
+
+def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Has torch.compile call the function while it traces, and take the result for a constant.
+
+    It is ``torch.compiler.assume_constant_result``, which loads the compiler when it is called.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+_draws = count()
+
+
+@_at_trace_time
+def _next_draw() -> int:
+    """A number of its own for each draw of a graph: PyTorch merges calls with equal arguments."""
+    return next(_draws)
+
+
+_warned: set[str] = set()
+
+
+@_at_trace_time
+def _warn_of_graph_break(what: str) -> None:
+    """Once for each reason."""
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(
+            f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; "
+            'draw a DepthPlan outside and pass rows=, or use sampler="fixed" and the default '
+            "generator (the README's section on torch.compile has more)",
+            stacklevel=2,
+        )
+
+
+# The sampler as an op: an op of a graph runs at every call, where Python code has run when it was
+# traced. Its rows are those that eager code draws from the same seed. PyTorch saves and restores
+# the generator of `device` around an op that a checkpoint runs twice: rows are drawn on the host.
+# A CUDA graph would replay the rows that it has seen, so Inductor leaves the op out of them.
+@torch.library.custom_op(
+    "sdkernels::sample_rows",
+    mutates_args=(),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def _sample_rows(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    index, slot = C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
+    return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
+
+
+@_sample_rows.register_fake
+def _(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    draw: int,
+    pin_memory: bool,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    kept: int | torch.SymInt
+    if sampler == "fixed":
+        # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
+        kept = fixed_count(int(batch), p)
+    else:
+        try:
+            kept = torch.library.get_ctx().new_dynamic_size()
+        except RuntimeError:  # without fullgraph=True, PyTorch leaves such an op out of the graph
+            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand,")
+            raise
+        torch._check(kept <= batch)
+    index = torch.empty(kept, dtype=torch.int64, device=device)
+    return index, torch.empty(batch, dtype=torch.int64, device=device)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable loads the compiler
+def _sample_outside_graph(
+    batch: int, p: float, mode: str, sampler: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    return C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

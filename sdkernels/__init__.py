@@ -4,14 +4,13 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from sdkernels.functional import (
-        Shared,
+    from sdkernels.building_blocks import (
         compact_layer_norm,
         compact_rms_norm,
         compact_rows,
-        fused_stochastic_depth,
         scatter_add_rows,
     )
+    from sdkernels.functional import Shared, fused_stochastic_depth
     from sdkernels.models import patch, unpatch
     from sdkernels.modules import StochasticDepth
     from sdkernels.plan import DepthPlan

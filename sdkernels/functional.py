@@ -1,4 +1,4 @@
-"""fused_stochastic_depth, and the differentiable pieces it is made of."""
+"""fused_stochastic_depth: sample, compact, branch, scatter-add."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.break_even import break_even, check_min_saving
+from sdkernels.building_blocks import (
+    check_input,
+    check_rows,
+    check_tensor,
+    compact_norm,
+    scatter_add,
+)
 from sdkernels.ops import is_compiling, kernels
 from sdkernels.rows import KeptRows, draw
 from sdkernels.sampling import check_choice, check_generator, check_law
 from sdkernels.schedules import check_probability
-from sdkernels.traceable import acc_type
 
-__all__ = [
-    "Shared",
-    "compact_layer_norm",
-    "compact_rms_norm",
-    "compact_rows",
-    "fused_stochastic_depth",
-    "scatter_add_rows",
-]
+__all__ = ["Shared", "fused_stochastic_depth"]
 
 EMPTY = ("run", "skip")
 # Forwards of subclasses of the two norms that compute what PyTorch's own do, each with what must
 # hold of the module for that. sdkernels.models adds those of other libraries.
 PLAIN_NORM_FORWARDS: dict[Callable[..., Any], Callable[[Any], bool]] = {}
-DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 class Shared:
@@ -44,184 +42,6 @@ class Shared:
 
     def __init__(self, value: object) -> None:
         self.value = value
-
-
-def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
-    """Gather the kept rows.
-
-    Equivalent PyTorch code: ``x[rows.index]``.
-
-    Args:
-        x: [B, ...], any dtype and strides.
-        rows: the rows to keep, of a batch of B rows.
-
-    Returns:
-        [k, ...], the dtype of `x`, dimensions in the memory order of `x`. Differentiable (twice);
-        the gradient of a dropped row is zero.
-
-    Raises:
-        TypeError, ValueError: the rows do not fit `x`.
-
-    Example:
-        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3)
-        >>> compact_rows(torch.tensor([[1.0], [2.0], [3.0]]), rows)
-        tensor([[1.],
-                [3.]])
-    """
-    _check_batched(x)
-    _check_rows(rows, x)
-    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False)[0]
-    return kept
-
-
-def compact_layer_norm(
-    x: Tensor,
-    rows: KeptRows,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Gather the kept rows and apply layer normalization, in one pass.
-
-    Equivalent PyTorch code: ``F.layer_norm(x[rows.index], normalized_shape, weight, bias, eps)``.
-    Under autocast the result has the autocast dtype.
-
-    Args:
-        x: [B, ...], floating point.
-        rows: the rows to keep, of a batch of B rows.
-        normalized_shape: the last dimensions of one row.
-        weight, bias: of shape `normalized_shape`.
-        eps: added to the variance.
-
-    Returns:
-        [k, ...], contiguous. Statistics are computed in float32 (float64 for float64 input).
-
-    Raises:
-        TypeError, ValueError: rows, shape or parameters do not fit `x`.
-
-    Example:
-        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
-        >>> compact_layer_norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), rows, 2).round(decimals=3)
-        tensor([[-1.,  1.]])
-    """
-    _check_norm_arguments(x, rows, normalized_shape, weight=weight, bias=bias)
-    return _compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False, False)[0]
-
-
-def compact_rms_norm(
-    x: Tensor,
-    rows: KeptRows,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    """Gather the kept rows and apply root mean square normalization, in one pass.
-
-    Equivalent PyTorch code: ``F.rms_norm(x[rows.index], normalized_shape, weight, eps)``. Under
-    autocast the result has the autocast dtype.
-
-    Args:
-        x: [B, ...], floating point.
-        rows: the rows to keep, of a batch of B rows.
-        normalized_shape: the last dimensions of one row.
-        weight: of shape `normalized_shape`.
-        eps: added to the mean square. Default, as in PyTorch: the machine epsilon of the type that
-            the arithmetic is in, float32 (float64 for float64 input).
-
-    Returns:
-        [k, ...], contiguous.
-
-    Raises:
-        TypeError, ValueError: rows, shape or weight do not fit `x`.
-
-    Example:
-        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
-        >>> compact_rms_norm(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), rows, 2).round(decimals=3)
-        tensor([[1., 1.]])
-    """
-    _check_norm_arguments(x, rows, normalized_shape, weight=weight)
-    return _compact_norm(x, rows, normalized_shape, weight, None, eps, True, False, False)[0]
-
-
-def scatter_add_rows(
-    x: Tensor,
-    out: Tensor,
-    rows: KeptRows,
-    layer_scale: Tensor | None = None,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """Add a branch's output to the kept rows.
-
-    Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
-    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``. Where the
-    rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
-
-    Args:
-        x: [B, ...], floating point: the stream.
-        out: [k, ...], floating point: the branch's output, one row for each kept row.
-        rows: the kept rows, of a batch of B rows.
-        layer_scale: anything that broadcasts against one row of `out`.
-        inplace: write into `x`, and return it.
-
-    Returns:
-        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit.
-        Differentiable (twice).
-
-    Raises:
-        TypeError, ValueError: rows, `out` or `layer_scale` do not fit `x`.
-        RuntimeError: in place where PyTorch forbids it (a leaf that requires grad).
-
-    Example:
-        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3, scale=2.0)
-        >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
-        tensor([3., 1., 5.])
-    """
-    _check_input(x)
-    _check_rows(rows, x)
-    _check_tensor(out, "out")
-    if layer_scale is not None:
-        _check_tensor(layer_scale, "layer_scale")
-    return _scatter_add(x, out, rows, layer_scale, inplace)
-
-
-def _scatter_add(
-    stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
-) -> Tensor:
-    y: Tensor = kernels().scatter_add(
-        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
-    )
-    return y
-
-
-def _compact_norm(
-    x: Tensor,
-    rows: KeptRows,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    rms: bool,
-    with_stream: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-    if eps is None:
-        eps = torch.finfo(acc_type(x.dtype)).eps
-    dtype = x.dtype
-    # What follows a norm under autocast casts its output at once: write that dtype directly.
-    device = x.device.type
-    if (
-        dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
-        dtype = torch.get_autocast_dtype(device)
-    opened: tuple[Tensor, Tensor] = kernels().compact_norm(
-        x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
-    )
-    return opened
 
 
 def check_norm(norm: object) -> None:
@@ -271,7 +91,7 @@ def _open_branch(
         rms = isinstance(norm, nn.RMSNorm)
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
         shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
-        kept, stream = _compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
+        kept, stream = compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
     return kept, stream if residual is None else residual
 
 
@@ -354,48 +174,13 @@ def _add_dense(
     return residual.add_(out) if inplace else residual + out
 
 
-def _check_tensor(value: object, name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
-def _check_batched(x: Any, name: str = "x") -> None:
-    _check_tensor(x, name)
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
-
-
 def _check_branch_output(out: object) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
 
 
-def _check_input(x: Any, name: str = "x") -> None:
-    _check_batched(x, name)
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: expected float16, bfloat16, float32 or float64, "
-            f"got {str(x.dtype).removeprefix('torch.')}"
-        )
-
-
-def _check_norm_arguments(
-    x: Tensor, rows: KeptRows, normalized_shape: object, **parameters: object
-) -> None:
-    _check_input(x)
-    _check_rows(rows, x)
-    if not isinstance(normalized_shape, (int, list, tuple)):
-        raise TypeError(
-            "normalized_shape: expected an int or a sequence of ints, "
-            f"got {type(normalized_shape).__name__}"
-        )
-    for name, parameter in parameters.items():
-        if parameter is not None:
-            _check_tensor(parameter, name)
-
-
 def _check_residual(residual: Tensor, x: Tensor) -> None:
-    _check_input(residual, "residual")
+    check_input(residual, "residual")
     if residual.shape[0] != x.shape[0]:
         raise ValueError(
             f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
@@ -403,16 +188,6 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
         )
     if residual.device != x.device:
         raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
-
-
-def _check_rows(rows: Any, x: Tensor) -> None:
-    if not isinstance(rows, KeptRows):
-        raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
-    if rows.batch != x.shape[0]:
-        raise ValueError(
-            f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "
-            f"(shape {tuple(x.shape)})"
-        )
 
 
 def fused_stochastic_depth(
@@ -524,7 +299,7 @@ def fused_stochastic_depth(
     if not isinstance(args, (list, tuple)):
         raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
     if layer_scale is not None:
-        _check_tensor(layer_scale, "layer_scale")
+        check_tensor(layer_scale, "layer_scale")
     if generator is not None:
         check_generator(generator)
     if min_saving != 0.0:
@@ -553,7 +328,7 @@ def fused_stochastic_depth(
         assert isinstance(x, Tensor)
         assert residual is None or isinstance(residual, Tensor)
         assert rows is None or isinstance(rows, KeptRows)
-    _check_input(x)
+    check_input(x)
     if residual is not None:
         _check_residual(residual, x)
     base = x if residual is None else residual
@@ -566,7 +341,7 @@ def fused_stochastic_depth(
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
-        _check_rows(rows, x)
+        check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return base
     whole = _runs_whole(rows, min_saving, inplace)
@@ -574,7 +349,7 @@ def fused_stochastic_depth(
     chosen = None if whole else rows
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
-    return _scatter_add(stream, out, rows, layer_scale, inplace)
+    return scatter_add(stream, out, rows, layer_scale, inplace)
 
 
 def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
@@ -606,7 +381,7 @@ def _fused_list(
         raise ValueError("x: expected at least one tensor, got an empty list")
     residuals = _per_tensor(residual, len(xs), "residual")
     for x, base in zip(xs, residuals, strict=True):
-        _check_input(x)
+        check_input(x)
         if base is not None:
             _check_residual(base, x)
 
@@ -633,7 +408,7 @@ def _fused_list(
         if given is None:
             given = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
         else:
-            _check_rows(given, x)
+            check_rows(given, x)
         plan.append(given)
     if empty == "skip" and not any(each.k for each in plan):
         return bases
@@ -661,6 +436,6 @@ def _fused_list(
         # All of them before the first is added, which may be in place.
         kernels().check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
-        _scatter_add(stream, out, each, layer_scale, inplace)
+        scatter_add(stream, out, each, layer_scale, inplace)
         for stream, out, each in zip(streams, outs, plan, strict=True)
     ]

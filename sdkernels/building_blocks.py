@@ -1,0 +1,240 @@
+"""The differentiable pieces that fused_stochastic_depth is made of, and the checks of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkernels.ops import kernels
+from sdkernels.rows import KeptRows
+from sdkernels.traceable import acc_type
+
+__all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
+
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
+    """Gather the kept rows.
+
+    Equivalent PyTorch code: ``x[rows.index]``.
+
+    Args:
+        x: [B, ...], any dtype and strides.
+        rows: the rows to keep, of a batch of B rows.
+
+    Returns:
+        [k, ...], the dtype of `x`, dimensions in the memory order of `x`. Differentiable (twice);
+        the gradient of a dropped row is zero.
+
+    Raises:
+        TypeError, ValueError: the rows do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3)
+        >>> compact_rows(torch.tensor([[1.0], [2.0], [3.0]]), rows)
+        tensor([[1.],
+                [3.]])
+    """
+    _check_batched(x)
+    check_rows(rows, x)
+    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False)[0]
+    return kept
+
+
+def compact_layer_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Gather the kept rows and apply layer normalization, in one pass.
+
+    Equivalent PyTorch code: ``F.layer_norm(x[rows.index], normalized_shape, weight, bias, eps)``.
+    Under autocast the result has the autocast dtype.
+
+    Args:
+        x: [B, ...], floating point.
+        rows: the rows to keep, of a batch of B rows.
+        normalized_shape: the last dimensions of one row.
+        weight, bias: of shape `normalized_shape`.
+        eps: added to the variance.
+
+    Returns:
+        [k, ...], contiguous. Statistics are computed in float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: rows, shape or parameters do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
+        >>> compact_layer_norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), rows, 2).round(decimals=3)
+        tensor([[-1.,  1.]])
+    """
+    _check_norm_arguments(x, rows, normalized_shape, weight=weight, bias=bias)
+    return compact_norm(x, rows, normalized_shape, weight, bias, eps, False, False, False)[0]
+
+
+def compact_rms_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Gather the kept rows and apply root mean square normalization, in one pass.
+
+    Equivalent PyTorch code: ``F.rms_norm(x[rows.index], normalized_shape, weight, eps)``. Under
+    autocast the result has the autocast dtype.
+
+    Args:
+        x: [B, ...], floating point.
+        rows: the rows to keep, of a batch of B rows.
+        normalized_shape: the last dimensions of one row.
+        weight: of shape `normalized_shape`.
+        eps: added to the mean square. Default, as in PyTorch: the machine epsilon of the type that
+            the arithmetic is in, float32 (float64 for float64 input).
+
+    Returns:
+        [k, ...], contiguous.
+
+    Raises:
+        TypeError, ValueError: rows, shape or weight do not fit `x`.
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([1]), batch=2)
+        >>> compact_rms_norm(torch.tensor([[1.0, 2.0], [3.0, 3.0]]), rows, 2).round(decimals=3)
+        tensor([[1., 1.]])
+    """
+    _check_norm_arguments(x, rows, normalized_shape, weight=weight)
+    return compact_norm(x, rows, normalized_shape, weight, None, eps, True, False, False)[0]
+
+
+def scatter_add_rows(
+    x: Tensor,
+    out: Tensor,
+    rows: KeptRows,
+    layer_scale: Tensor | None = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """Add a branch's output to the kept rows.
+
+    Equivalent PyTorch code: ``x.index_add(0, rows.index, rows.scale * layer_scale * out)``, with
+    the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``. Where the
+    rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
+
+    Args:
+        x: [B, ...], floating point: the stream.
+        out: [k, ...], floating point: the branch's output, one row for each kept row.
+        rows: the kept rows, of a batch of B rows.
+        layer_scale: anything that broadcasts against one row of `out`.
+        inplace: write into `x`, and return it.
+
+    Returns:
+        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit.
+        Differentiable (twice).
+
+    Raises:
+        TypeError, ValueError: rows, `out` or `layer_scale` do not fit `x`.
+        RuntimeError: in place where PyTorch forbids it (a leaf that requires grad).
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3, scale=2.0)
+        >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
+        tensor([3., 1., 5.])
+    """
+    check_input(x)
+    check_rows(rows, x)
+    check_tensor(out, "out")
+    if layer_scale is not None:
+        check_tensor(layer_scale, "layer_scale")
+    return scatter_add(x, out, rows, layer_scale, inplace)
+
+
+def scatter_add(
+    stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
+) -> Tensor:
+    y: Tensor = kernels().scatter_add(
+        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
+    )
+    return y
+
+
+def compact_norm(
+    x: Tensor,
+    rows: KeptRows,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+    with_stream: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if eps is None:
+        eps = torch.finfo(acc_type(x.dtype)).eps
+    dtype = x.dtype
+    # What follows a norm under autocast casts its output at once: write that dtype directly.
+    device = x.device.type
+    if (
+        dtype != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        dtype = torch.get_autocast_dtype(device)
+    opened: tuple[Tensor, Tensor] = kernels().compact_norm(
+        x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
+    )
+    return opened
+
+
+def check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check_batched(x: Any, name: str = "x") -> None:
+    check_tensor(x, name)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
+
+
+def check_input(x: Any, name: str = "x") -> None:
+    _check_batched(x, name)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, "
+            f"got {str(x.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check_norm_arguments(
+    x: Tensor, rows: KeptRows, normalized_shape: object, **parameters: object
+) -> None:
+    check_input(x)
+    check_rows(rows, x)
+    if not isinstance(normalized_shape, (int, list, tuple)):
+        raise TypeError(
+            "normalized_shape: expected an int or a sequence of ints, "
+            f"got {type(normalized_shape).__name__}"
+        )
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_tensor(parameter, name)
+
+
+def check_rows(rows: Any, x: Tensor) -> None:
+    if not isinstance(rows, KeptRows):
+        raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
+    if rows.batch != x.shape[0]:
+        raise ValueError(
+            f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "
+            f"(shape {tuple(x.shape)})"
+        )

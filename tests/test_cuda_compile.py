@@ -24,7 +24,7 @@ ARCHITECTURES = ("80", "90", "100")
 
 # Registers that a kernel may take. With 128 two blocks of 256 threads fit on a multiprocessor. The
 # kernels that add up columns hold their sums in registers as well.
-MOST_REGISTERS = {"compact_norm_backward": 224, "scale_rows_and_sum": 160}
+MOST_REGISTERS = {"compact_norm_backward": 224, "scale_rows_and_sum": 200}
 MOST_REGISTERS_ELSEWHERE = 128
 
 FLAGS = [

@@ -37,7 +37,7 @@ class Divisor {
  public:
   Divisor() = default;
   explicit Divisor(int64_t divisor) : divisor_(divisor) {
-    while (divisor > int64_t{1} << shift_) ++shift_;
+    while (uint64_t{1} << shift_ < static_cast<uint64_t>(divisor)) ++shift_;
     // Rounded up by less than divisor <= 2^shift in units of 1 / divisor, the multiplier makes
     // i * multiplier / 2^(63 + shift) too large by less than 1 / divisor for i < 2^63: the quotient
     // stays the same.

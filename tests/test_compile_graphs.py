@@ -10,7 +10,7 @@ from compiling import assert_same, compilation, make_block, needs_inductor, resu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdkernels import DepthPlan, KeptRows, StochasticDepth, rows
+from sdkernels import DepthPlan, KeptRows, StochasticDepth, sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -244,7 +244,7 @@ def test_fixed_counts_follow_the_batch():
 @pytest.mark.parametrize("options", [{}, {"mode": "batch"}], ids=["row", "batch"])
 def test_bernoulli_rows_drawn_inside(options):
     """The graph breaks at the draw, which is said once; rows are those of eager code."""
-    rows._warned.clear()
+    sampling._warned.clear()
     block, x = make_block(**options), torch.randn(B, 5, 6, requires_grad=True)
     leaves = [x, *block.parameters()]
 
@@ -285,7 +285,7 @@ def test_bernoulli_rows_in_one_graph():
 
 
 def test_rows_of_a_generator_drawn_inside():
-    rows._warned.clear()
+    sampling._warned.clear()
     block, x = make_block(sampler="fixed"), torch.randn(B, 6)
 
     def run(function: nn.Module) -> list[Tensor]:

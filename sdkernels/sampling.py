@@ -119,12 +119,17 @@ def _sample_in_graph(
 ) -> tuple[Tensor, Tensor, float]:
     host = torch.device("cpu")
     device = host if device is None else device
-    if generator is None:
+    if generator is None and not _backward_may_draw_again():
         index, slot = torch.ops.sdkernels.sample_rows(
             batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
         )
     else:
-        _warn_of_graph_break("rows from a generator= of their own")
+        _warn_of_graph_break(
+            "rows under torch._functorch.config's aggressive_recomputation or "
+            "activation_memory_budget"
+            if generator is None
+            else "rows from a generator= of their own"
+        )
         index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
     scale = _scale(batch, index.shape[0], p, sampler, rescale)
     if device != host:
@@ -139,6 +144,18 @@ def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
+
+
+@_at_trace_time
+def _backward_may_draw_again() -> bool:
+    """Whether the partitioner was told to recompute more than it does by default.
+
+    It then recomputes every op that is not on a list of ATen's random ones, whatever its tags: the
+    backward would run on other rows than the forward.
+    """
+    from torch._functorch import config
+
+    return bool(config.aggressive_recomputation) or config.activation_memory_budget < 1.0
 
 
 _draws = count()
@@ -217,6 +234,6 @@ def _(
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable loads the compiler
 def _sample_outside_graph(
-    batch: int, p: float, mode: str, sampler: str, generator: torch.Generator
+    batch: int, p: float, mode: str, sampler: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     return C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

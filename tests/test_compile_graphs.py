@@ -10,7 +10,13 @@ from compiling import assert_same, compilation, make_block, needs_inductor, resu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdkernels import DepthPlan, KeptRows, StochasticDepth, sampling
+from sdkernels import (
+    DepthPlan,
+    KeptRows,
+    StochasticDepth,
+    fused_stochastic_depth,
+    sampling,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -206,6 +212,29 @@ def test_fixed_rows_are_drawn_at_every_call():
     assert {len(rows) for rows in kept} == {8}
     # 15 draws out of 12870 sets: layers differ within a step, and steps from one another.
     assert len(set(kept)) == 15
+
+
+@pytest.mark.parametrize(
+    "option", [{"aggressive_recomputation": True}, {"activation_memory_budget": 0.0}], ids=str
+)
+@needs_inductor
+def test_rows_that_a_partitioner_would_draw_again(option):
+    """They are drawn outside of the graph then: the gradient belongs to the rows of the forward."""
+    sampling._warned.clear()
+    x = torch.ones(512, 1, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(
+            x, lambda kept: kept.sin().cos() * kept, 0.5, sampler="fixed", rescale="none"
+        )
+
+    with torch._functorch.config.patch(option), compilation() as compiled:
+        with pytest.warns(UserWarning, match="aggressive_recomputation or activation_memory"):
+            y = torch.compile(function)(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert compiled.breaks > 0
+    assert torch.equal(y != 1, grad != 1)
+    assert (y != 1).sum() == 256
 
 
 def test_checkpointed_rows_are_those_of_the_forward():

@@ -132,10 +132,17 @@ def compact_mask(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     slot = torch.where(mask, mask.cumsum(0) - 1, -1)
     if k is None:
         return mask.nonzero().flatten(), slot
-    # The count is not read back. Too few true entries leave -1 in the index, which every gather
-    # refuses; what is too many is dropped.
-    index = torch.nonzero_static(mask, size=k, fill_value=-1).flatten()
-    return index, torch.where(slot < k, slot, -1)
+    _check_count(mask, k)
+    return torch.nonzero_static(mask, size=k).flatten(), slot
+
+
+def _check_count(mask: Tensor, k: int) -> None:
+    """Refuse a mask whose count is not k. Off the CPU nothing is read back: the device stops."""
+    expected = "k: expected the number of true entries of mask"
+    if mask.device.type != "cpu":
+        torch._assert_async(mask.sum() == k, f"{expected}, got {k}")
+    elif (count := int(mask.sum())) != k:
+        raise ValueError(f"{expected}, {count}, got {k}")
 
 
 def _dims(normalized_shape: Sequence[int]) -> list[int]:

@@ -74,6 +74,17 @@ print("aten::index_select" in {event.name for event in profiler.events()})
     assert result.stdout.strip() == str(is_pytorch_code), result.stderr
 
 
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False]], ids=["more", "fewer"])
+def test_mask_of_another_count(mask):
+    """PyTorch code refuses it in the words of the kernel; a row too many must not get lost."""
+    program = f"import torch, sdkernels; sdkernels.KeptRows.from_mask(torch.tensor({mask}), k=2)"
+    for backend in ("traceable", "cpp"):
+        result = run(program, SDKERNELS_BACKEND=backend)
+        assert result.stderr.splitlines()[-1] == (
+            f"ValueError: k: expected the number of true entries of mask, {sum(mask)}, got 2"
+        )
+
+
 def test_invalid_backend():
     result = run("import sdkernels", SDKERNELS_BACKEND="cuda")
     assert result.returncode != 0

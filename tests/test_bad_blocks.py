@@ -10,6 +10,7 @@ from sdkernels import (
     compact_rms_norm,
     compact_rows,
     scatter_add_rows,
+    traceable,
 )
 
 X = torch.arange(12.0).view(4, 3)
@@ -101,6 +102,16 @@ OVERLAPS = {
     "out": lambda x: scatter_add_rows(x, x[1:3], ROWS, inplace=True),
     "layer_scale": lambda x: scatter_add_rows(x, OUT, ROWS, x[0], inplace=True),
 }
+
+
+@pytest.mark.parametrize("module", [torch.ops.sdkernels, traceable], ids=["op", "traceable"])
+@pytest.mark.parametrize("part", [X[:1], X[:, :1]], ids=["rows", "columns"])
+def test_residual_that_overlaps_itself(module, part):
+    x = part.clone().expand(X.shape)
+    before = x.clone()
+    with pytest.raises((RuntimeError, ValueError), match=r"single memory location|of its own"):
+        module.scatter_add_rows_(x, OUT, INDEX, SLOT, None, None, 1.0)
+    assert torch.equal(x, before)
 
 
 @native

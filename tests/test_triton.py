@@ -157,6 +157,24 @@ for norm in ("layer", "rms", "layer_2d", "layer_plain"):
 
 
 @needs_triton
+def test_what_traps_as_cuda_kernel_traps():
+    program = """
+from test_kernel_traps import CALLS, SETUP
+calls = {name: call for name, call in CALLS.items() if not name.startswith("compact_mask")}
+assert len(calls) >= 10
+for name, call in calls.items():
+    try:
+        exec(SETUP.format(device="cpu") + call, {})
+    except Exception as error:
+        assert "AssertionError('rows" in str(error), (name, error)
+    else:
+        raise AssertionError(name)
+"""
+    result = run(INTERPRETER + program, **INTERPRETED)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
 def test_wrong_shapes_are_refused():
     """In a direct call, which no autograd function has looked at."""
     program = """
@@ -167,6 +185,9 @@ index, slot = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
 def scatter(**changed):
     given = dict(residual=x, out=out, index=index, slot=slot, layer_scale=None, row_weight=None)
     return "scatter_add_rows", (*(given | changed).values(), 1.0)
+def scatter_(**changed):
+    op, arguments = scatter(**changed)
+    return op + "_", arguments
 def norm(**changed):
     given = dict(x=x, index=index, shape=[4], weight=None, bias=None)
     return "compact_norm", (*(given | changed).values(), 1e-5, False, x.dtype, True)
@@ -180,6 +201,8 @@ refused = [
     (scatter(residual=x.long()), "residual: expected float16, bfloat16, float32 or float64"),
     (scatter(layer_scale=torch.ones(5)), "layer_scale: shape (5,) does not broadcast"),
     (scatter(row_weight=torch.ones(3)), "row_weight: expected shape (2,)"),
+    (scatter_(residual=x[:1].expand(3, 4)), "residual: expected memory of its own for every"),
+    (scatter_(residual=x[:, :1].expand(3, 4)), "residual: expected memory of its own for every"),
     (norm(shape=[5]), "norm: normalizes over (5,)"),
     (norm(weight=torch.ones(5)), "norm.weight: expected shape (4,)"),
 ]
@@ -192,6 +215,30 @@ for (op, arguments), message in refused:
         raise AssertionError(message)
 """
     result = run(INTERPRETER + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_every_device_has_to_be_new_enough():
+    """Whichever is the current one: tensors of all of them come."""
+    program = """
+import torch, triton
+from sdkernels.triton import why_unusable
+class Driver:
+    def get_current_target(self):
+        pass
+triton.runtime.driver.set_active(Driver())
+found = [(9, 0), (7, 5)]
+torch.cuda.device_count = lambda: len(found)
+torch.cuda.get_device_capability = lambda device=0: found[device]
+assert why_unusable() == (
+    "the Triton kernels need compute capability 8.0 on every device in CUDA_VISIBLE_DEVICES, "
+    "got 7.5 on cuda:1"
+), why_unusable()
+found[1] = (8, 0)
+assert why_unusable() is None
+"""
+    result = run(program)
     assert result.returncode == 0, result.stderr
 
 

@@ -49,7 +49,13 @@ def why_unusable() -> str | None:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:
         return f"Triton cannot launch kernels: {error}"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        return "the Triton kernels need compute capability 8.0, got {}.{}".format(*capability)
+    # One answer for the process, which may work on any device that it sees.
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            oldest, got = (".".join(map(str, pair)) for pair in (OLDEST_CAPABILITY, capability))
+            return (
+                f"the Triton kernels need compute capability {oldest} on every device in "
+                f"CUDA_VISIBLE_DEVICES, got {got} on cuda:{device}"
+            )
     return None

@@ -47,6 +47,15 @@ def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...], x: Tensor) ->
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
 
+def check_written(x: Tensor, name: str) -> None:
+    """For a tensor that is read and written: two of its elements must not be one in memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory of its own for every element, got shape {tuple(x.shape)} "
+            f"with strides {x.stride()}"
+        )
+
+
 def check_scales(layer_scale: Tensor | None, row_weight: Tensor | None, x: Tensor, k: int) -> None:
     if layer_scale is not None:
         check_floating(layer_scale, "layer_scale")

@@ -121,7 +121,7 @@ def compact_norm_backward_kernel(
     valid = group >= 0
     for row in range(group * GROUP, tl.minimum(group * GROUP + GROUP, rows)):
         j = tl.load(slot + row)
-        valid = valid & (j < kept_rows)
+        valid = valid & (j >= -1) & (j < kept_rows)
         stream = row * stream_row + line * stream_line
         target = (row * lines + line) * length
         if (j >= 0) & (j < kept_rows):

@@ -64,7 +64,7 @@ def copy_rows_kernel(
     readable = inside & (source >= 0) & (source < sources)
     value = tl.load(x + source * x_row + line * x_line + element * x_element, readable, other=0)
     tl.store(y + row * y_row + line * y_line + element * y_element, value, inside)
-    valid = (source < sources) & ((source >= 0) | NEGATIVE_IS_ZERO)
+    valid = (source < sources) & (source >= (-1 if NEGATIVE_IS_ZERO else 0))
     tl.device_assert(valid, "rows: not a row of the batch")
 
 
@@ -159,7 +159,7 @@ def scatter_add_kernel(
     else:
         # No arithmetic: the bits of a row of the same type pass, whatever they mean.
         tl.store(y, rounded(value, y.dtype.element_ty), inside)
-    valid = ((other < others) & ((other >= 0) | (not IN_PLACE))) | (this >= rows)
+    valid = ((other < others) & (other >= (0 if IN_PLACE else -1))) | (this >= rows)
     tl.device_assert(valid, "rows: not a row of the batch")
 
 

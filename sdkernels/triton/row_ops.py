@@ -14,6 +14,7 @@ from sdkernels.triton.checks import (
     check_rows,
     check_scales,
     check_shape,
+    check_written,
 )
 from sdkernels.triton.geometry import Walk, walk_rows
 from sdkernels.triton.launching import ACC, launch
@@ -129,6 +130,7 @@ def scatter_add_rows_(
     scale: float,
 ) -> None:
     _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
+    check_written(residual, "residual")
     if out.numel():
         # What is read must not be overwritten first.
         out = _apart_from(residual, out)

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one run: `make gpu-check`.
 
 Builds for the GPUs of this machine into the Python that runs this, then runs the whole test suite,
-compute-sanitizer's four tools on the kernels' tests, and the benchmarks. Writes
-`build/gpu-check.md`, failures first. The exit code is the number of failed steps.
+once with the CUDA and once with the Triton kernels, compute-sanitizer's four tools on the kernels'
+tests, and the benchmarks. Writes `build/gpu-check.md`, failures first. The exit code is the number
+of failed steps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ REPORT = ROOT / "build/gpu-check.md"
 PYTHON = sys.executable
 LAST_LINES = 60  # of a step's output, in the report
 
+BANDWIDTH = [PYTHON, "-m", "benchmarks.cuda_bandwidth"]
 PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# All but the tests that choose a backend themselves, and those of what no kernel takes part in.
+TRITON = ["tests"] + [
+    f"--ignore-glob=tests/test_{name}.py"
+    for name in ("triton*", "backends", "build", "benchmarks", "gpu_check", "cuda_*")
+]
 # What the sanitizer slows down a hundred times: small and large shapes once, not the long runs.
 SANITIZED = [
     *("tests/test_kernel_shapes.py", "tests/test_functional.py"),
@@ -57,8 +64,11 @@ def sanitizer_steps() -> list[Step]:
     steps = []
     for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9"]
-        # Our kernels only; PyTorch's allocator would hide what lies between two tensors.
-        command += ["--kernel-regex", "kns=sdkernels", *PYTEST, "-x", *SANITIZED]
+        # Our kernels only, but initcheck has to see who else writes: their inputs are PyTorch's.
+        if check != "initcheck":
+            command += ["--kernel-regex", "kns=sdkernels"]
+        command += [*PYTEST, "-x", *SANITIZED]
+        # PyTorch's allocator would hide what lies between two tensors.
         environ = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         steps.append(Step(f"compute-sanitizer {check}", command, environ, 120, missing))
     return steps
@@ -73,8 +83,9 @@ def steps(quick: bool) -> list[Step]:
         Step("graphs, streams, races, large tensors", [*PYTEST, "tests/test_cuda.py"], {}),
         Step("rows that do not exist", [*PYTEST, "tests/test_kernel_traps.py"], {}),
         Step("whole test suite, on CPU and CUDA", PYTEST, {}, 90),
+        Step("tests with Triton kernels", [*PYTEST, *TRITON], {"SDKERNELS_BACKEND": "triton"}, 90),
         *sanitizers,
-        Step("bandwidth", [PYTHON, "-m", "benchmarks.cuda_bandwidth"], {}),
+        Step("bandwidth", [*BANDWIDTH, "--backends", "cpp,triton"], {}),
         Step(
             "benchmarks", [PYTHON, "-m", "benchmarks", "--preset", "quick", "--device", "cuda"], {}
         ),

@@ -1,6 +1,7 @@
 """Device time of every kernel on a GPU, as a share of the bandwidth of a copy.
 
-``python -m benchmarks.cuda_bandwidth`` prints one table and writes it to ``out/``. Tensors are
+``python -m benchmarks.cuda_bandwidth`` prints one table and writes it to ``out/``. ``--backends``
+measures several, each in a process of its own, and puts them side by side. Tensors are
 several times the last cache, two sets of them take turns, and the launches of a measurement are
 one CUDA graph, so that the host's time plays no part. Before a kernel is timed its floor is printed
 (the bytes that it has to move, at the bandwidth of the copy of the same run) and its results are
@@ -11,21 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, environment_line
-from sdkernels import traceable
+from sdkernels import ops, traceable
 
+ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"
 OPS = torch.ops.sdkernels
 CACHES = 4  # the stream is at least so many times the size of the last cache
+BACKENDS = ("cpp", "triton", "traceable")
 LEAST_SHARE, LEAST_SPEEDUP = 0.9, 1.3
 
 # One row of the stream, and its memory format.
@@ -138,6 +145,7 @@ KERNELS: dict[str, Kernel] = {
 class Result:
     """One line of the table. Times in seconds, shares and speed-ups as plain numbers."""
 
+    backend: str
     case: str
     floor: float
     median: float
@@ -222,7 +230,17 @@ def measure(
     share = floor / median
     spread = (max(times) - min(times)) / 2 / median
     print(f"  measured {median * 1e6:.1f} us, {share:.1%} of the copy's bandwidth", flush=True)
-    return Result(name, floor, median, spread, share, share >= LEAST_SHARE)
+    return Result(serving(), name, floor, median, spread, share, share >= LEAST_SHARE)
+
+
+def serving() -> str:
+    """The backend that runs the ops on CUDA tensors in this process."""
+    (backend,) = (
+        choice.backend
+        for choice in ops.backend_table()
+        if (choice.op, choice.device) == ("scatter_add_rows", "cuda")
+    )
+    return backend
 
 
 def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]:
@@ -255,33 +273,91 @@ def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]
         speedup = peers / ours
         name = f"{prefix} forward + backward over index_select + index_add"
         print(f"{name}: {speedup:.2f} times as fast", flush=True)
-        results.append(Result(name, peers, ours, 0.0, speedup, speedup >= LEAST_SPEEDUP))
+        is_met = speedup >= LEAST_SPEEDUP
+        results.append(Result(serving(), name, peers, ours, 0.0, speedup, is_met))
     return results
+
+
+def run_backend(backend: str, shapes: str, folder: Path) -> dict[str, Any]:
+    """The record of a run under SDKERNELS_BACKEND; without results where it came to none."""
+    path = folder / f"{backend}.json"
+    command = [sys.executable, "-m", "benchmarks.cuda_bandwidth"]
+    environ = {**os.environ, "SDKERNELS_BACKEND": backend}
+    print(f"== {backend}", flush=True)
+    # Its exit code says whether targets were met, and so do the results.
+    subprocess.run([*command, "--shapes", shapes, "--out", str(path)], cwd=ROOT, env=environ)
+    if not path.exists():
+        return {"environment": None, "results": []}
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
+    """One line a case, one column a backend; what missed its target is marked."""
+    found = {(result.case, result.backend): result for result in results}
+    cases = list(dict.fromkeys(result.case for result in results))
+    lines = [["", *backends]]
+    for case in cases:
+        line = [case]
+        for backend in backends:
+            result = found.get((case, backend))
+            missed = "" if result is None or result.is_met else " missed"
+            line.append("-" if result is None else f"{result.share:.3f}{missed}")
+        lines.append(line)
+    width = max(len(case) for case in ["", *cases])
+    return "\n".join(
+        "  ".join([line[0].ljust(width), *(cell.rjust(12) for cell in line[1:])]) for line in lines
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print and write the table; the exit code is 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_bandwidth")
     parser.add_argument("--shapes", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--backends", help=f"of {', '.join(BACKENDS)}; default: the one that serves CUDA tensors"
+    )
+    parser.add_argument("--out", type=Path, default=OUT / "cuda_bandwidth.json", help="JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
+    if options.backends:
+        backends = options.backends.split(",")
+        if not set(backends) <= set(BACKENDS):
+            parser.error(f"--backends: expected some of {', '.join(BACKENDS)}, got {backends}")
+        with tempfile.TemporaryDirectory() as folder:
+            records = [run_backend(backend, options.shapes, Path(folder)) for backend in backends]
+        env = next((record["environment"] for record in records if record["results"]), None)
+        results = [Result(**fields) for record in records for fields in record["results"]]
+    else:
+        env, results = measure_here(options.shapes)
+        backends = [serving()]
+    print("\nshare of the copy's bandwidth, or times as fast")
+    print(side_by_side(results, backends))
+    missed = [result for result in results if not result.is_met]
+    for result in missed:
+        print(f"  missed: {result.backend}: {result.case}: {result.share:.3f}")
+    silent = [b for b in backends if all(result.backend != b for result in results)]
+    for backend in silent:
+        print(f"  no results: {backend}")
+    print(f"{len(results) - len(missed)} of {len(results)} targets met")
+    options.out.parent.mkdir(exist_ok=True)
+    record = {"environment": env, "results": [asdict(result) for result in results]}
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    return 1 if missed or silent else 0
+
+
+def measure_here(shapes: str) -> tuple[dict[str, Any], list[Result]]:
+    """The environment of this process and the results of its backend."""
     device = torch.device("cuda", torch.cuda.current_device())
     env = environment(device)
     print(environment_line(env), flush=True)
     results = []
-    for shape in options.shapes.split(","):
+    for shape in shapes.split(","):
         for dtype_name in DTYPES:
             results += run_shape(shape, dtype_name, device)
             torch.cuda.empty_cache()
-    missed = [result for result in results if not result.is_met]
-    print(f"\n{len(results) - len(missed)} of {len(results)} targets met")
-    for result in missed:
-        print(f"  missed: {result.case}: {result.share:.3f}, spread {result.spread:.1%}")
-    OUT.mkdir(exist_ok=True)
-    record = {"environment": env, "results": [asdict(result) for result in results]}
-    (OUT / "cuda_bandwidth.json").write_text(json.dumps(record, indent=2) + "\n")
-    return 1 if missed else 0
+    return env, results
 
 
 if __name__ == "__main__":

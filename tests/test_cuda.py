@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from comparison import assert_same_bits
+from compiling import assert_same, compilation, needs_inductor
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from sdkernels import (
@@ -25,6 +28,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 OPS = torch.ops.sdkernels
 BATCH, TOKENS, WIDTH = 16, 50, 64
 DROP_PROBS = [0.2, 0.4, 0.6]
+
+# Inductor warns of what depends on the GPU: too few multiprocessors, TF32 that is not in use.
+any_warning = pytest.mark.filterwarnings("ignore")
 
 
 class Net(nn.Module):
@@ -68,8 +74,14 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def test_kernels_serve_cuda():
-    chosen = {choice.backend for choice in ops.backend_table() if choice.device == "cuda"}
-    assert chosen == {"cpp"}
+    """Ours, or those of the backend that was asked for. compact_mask has no Triton kernel."""
+    requested = os.environ.get("SDKERNELS_BACKEND") or "auto"
+    chosen = {
+        choice.backend
+        for choice in ops.backend_table()
+        if choice.device == "cuda" and choice.op != "compact_mask"
+    }
+    assert chosen == {"cpp" if requested == "auto" else requested}
 
 
 @pytest.mark.parametrize("options", [{}, {"sampler": "fixed"}, {"inplace": True}], ids=str)
@@ -128,6 +140,53 @@ def test_graph_replays_with_new_rows():
             torch.testing.assert_close(actual, wanted)
         losses.add(captured[0].item())
     assert len(losses) == 5  # other rows every time
+
+
+@needs_inductor
+@any_warning
+def test_compiled_step_replays_with_new_rows():
+    """The CUDA graphs of mode="reduce-overhead" read the rows that a plan has by then."""
+    net, x = Net().cuda(), batch()
+    plan = DepthPlan.sample(BATCH, DROP_PROBS, sampler="fixed", device="cuda")
+    with compilation() as compiled:
+        compiled_net = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+        losses = set()
+        for _ in range(8):  # runs, is captured, is replayed
+            plan.resample_()
+            expected = gradients(net, x, plan)
+            torch.compiler.cudagraph_mark_step_begin()
+            actual = gradients(compiled_net, x, plan)
+            assert_same(actual, expected)
+            losses.add(actual[0].item())
+        assert (compiled.graphs, compiled.breaks) == (1, 0)
+        assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(losses) == 8
+
+
+@needs_inductor
+@any_warning
+def test_rows_drawn_in_a_compiled_region_are_new():
+    """A CUDA graph must not replay them: at every call those that eager code draws."""
+
+    def step(x: Tensor) -> Tensor:
+        return fused_stochastic_depth(x, torch.ones_like, 0.5, sampler="fixed")
+
+    x = torch.zeros(BATCH, TOKENS, WIDTH, device="cuda", requires_grad=True)
+    weight = torch.rand_like(x)
+    with compilation() as compiled:
+        compiled_step = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+        seen = set()
+        for seed in range(8):
+            results = []
+            for function in (step, compiled_step):
+                torch.manual_seed(seed)
+                torch.compiler.cudagraph_mark_step_begin()
+                y = function(x)
+                results.append([y.detach().clone(), *torch.autograd.grad(y, x, weight)])
+            assert_same(results[1], results[0])
+            seen.add(tuple(results[1][0][:, 0, 0].tolist()))
+        assert (compiled.graphs, compiled.breaks) == (1, 0)
+    assert len(seen) == 8
 
 
 def test_side_stream():

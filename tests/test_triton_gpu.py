@@ -1,10 +1,9 @@
-"""The Triton kernels on a GPU: whatever the interpreter and the compiler alone cannot show."""
+"""The Triton kernels on a GPU: whatever the interpreter and the compiler alone cannot show.
 
-import os
-import subprocess
-import sys
+All other tests run with them under SDKERNELS_BACKEND=triton, a step of its own of `make gpu-check`.
+"""
+
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,25 +17,6 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or ops._missing("triton", "cuda") is not None,
     reason="no GPU for Triton",
 )
-
-TESTS = Path(__file__).resolve().parent
-SUITE = [
-    str(path)
-    for path in sorted(TESTS.glob("test_*.py"))
-    if not path.name.startswith(("test_triton", "test_backends", "test_build", "test_benchmarks"))
-]
-
-
-def test_whole_suite():
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITE],
-        cwd=TESTS.parent,
-        env=clean | {"SDKERNELS_BACKEND": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,19 @@ class Add:
             min_saving=options.min_saving,
         )
 
+    def writable(
+        self, index: int, x: Tensor, branch: Callable[..., Any], *, residual: Tensor | None = None
+    ) -> Tensor:
+        """The same, for a block that goes on to write into the sum (an in-place activation).
+
+        With ``empty="skip"`` the sum may be `x` or `residual` itself, which others read.
+        """
+        options = self.block._sdkernels.options
+        total: Tensor = self(index, x, branch, residual=residual)
+        if options.empty == "skip" and not options.inplace:
+            return total.clone() if total is (x if residual is None else residual) else total
+        return total
+
 
 def _check_recomputation() -> None:
     """Refuse to draw new rows where activation checkpointing runs a block of a plan again."""

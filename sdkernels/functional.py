@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,11 @@ def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
         # A named tuple takes its fields one by one.
         return type(arg)(*entries) if hasattr(arg, "_fields") else type(arg)(entries)
     if isinstance(arg, dict):
-        return type(arg)((key, _branch_arg(entry, rows)) for key, entry in arg.items())
+        # The constructor of a subclass may take something else.
+        items = {} if type(arg) is dict else copy.copy(arg)
+        for key, entry in arg.items():
+            items[key] = _branch_arg(entry, rows)
+        return items
     return arg
 
 

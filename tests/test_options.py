@@ -1,5 +1,6 @@
 """The options of fused_stochastic_depth: modes, evaluation, args, residual, lists."""
 
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import pytest
@@ -164,6 +165,32 @@ def test_args_are_compacted():
     assert seen["args"][0] is args[0]
     assert seen["args"][5] is table
     assert seen["args"][6][2]["mask"] is args[6][2]["mask"]
+
+
+def test_args_in_subclasses_of_dict():
+    """Whose constructors may take something else than what they hold."""
+
+    class Named(dict[str, Any]):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    given = (defaultdict(list), OrderedDict(), Named("rope"))
+    for mapping in given:
+        mapping["mask"] = torch.tensor([20, 21, 22])
+    seen: list[Any] = []
+
+    def branch(kept: Tensor, *args: Any) -> Tensor:
+        seen.extend(args)
+        return kept
+
+    fused_stochastic_depth(torch.ones(3, 2), branch, 0.5, args=given, rows=ROWS)
+    assert [(type(got), got["mask"].tolist()) for got in seen] == [
+        (type(mapping), [20, 22]) for mapping in given
+    ]
+    assert seen[0]["absent"] == []
+    assert seen[2].name == "rope"
+    assert [mapping["mask"].tolist() for mapping in given] == [[20, 21, 22]] * 3
 
 
 def test_gradients_of_args():

@@ -17,7 +17,7 @@ from zoo import NETS, output_of
 
 import sdkernels
 from sdkernels import DepthPlan, KeptRows, linear_decay
-from sdkernels.models import drop_probs, use
+from sdkernels.models import drop_probs, registry, use
 
 VIT = NETS["timm-vit"]
 # One net of each library, and one whose blocks have no drop path.
@@ -110,6 +110,20 @@ def test_patching_again_replaces_options(net):
     assert max(second.drop_probs) == 0.25
     assert {b._sdkernels.options.sampler for b in patched_blocks(model)} == {"fixed"}
     assert "0.5" in text
+
+
+def test_a_pickle_of_a_forward_that_is_not_known(monkeypatch):
+    """It would train with our forward and evaluate with theirs, of another version."""
+    vision: Any = load("timm.models.vision_transformer")
+    model = VIT.model()
+    sdkernels.patch(model)
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(registry, "_PATCHED", {})  # as in another process
+    monkeypatch.setattr(vision.Block, "forward", lambda self, x: x)
+    with pytest.raises(ValueError, match="a Block cannot be patched: its forward is not one that"):
+        pickle.loads(pickled)
+    monkeypatch.undo()
+    assert patched_blocks(pickle.loads(pickled))
 
 
 # Hooks
@@ -206,6 +220,15 @@ def test_probability_is_read_at_call_time():
     assert seen[5] == 4
 
 
+def test_a_probability_of_zero_overrides_the_drop_path_module():
+    model = VIT.model().train()
+    report = sdkernels.patch(model, drop_probs=[0.5, 0.5, 0.0, 0.0])
+    assert model.blocks[1].drop_path1.drop_prob == 0.5
+    block, x = report.patched[1].block, torch.randn(64, 17, 32, dtype=torch.float64)
+    y = block(x)
+    torch.testing.assert_close(y, block.eval()(x))
+
+
 def test_timm_without_scaling():
     """DropPath(scale_by_keep=False) keeps its rule."""
     model = VIT.model().train()
@@ -242,22 +265,160 @@ def test_paper_rule():
     torch.testing.assert_close(model(x), y)
 
 
-@pytest.mark.parametrize("options", [
-    {"sampler": "fixed"}, {"mode": "batch"}, {"rescale": "none"}, {"empty": "skip"},
-    {"min_saving": 0.9},
-])  # fmt: skip
-@pytest.mark.parametrize("name", ["timm-vit-things", "timm-resnet", "torchvision-swin"])
-def test_options(name, options):
+class LastBlock:
+    """The last block of a net whose blocks have one branch, patched, and what goes into it."""
+
+    def __init__(self, name: str, p: float = 0.5, **options: Any) -> None:
+        net, seen = NETS[name], []
+        model = net.model().train()
+        self.block = sdkernels.patch(model, drop_probs=p, **options).patched[-1].block
+        handle = self.block.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+        model(net.inputs(16))
+        handle.remove()
+        self.x = seen[0]
+        self.alone = sdkernels.unpatch(copy.deepcopy(self.block)).eval()
+        self.counts: list[int] = []  # rows of the branch
+        for module in self.block.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.register_forward_hook(lambda m, args, out: self.counts.append(len(out)))
+
+    def factors(self) -> list[float]:
+        """What each row of the unpatched branch is multiplied by in a call; 0 if it is dropped."""
+        self.counts.clear()
+        with torch.no_grad():
+            added = output_of(self.block(self.x)) - self.x
+            branch = output_of(self.alone(self.x)) - self.x
+        factors = (added * branch).flatten(1).sum(1) / branch.square().flatten(1).sum(1)
+        torch.testing.assert_close(added, branch * factors.view(-1, *[1] * (added.dim() - 1)))
+        return [round(factor, 9) for factor in factors.tolist()]
+
+
+one_branch = pytest.mark.parametrize(
+    "name", ["timm-vit-parallel", "timm-convnext", "torchvision-convnext", "transformers-convnext"]
+)
+
+
+@one_branch
+def test_fixed_keeps_the_same_number(name):
+    last = LastBlock(name, 0.25, sampler="fixed")
+    draws = [last.factors() for _ in range(6)]
+    scale = round(4 / 3, 9)
+    assert {(row.count(scale), row.count(0.0)) for row in draws} == {(12, 4)}
+    assert len(set(map(tuple, draws))) > 1
+    last = LastBlock(name, 0.25)
+    assert len({last.factors().count(0.0) for _ in range(6)}) > 1
+
+
+@one_branch
+def test_mode(name):
+    last = LastBlock(name, mode="batch")
+    assert {tuple(last.factors()) for _ in range(12)} == {(0.0,) * 16, (2.0,) * 16}
+    last = LastBlock(name)
+    assert {factor for _ in range(2) for factor in last.factors()} == {0.0, 2.0}
+    assert len(set(last.factors())) == 2
+
+
+def test_mode_of_the_drop_path_module():
+    last = LastBlock("torchvision-convnext")
+    last.block.stochastic_depth.mode = "batch"
+    assert {tuple(last.factors()) for _ in range(12)} == {(0.0,) * 16, (2.0,) * 16}
+    sdkernels.patch(last.block, mode="row", drop_probs=0.5)
+    assert set(last.factors()) == {0.0, 2.0}
+
+
+@one_branch
+@pytest.mark.parametrize(
+    ("rescale", "training", "evaluation"),
+    [("train", 1.25, 1.0), ("eval", 1.0, 0.8), ("none", 1.0, 1.0)],
+)
+def test_rescale(name, rescale, training, evaluation):
+    last = LastBlock(name, 0.2, rescale=rescale)
+    assert set(last.factors() + last.factors()) == {0.0, training}
+    last.block.eval()
+    assert set(last.factors()) == {evaluation}
+
+
+@one_branch
+def test_min_saving(name):
+    for min_saving, runs_whole in ((0.0, False), (0.9, True)):
+        last = LastBlock(name, min_saving=min_saving)
+        dropped = last.factors().count(0.0)
+        assert 0 < dropped < 14
+        assert set(last.counts) == {16 if runs_whole else 16 - dropped}
+
+
+@pytest.mark.parametrize("name", [*SOME, "timm-resnet", "timm-resnet-bottleneck",
+                                  "torchvision-resnet-bottleneck"])  # fmt: skip
+def test_empty(name):
+    """Parameters of branches that keep nothing get no gradient, or one of zeros."""
+    net = NETS[name]
+    for empty in ("skip", "run"):
+        model = net.model().train()
+        report = sdkernels.patch(model, drop_probs=net.drop_probs, empty=empty)
+        report = sdkernels.patch(model, drop_probs=[1.0] * len(report.drop_probs), empty=empty)
+        y, _ = train_step(model, net.inputs(4))
+        assert y.isfinite().all()
+        # Shortcuts are no part of a branch.
+        gradients = {f"{entry.name}.{key}": parameter.grad for entry in report.patched
+                     for key, parameter in entry.block.named_parameters()
+                     if "downsample" not in key}  # fmt: skip
+        assert gradients
+        for key, gradient in gradients.items():
+            assert gradient is None if empty == "skip" else not gradient.any(), key
+
+
+@pytest.mark.parametrize("name", ["timm-resnet", "timm-resnet-bottleneck", "torchvision-resnet",
+                                  "torchvision-resnet-bottleneck"])  # fmt: skip
+def test_a_skipped_block_does_not_write_into_its_input(name):
+    """The activation after the sum is in place, and the sum may be the input."""
     net = NETS[name]
     model = net.model().train()
-    sdkernels.patch(model, **options)
-    counts: list[int] = []
-    for block in patched_blocks(model)[1:]:
-        block.register_forward_hook(lambda m, args, out: counts.append(len(out)))
-    y, gradients = train_step(model, net.inputs(4))
-    assert y.isfinite().all()
-    assert counts
-    assert gradients["x"] is not None
+    sdkernels.patch(model, drop_probs=1.0, empty="skip")
+    block = next(b for b in patched_blocks(model) if b.downsample is None)
+    block._sdkernels.p = [1.0]
+    width = next(block.parameters()).shape[1]
+    x = torch.randn(2, width, 4, 4, dtype=torch.float64)
+    before = x.clone()
+    assert_same_bits(block(x), before.relu())
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_swin_of_transformers_refuses_attention_weights(how):
+    """They would be of the kept samples; in evaluation they are there as before."""
+    model: Any = NETS["transformers-swin"].model().train()
+    x = NETS["transformers-swin"].inputs(2)
+    model.set_attn_implementation("eager")
+    asked = {"output_attentions": True} if how == "argument" else {}
+    if how == "config":
+        model.config.output_attentions = True
+    sdkernels.patch(model, drop_probs=0.5)
+    with pytest.raises(ValueError, match="output_attentions: a patched layer computes"):
+        model(x, **asked)
+    assert len(model.eval()(x, **asked).attentions) == 2
+
+
+def test_flat_masks_of_transformers():
+    """[B, tokens] belongs to the samples; [tokens, tokens], as scores are masked, to all."""
+    model: Any = NETS["transformers-dinov2"].model().train()
+    report = sdkernels.patch(model)
+    block = report.patched[-1].block
+    seen: list[Any] = []
+    block.attention.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    x, kept = torch.randn(4, 5, 32, dtype=torch.float64), torch.tensor([0, 1, 0, 0]).bool()
+    of_samples, of_all = torch.arange(20).view(4, 5) % 3 > 0, torch.ones(5, 5).bool()
+    for mask, rows, expected in (
+        (of_samples, kept, of_samples[1:2]),
+        (of_all, kept, of_all),
+        (of_all, torch.zeros(4).bool(), of_all),
+    ):
+        seen.clear()
+        block.attention.forward = lambda x, attention_mask: (x, None)  # SDPA knows no flat masks
+        with report.use([KeptRows.from_mask(rows)] * len(report.drop_probs)):
+            block(x, attention_mask=mask)
+        assert torch.equal(seen[0], expected)
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-vit-things", "torchvision-convnext"])

@@ -39,6 +39,18 @@ def test_bad_options_leave_the_model_alone(options, error, message):
     assert not patched_blocks(model)
 
 
+def test_fixed_does_not_fit_a_drop_path_of_mode_batch():
+    model = NETS["torchvision-convnext"].model().train()
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.mode = "batch"
+    with pytest.raises(ValueError, match=r'sampler: "fixed" keeps a fixed .* of mode "batch"'):
+        sdkernels.patch(model, sampler="fixed")
+    assert not patched_blocks(model)
+    assert sdkernels.patch(model, sampler="fixed", mode="row").patched
+    assert sdkernels.patch(model).patched
+
+
 def test_bad_models():
     for function in (sdkernels.patch, sdkernels.unpatch, drop_probs):
         with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):

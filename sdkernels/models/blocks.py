@@ -242,6 +242,19 @@ class Add:
             min_saving=options.min_saving,
         )
 
+    def writable(
+        self, index: int, x: Tensor, branch: Callable[..., Any], *, residual: Tensor | None = None
+    ) -> Tensor:
+        """The same, for a block that goes on to write into the sum (an in-place activation).
+
+        With ``empty="skip"`` the sum may be `x` or `residual` itself, which others read.
+        """
+        options = self.block._sdkernels.options
+        total: Tensor = self(index, x, branch, residual=residual)
+        if options.empty == "skip" and not options.inplace:
+            return total.clone() if total is (x if residual is None else residual) else total
+        return total
+
 
 def _check_recomputation() -> None:
     """Refuse to draw new rows where activation checkpointing runs a block of a plan again."""
@@ -281,7 +294,10 @@ def make_patched(
                     "not known, so it draws for itself"
                 )
         elif any(
-            law.p > 0.0 or (bound and law.training) for law in laws if law.training or scaled_later
+            # With a p of 0 from patch(): the module that the original calls may have another.
+            law.p > 0.0 or p == 0.0 or (bound and law.training)
+            for law, p in zip(laws, state.p, strict=True)
+            if law.training or scaled_later
         ):
             return body(self, Add(self, laws), *args, **kwargs)
         if args and isinstance(args[0], list):

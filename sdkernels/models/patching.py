@@ -96,6 +96,8 @@ def patch(
         min_saving=min_saving,
     )
     found, left = _find(model, drop_probs is not None)
+    if mode is None:
+        _check_modes(found, sampler)
     overrides = iter(_overrides(drop_probs, [len(branches) for _, _, branches in found]))
 
     unpatch(model)
@@ -158,6 +160,19 @@ def _drop_obstacle(
                 return "its drop path module has hooks"
             return f"the class of its drop path, {type(drop).__name__}, is not known"
     return None
+
+
+def _check_modes(found: Found, sampler: str) -> None:
+    """Refuse what the blocks' own drop path modules cannot do, before they are asked to."""
+    for name, block, branches in found:
+        state = BlockState(Options(), tuple(b.drop for b in branches), [None] * len(branches))
+        laws = [state.law(block, index) for index in range(len(branches))]
+        if sampler == "fixed" and any(law is not None and law.mode == "batch" for law in laws):
+            raise ValueError(
+                f'sampler: "fixed" keeps a fixed number of rows, which the drop path of '
+                f'{name or "the model"}, of mode "batch", has no choice of; use '
+                'sampler="bernoulli", or mode="row"'
+            )
 
 
 def _overrides(

@@ -129,11 +129,14 @@ _PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def patched_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class that blocks of a known class get; one for each, made when it is first asked for."""
+    """The class that blocks of a known class get; one for each, made when it is first asked for.
+
+    The first to ask may be pickle, of a model that was patched with another version of the library.
+    """
     if original not in _PATCHED:
-        known = find_known(original)
-        if known is None:
-            raise ValueError(f"original: {original.__name__} is not a known class of blocks")
+        known, reason = find_known(original), _class_obstacle(original)
+        if known is None or reason is not None:
+            raise ValueError(f"a {original.__name__} cannot be patched: {reason}")
         library = original.__module__.partition(".")[0]
         file = _file_of(library)
         for norm in getattr(file, "NORMS", ()):

@@ -255,14 +255,16 @@ def maxxvit_mbconv(block: Any, add: Add, x: Tensor) -> Any:
 def resnet_basic(block: Any, add: Add, x: Tensor) -> Any:
     steps = [block.conv1, block.bn1, block.drop_block, block.act1, block.aa]
     steps += [block.conv2, block.bn2, block.se]
-    return block.act2(add(0, x, chain(steps), residual=_shortcut(block.downsample, x)))
+    residual = _shortcut(block.downsample, x)
+    return block.act2(add.writable(0, x, chain(steps), residual=residual))
 
 
 def resnet_bottleneck(block: Any, add: Add, x: Tensor) -> Any:
     steps = [block.conv1, block.bn1, block.act1]
     steps += [block.conv2, block.bn2, block.drop_block, block.act2, block.aa]
     steps += [block.conv3, block.bn3, block.se]
-    return block.act3(add(0, x, chain(steps), residual=_shortcut(block.downsample, x)))
+    residual = _shortcut(block.downsample, x)
+    return block.act3(add.writable(0, x, chain(steps), residual=residual))
 
 
 def depthwise_separable(block: Any, add: Add, x: Tensor) -> Any:

@@ -26,9 +26,8 @@ def _mask(mask: Any, x: Any) -> Any:
     """Flash attention's masks, [B, tokens], belong to the samples as well."""
     if isinstance(mask, list) and isinstance(x, list):
         return [_mask(each, crop) for each, crop in zip(mask, x, strict=True)]
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask
-    return per_sample(mask, x)
+    is_flat = isinstance(mask, Tensor) and isinstance(x, Tensor) and mask.shape == x.shape[:2]
+    return mask if is_flat else per_sample(mask, x)
 
 
 def dinov2(
@@ -174,6 +173,9 @@ def swin(
     **kwargs: Any,
 ) -> Any:
     """Only the attention of this layer has a drop path. No attention weights are returned."""
+    config = getattr(block.attention, "config", None)
+    asked = getattr(config, "output_attentions", False)
+    _refuse_attentions(kwargs.get("output_attentions", asked))
     if not always_partition:
         block.set_shift_and_window_size(input_dimensions)
     _check_kwargs(kwargs, hidden_states)

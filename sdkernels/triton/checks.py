@@ -49,7 +49,8 @@ def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...], x: Tensor) ->
 
 def check_written(x: Tensor, name: str) -> None:
     """For a tensor that is read and written: two of its elements must not be one in memory."""
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    repeated = (size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and any(repeated):  # the strides of a tensor without elements mean nothing
         raise ValueError(
             f"{name}: expected memory of its own for every element, got shape {tuple(x.shape)} "
             f"with strides {x.stride()}"

@@ -93,9 +93,10 @@ def test_norm_widths(dtype, width, device):
     check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("width", [4, 1024, 2048, 2050])
-def test_norm_widths_in_double(width, device):
-    forward, backward = norm_arguments(3, 2, 2, width, torch.float32, device)
+def test_norm_widths_in_double(width, k, device):
+    forward, backward = norm_arguments(3, k, 2, width, torch.float32, device)
 
     def double(args: Arguments) -> Arguments:
         args = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
@@ -104,6 +105,17 @@ def test_norm_widths_in_double(width, device):
     check_arguments("compact_norm", double(forward), TOLERANCE[torch.float64])
     # The statistics were rounded to float32.
     check_arguments("compact_norm_backward", double(backward), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("width", [64, 4097, 8192, 8193, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_no_row(dtype, width, device):
+    """The stream's gradient passes, and the parameters' gradients are zero."""
+    forward, backward = norm_arguments(3, 0, 2, width, dtype, device)
+    check_arguments("compact_norm", forward, TOLERANCE[dtype])
+    check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        check_backward(backward, wanted)
 
 
 @pytest.mark.parametrize("width", [24, 9000])
@@ -197,6 +209,19 @@ def test_one_of_the_sums(name, wanted, device):
     backward = scatter_arguments(name, PAIRS["f32"], device)[1]
     args = (*backward[:-1], wanted)
     check_arguments("scatter_add_rows_backward", args, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["one-long-row-one-scale", "image", "image-odd"])
+def test_infinite_weight(name, device):
+    """Its sums are infinite: threads that have no element of a line add nothing, not 0 * inf."""
+    backward = scatter_arguments(name, PAIRS["f32"], device)[1]
+    grad, out, index, layer_scale, weight, *others = backward
+    weight = torch.full_like(weight, torch.inf)
+    args = (grad.abs(), out.abs(), index, layer_scale.abs(), weight, *others)
+    d_out, d_layer_scale, d_weight = torch.ops.sdkernels.scatter_add_rows_backward(*args)
+    assert d_out.isposinf().all()
+    assert d_layer_scale.isposinf().all()
+    assert d_weight.isfinite().all()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 31, 32, 33, 1023, 1024, 1025, 5000])

@@ -182,9 +182,10 @@ struct ColumnTiles {
   int64_t tiles, slices, lines_per_slice;
   Divisor block_tiles;  // block -> slice
 
-  ColumnTiles(int64_t lines, int64_t len, int width)
+  ColumnTiles(int64_t kept_lines, int64_t len, int width)
       : tiles(ceil_div(len, kWarp * width)), block_tiles(tiles) {
     constexpr int64_t kLeastLines = 4, kRows = kThreads / kWarp;
+    const int64_t lines = std::max<int64_t>(1, kept_lines);  // of none, one slice of zeros
     slices = std::max<int64_t>(1, std::min(kEnoughBlocks / tiles, lines / (kLeastLines * kRows)));
     lines_per_slice = ceil_div(lines, slices);
     slices = ceil_div(lines, lines_per_slice);

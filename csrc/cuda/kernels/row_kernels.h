@@ -3,7 +3,8 @@
 // A row (one sample) is walked as `lines` runs of `len` contiguous elements (stride.h). Sizes and
 // strides are in elements and 64 bits wide. Each launcher chooses vector width, block and grid from
 // the arguments alone, never from the device, so that the same inputs give the same bits
-// everywhere. None of them synchronises; scratch memory comes from the caller's allocator.
+// everywhere. None of them synchronises; scratch memory comes from the caller's allocator. Calls
+// that would write no row do not come here; sums over no row do (compact_norm_backward).
 #pragma once
 
 #include <cuda_runtime_api.h>

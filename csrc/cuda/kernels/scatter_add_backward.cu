@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
       A of_row = 0;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        total.v[e] += weight * sum.v[e];
+        if (active) total.v[e] += weight * sum.v[e];  // 0 * inf would be NaN
         of_row += gamma.v[e] * sum.v[e];
       }
       if (row_weight_sums) {

@@ -220,6 +220,15 @@ def test_probability_is_read_at_call_time():
     assert seen[5] == 4
 
 
+def test_a_probability_of_zero_overrides_the_drop_path_module():
+    model = VIT.model().train()
+    report = sdkernels.patch(model, drop_probs=[0.5, 0.5, 0.0, 0.0])
+    assert model.blocks[1].drop_path1.drop_prob == 0.5
+    block, x = report.patched[1].block, torch.randn(64, 17, 32, dtype=torch.float64)
+    y = block(x)
+    torch.testing.assert_close(y, block.eval()(x))
+
+
 def test_timm_without_scaling():
     """DropPath(scale_by_keep=False) keeps its rule."""
     model = VIT.model().train()

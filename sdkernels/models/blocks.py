@@ -294,7 +294,10 @@ def make_patched(
                     "not known, so it draws for itself"
                 )
         elif any(
-            law.p > 0.0 or (bound and law.training) for law in laws if law.training or scaled_later
+            # With a p of 0 from patch(): the module that the original calls may have another.
+            law.p > 0.0 or p == 0.0 or (bound and law.training)
+            for law, p in zip(laws, state.p, strict=True)
+            if law.training or scaled_later
         ):
             return body(self, Add(self, laws), *args, **kwargs)
         if args and isinstance(args[0], list):

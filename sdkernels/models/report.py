@@ -121,7 +121,7 @@ class PatchReport:
 def _p_column(block: Any) -> str:
     values = probabilities(block)
     if not any(values):
-        return "0: runs its own forward"
+        return "0: drops nothing"
     return " ".join(f"{p:.4g}" for p in values)
 
 

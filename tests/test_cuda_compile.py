@@ -24,8 +24,33 @@ ARCHITECTURES = ("80", "90", "100")
 
 # Registers that a kernel may take. With 128 two blocks of 256 threads fit on a multiprocessor. The
 # kernels that add up columns hold their sums in registers as well.
-MOST_REGISTERS = {"compact_norm_backward": 224, "scale_rows_and_sum": 200}
+MOST_REGISTERS = {"compact_norm_backward": 224, "scale_rows_and_sum": 208}
 MOST_REGISTERS_ELSEWHERE = 128
+
+# Narrow accesses to memory in the code of a kernel of the widest vectors, at most: what it reads
+# once for a row (index, slot, weight, statistics) and the statistics and sums that it writes.
+MOST_NARROW_READS = 6
+MOST_NARROW_WRITES = {
+    "compact_norm": 2,
+    "compact_long_norm": 2,
+    "compact_norm_backward": 32,
+    "sum_columns": 6,
+    "scale_rows_and_sum": 10,
+}
+
+# Elements in the vectors of each kernel, for 16-bit data. The norms' backward, slowest to compile,
+# does without one.
+ALL_WIDTHS = [1, 2, 4, 8]
+WIDTHS = {
+    "scatter_add": {"scatter_add": ALL_WIDTHS},
+    "scatter_add_backward": {"scale_rows": ALL_WIDTHS, "scale_rows_and_sum": ALL_WIDTHS},
+    "compact_norm": {"compact_norm": ALL_WIDTHS, "compact_long_norm": ALL_WIDTHS},
+    "compact_norm_backward": {
+        "compact_norm_backward": [1, 4, 8],
+        "compact_long_norm_backward": [1, 4, 8],
+        "sum_columns": [1, 4, 8],
+    },
+}
 
 FLAGS = [
     "-std=c++17",
@@ -153,7 +178,7 @@ def test_registers(name, objects, cuobjdump):
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "compact_mask"])
 def test_wide_accesses(name, objects, cuobjdump):
-    """The widest vectors are read and written 16 bytes at a time."""
+    """The widest vectors are read and written 16 bytes at a time, whatever else a kernel does."""
     widest = set()
     for architecture in ARCHITECTURES:
         sass = run(cuobjdump, "--dump-sass", "-arch", f"sm_{architecture}", objects[name])
@@ -162,11 +187,30 @@ def test_wide_accesses(name, objects, cuobjdump):
             if not kernel.is_widest:
                 continue
             widest.add(kernel)
-            assert re.search(r"\bLDG\.\S*128", function), kernel
+            reads = re.findall(r"\bLDG?\.\S*", function)
+            writes = re.findall(r"\bSTG?\.\S*", function)
+            narrow_reads, narrow_writes = (
+                [access for access in accesses if ".128" not in access]
+                for accesses in (reads, writes)
+            )
+            assert len(narrow_reads) < len(reads), kernel
+            assert len(narrow_reads) <= MOST_NARROW_READS, (kernel, narrow_reads)
             # The sums of columns are read that way and written one by one.
-            if kernel.name not in ("sum_columns",):
-                assert re.search(r"\bSTG\.\S*128", function), kernel
+            assert kernel.name == "sum_columns" or len(narrow_writes) < len(writes), kernel
+            most = MOST_NARROW_WRITES.get(kernel.name, 0)
+            assert len(narrow_writes) <= most, (kernel, narrow_writes)
     assert {kernel.architecture for kernel in widest} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_widths(name, objects, cuobjdump):
+    """Rows that do not allow the widest vectors still get wider ones than single elements."""
+    widths: dict[str, set[int]] = {}
+    for kernel, _ in usages(cuobjdump, objects[name]):
+        if "__nv_bfloat16" in kernel.arguments:
+            width = next(int(a) for a in kernel.arguments if a.isdigit())
+            widths.setdefault(kernel.name, set()).add(width)
+    assert {name: sorted(found) for name, found in widths.items()} == WIDTHS[name]
 
 
 @pytest.fixture(scope="module")

@@ -129,11 +129,14 @@ def test_norm_of_many_lines(width, device):
         check_backward(backward, wanted)
 
 
-@pytest.mark.parametrize("dtype", HALF_PRECISION)
-def test_norm_of_misaligned_rows(dtype, device):
-    forward, backward = norm_arguments(4, 3, 2, 96, dtype, device, offset=1)
-    check_arguments("compact_norm", forward, TOLERANCE[dtype])
-    check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_PRECISION])
+def test_norm_of_misaligned_rows(dtype, offset, device):
+    """Narrower vectors, down to single elements."""
+    for width in (96, 9000):
+        forward, backward = norm_arguments(4, 3, 2, width, dtype, device, offset)
+        check_arguments("compact_norm", forward, TOLERANCE[dtype])
+        check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])
 
 
 # Rows of every width of vector, few long and many short ones; layer scales that vary along a line,

@@ -124,7 +124,7 @@ cudaError_t launch_width(const CompactNorm& p, cudaStream_t stream) {
               {operand<N>(p.normed, dense, 2), operand<X>(p.copy, dense, 2),
                operand<X>(p.x, p.x_stride, p.lines), operand<A>(p.weight, {}, 1),
                operand<A>(p.bias, {}, 1)}))
-      return launch_width<X, N, 1>(p, stream);
+      return launch_width<X, N, W / 2>(p, stream);
   }
   constexpr int kItems = kHeld<A, W> / W;
   const int64_t all = p.kept * p.lines;

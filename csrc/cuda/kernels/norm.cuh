@@ -7,10 +7,10 @@
 namespace sdkernels::cuda {
 
 // Elements of a line that one thread holds in registers, at most. In a block that makes lines of
-// 8192 elements; half of that where they are loaded one by one (more of the other registers), and
-// in double.
+// 8192 elements; half of that where a vector's arithmetic takes less than 16 bytes (narrower
+// vectors take more of the other registers), and in double.
 template <class A, int W>
-constexpr int kHeld = 32 / (W == 1 ? 2 : 1) / (sizeof(A) == 8 ? 4 : 1);
+constexpr int kHeld = 32 / (W * sizeof(A) < 16 ? 2 : 1) / (sizeof(A) == 8 ? 4 : 1);
 
 // Threads (x, y): x for each line, y lines in a block. x is a power of two up to a warp, or whole
 // warps.

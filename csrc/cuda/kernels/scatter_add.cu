@@ -75,7 +75,7 @@ cudaError_t launch_width(const ScatterAdd& p, cudaStream_t stream) {
                operand<R>(p.residual, p.residual_stride, p.lines),
                operand<O>(p.out, p.out_stride, p.lines),
                operand<Acc<Y>>(p.layer_scale_element ? p.layer_scale : nullptr, gamma, p.lines)}))
-      return launch_width<Y, R, O, N == 8 ? 4 : 1>(p, stream);
+      return launch_width<Y, R, O, N / 2>(p, stream);
   }
   const RowTiles tiles(p.index ? p.kept : p.batch, p.lines, p.len / N, kUnroll);
   return launch(scatter_add<Y, R, O, N>, tiles.blocks, dim3(tiles.x, tiles.y), stream, p, tiles);

@@ -228,7 +228,7 @@ cudaError_t launch_width(const ScatterAddBackward& p, const Allocate& allocate,
               {operand<O>(p.d_out, p.d_out_stride, p.lines),
                operand<G>(p.grad, p.grad_stride, p.lines), operand<O>(p.out, p.out_stride, p.lines),
                operand<Acc<G>>(p.layer_scale_element ? p.layer_scale : nullptr, gamma, p.lines)}))
-      return launch_width<G, O, N == 8 ? 4 : 1>(p, allocate, stream);
+      return launch_width<G, O, N / 2>(p, allocate, stream);
   }
   if (p.out) return launch_sums<G, O, N>(p, allocate, stream);
   const RowTiles tiles(p.kept, p.lines, p.len / N, kUnroll);

@@ -1,5 +1,8 @@
 """A patched model with the rows of a plan: checkpointing, lists of crops, masks."""
 
+import copy
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -121,7 +124,90 @@ def test_a_plan_with_checkpointing(use_reentrant):
             stream = checkpointed(block, stream)
     with pytest.raises(RuntimeError, match=r"call backward\(\) inside the with statement"):
         stream.sum().backward()
+    del stream
     run(checkpointed)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_with_other_rows_is_refused(use_reentrant):
+    """Never another function's gradient: what cannot be told apart is an error."""
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    plan, other = (DepthPlan.sample(8, report.drop_probs, sampler="fixed") for _ in range(2))
+    x = VIT.inputs(8)
+
+    def forward() -> torch.Tensor:
+        stream = model._pos_embed(model.patch_embed(x))
+        for block in model.blocks:
+            stream = checkpoint(block, stream, use_reentrant=use_reentrant)
+        return model.norm(stream).sum()
+
+    def refuse(losses: list[torch.Tensor]) -> None:
+        with pytest.raises(RuntimeError, match=r"^plan: a checkpointed block is run again"):
+            sum(losses).backward()
+        losses.clear()
+
+    with report.use(plan):
+        losses = [forward()]
+    with torch.no_grad():
+        model(x)  # the figure of a log
+    refuse(losses)
+    with report.use(plan):
+        losses = [forward()]
+    with report.use(other):
+        losses.append(forward())
+        refuse(losses)
+    with report.use(plan):
+        losses = [forward()]
+        plan.resample_()
+        refuse(losses)
+    # A step that is given up leaves nothing behind, and two forwards of one plan are no doubt.
+    with report.use(plan):
+        forward()
+    with report.use(other):
+        (forward() + forward()).backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_inside_of_use_is_bound_to_no_plan(copied):
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    with report.use(DepthPlan.sample(8, report.drop_probs, sampler="fixed")):
+        model(VIT.inputs(8))
+        clone = copied(model)
+    assert not torch.equal(clone(VIT.inputs(8)), clone(VIT.inputs(8)))
+    clone(VIT.inputs(3))
+
+
+def test_use_from_another_thread_is_refused():
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    plan = DepthPlan.sample(8, report.drop_probs)
+    errors = []
+
+    def other() -> None:
+        try:
+            with report.use(plan):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with report.use(plan):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert errors == ["plan: another thread is using this model with a plan of its own"]
+    other()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("entry", [None, 3, [None]])
+def test_a_plan_of_something_else(entry):
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    plan = [*DepthPlan.sample(8, report.drop_probs)][:-1]
+    with pytest.raises(TypeError, match=r"^plan: expected KeptRows"), report.use([*plan, entry]):
+        pass
 
 
 @pytest.mark.parametrize("name", ["timm-deit3", "timm-eva", "transformers-dinov2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Rows = KeptRows | list[KeptRows]
+Token = tuple[tuple[KeptRows, int], ...]
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,56 @@ class BlockState:
     drops: tuple[str | None, ...]  # the drop path module of each branch
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
-    was_bound: bool = field(init=False)  # by `use`, since the last forward outside of it
+    user: int | None = field(init=False)  # the thread whose `use` that is
+    # The forwards whose backward may still come: what they returned, and the rows they ran with.
+    pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
+    recomputed: bool = field(init=False)  # in a backward since the last forward
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.drops)
-        self.was_bound = False
+        self.user = None
+        self.pending = []
+        self.recomputed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to no `use`, and has run no forward.
+        return {"options": self.options, "drops": self.drops, "p": self.p}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def token(self) -> Token:
+        """The rows that a forward runs with now: the same objects, not written to since."""
+        rows: list[KeptRows] = []
+        for each in self.rows:
+            rows += each if isinstance(each, list) else [] if each is None else [each]
+        return tuple((each, each.index._version) for each in rows)
+
+    def remember(self, y: Any) -> None:
+        """A forward has returned `y`."""
+        if self.recomputed:  # the forwards before have had their backward
+            self.pending, self.recomputed = [], False
+        # Those whose result is gone have been given up.
+        self.pending = [entry for entry in self.pending if entry[0]() is not None]
+        first = y[0] if isinstance(y, (list, tuple)) and y else y
+        if isinstance(first, Tensor):
+            self.pending.append((weakref.ref(first), self.token()))
+
+    def check_recomputation(self) -> None:
+        """Refuse a recomputation in the backward that may run with other rows than its forward.
+
+        Which of the forwards it belongs to cannot be told, so all of them must have had these rows.
+        Rows that a block draws itself are the same again: checkpoint restores the generator.
+        """
+        token = self.token()
+        if any(rows != token for _, rows in self.pending):
+            raise RuntimeError(
+                "plan: a checkpointed block is run again in the backward with other rows than a "
+                "forward before it had; call backward() inside the with statement of its forward, "
+                "before the next forward and before the plan is resampled"
+            )
+        self.recomputed = True
 
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
@@ -256,15 +303,6 @@ class Add:
         return total
 
 
-def _check_recomputation() -> None:
-    """Refuse to draw new rows where activation checkpointing runs a block of a plan again."""
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "plan: a checkpointed block is run again in a backward outside of `use`; "
-            "call backward() inside the with statement"
-        )
-
-
 Body = Callable[..., Any]
 
 
@@ -281,11 +319,18 @@ def make_patched(
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sdkernels
+        if not self.training or is_compiling():
+            return run(self, state, args, kwargs)
+        if torch._C._current_graph_task_id() != -1:  # inside a backward: a checkpoint's second run
+            state.check_recomputation()
+            return run(self, state, args, kwargs)
+        y = run(self, state, args, kwargs)
+        state.remember(y)
+        return y
+
+    def run(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
         bound = state.rows[0] is not None
-        if not bound and state.was_bound:
-            _check_recomputation()
-            state.was_bound = False
-        laws = [state.law(self, branch) for branch in range(len(state.drops))]
+        laws: Any = [state.law(self, branch) for branch in range(len(state.drops))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
         if None in laws:
             if bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -23,6 +24,7 @@ from sdkernels.models.report import (
     probabilities,
 )
 from sdkernels.plan import DepthPlan
+from sdkernels.rows import KeptRows
 from sdkernels.schedules import check_probability, linear_decay
 
 __all__ = ["drop_probs", "patch", "unpatch", "use"]
@@ -258,7 +260,9 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
 
     The rows are bound to the branches, not handed out in the order of calls: a block that
     activation checkpointing runs again in the backward finds its rows again, as long as
-    ``backward()`` is called inside the with statement (outside of it, that is an error).
+    ``backward()`` is called inside the with statement, before a forward with other rows and before
+    the plan is resampled (else that is an error). The scale is that of the plan's rows: sample it
+    with the `rescale` that the model was patched with.
 
     Args:
         model: a patched model.
@@ -266,7 +270,8 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
             where the blocks get a list of tensors (multi-crop).
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or an entry of the plan not KeptRows.
+        RuntimeError: another thread is inside a `use` of this model.
         ValueError: the plan has another number of branches than the model. (Rows that do not fit
             the batch are refused by the op.)
 
@@ -282,14 +287,23 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
             f"plan: expected {total} branches as the model has, got {len(plan)} (draw it with "
             "sdkernels.models.drop_probs(model))"
         )
-    before = [state.rows for state in states]
+    for entry in plan:
+        if not all(
+            isinstance(e, KeptRows) for e in (entry if isinstance(entry, list) else [entry])
+        ):
+            raise TypeError(
+                "plan: expected KeptRows, or a list of them, for every branch, got "
+                f"{type(entry).__name__}"
+            )
+    thread = threading.get_ident()
+    if any(state.user not in (None, thread) for state in states):
+        raise RuntimeError("plan: another thread is using this model with a plan of its own")
+    before = [(state.rows, state.user) for state in states]
     rows = iter(plan)
     try:
         for state in states:
-            state.rows = [next(rows) for _ in state.rows]
-            # Here, not in the forward: a compiled one would be compiled again for the change.
-            state.was_bound = True
+            state.rows, state.user = [next(rows) for _ in state.rows], thread
         yield
     finally:
         for state, previous in zip(states, before, strict=True):
-            state.rows = previous
+            state.rows, state.user = previous

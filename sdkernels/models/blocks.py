@@ -89,7 +89,9 @@ class BlockState:
         rows: list[KeptRows] = []
         for each in self.rows:
             rows += each if isinstance(each, list) else [] if each is None else [each]
-        return tuple((each, each.index._version) for each in rows)
+        return tuple(
+            (each, 0 if each.index.is_inference() else each.index._version) for each in rows
+        )
 
     def remember(self, y: Any) -> None:
         """A forward has returned `y`."""

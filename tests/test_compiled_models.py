@@ -8,7 +8,7 @@ from compiling import assert_same, compilation, results
 from zoo import NETS
 
 import sdkernels
-from sdkernels import DepthPlan
+from sdkernels import DepthPlan, KeptRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -46,3 +46,35 @@ def test_one_graph(name, rows):
         assert_same(actual, expected)
     # The second step has other rows than the first.
     assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_no_row_in_windows():
+    """Windows of an empty batch have no shape: compiled code runs the sample of ones too."""
+    net = NETS["timm-swin"]
+    model = net.model().train()
+    report = sdkernels.patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    leaves, x = list(model.parameters()), net.inputs(BATCH)
+    with compilation():
+        for k in (2, 0):
+            rows = KeptRows.from_mask(torch.arange(BATCH) < k, 2.0)
+            with report.use([rows] * len(report.drop_probs)):
+                assert_same(results(compiled, leaves, x), results(model, leaves, x))
+
+
+def test_unknown_count():
+    """Nothing asks for the number of rows that a graph draws."""
+    net = NETS["timm-vit"]
+    model = net.model().train()
+    eager = copy.deepcopy(model)
+    for each in (model, eager):
+        sdkernels.patch(each, drop_probs=0.4)
+    x = net.inputs(BATCH)
+    with compilation() as seen:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found = []
+        for function, module in ((compiled, model), (eager, eager)):
+            torch.manual_seed(3)
+            found.append(results(function, list(module.parameters()), x))
+        assert seen.graphs == 1
+    assert_same(*found)

@@ -9,7 +9,7 @@ import torch
 from comparison import assert_same_bits
 from patched_models import BATCH, freeze_norms, give_masks, make_rows, patched_copy, train_step
 from torch import Tensor, nn
-from zoo import NETS, output_of
+from zoo import NETS, Net, maxxvit, output_of
 
 import sdkernels
 from sdkernels import KeptRows, reference
@@ -109,6 +109,33 @@ def test_batch_statistics_are_of_the_kept_rows(net, monkeypatch):
         torch.testing.assert_close(buffer, buffers[name])
     masked, _ = train_step(give_masks(model, report, plan), x)
     assert not torch.allclose(y, masked)
+
+
+@pytest.mark.parametrize("net", [
+    NETS["timm-mobilenet-v4"],
+    Net(
+        maxxvit(transformer={"use_nchw_attn": True, "norm_layer": "batchnorm2d"}),
+        ("MbConvBlock", "PartitionAttention2d"),
+    ),
+], ids=["mobilenet-v4", "maxvit"])  # fmt: skip
+def test_running_statistics_stay_without_rows(net):
+    """Attention runs a sample of ones then, which is none of the data."""
+    model = net.model().train()
+    report = sdkernels.patch(model, drop_probs=0.5)
+    blocks = [e.block for e in report.patched if not e.block._runs_empty]
+    norms = [m for block in blocks for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    before = copy.deepcopy([norm.state_dict() for norm in norms])
+    rows = KeptRows.from_mask(torch.zeros(BATCH, dtype=torch.bool))
+    with report.use([rows] * len(report.drop_probs)):
+        train_step(model, net.inputs(BATCH))
+    for norm, state in zip(norms, before, strict=True):
+        assert norm.training
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(norm.state_dict()[name], state[name]), name
+        for parameter in norm.parameters():
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
 
 
 def saved_bytes(model: nn.Module, names: list[str], x: Tensor) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdkernels.functional import Shared, fused_stochastic_depth
 from sdkernels.models.parts import Law, drop_law, layer_scale_of
@@ -189,16 +190,23 @@ class _NeverEmpty(_Composed):
     """One that is not run on an empty batch, which many attentions cannot reshape.
 
     A sample of ones runs beside no sample then, and its result is left out again: nothing is added
-    to any row, and parameters get zero gradients, not None. (No sample of the batch: whatever is in
-    a dropped one reaches nothing.)
+    to any row, running statistics stay, and parameters get zero gradients, not None. (No sample of
+    the batch: whatever is in a dropped one reaches nothing.)
     """
 
-    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int, args: Sequence[Any]):
+    def __init__(
+        self,
+        steps: Sequence[Callable[..., Any]],
+        branch: int,
+        args: Sequence[Any],
+        block: nn.Module,
+    ) -> None:
         super().__init__(steps, branch)
         self.args = args  # of the whole batch
+        self.block = block
 
     def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        if is_compiling() or kept.shape[0] > 0:
+        if not _is_empty(kept):
             return super().run(kept, crop, args)
         whole = self.args if crop is None else _entries(self.args, crop)
         padded = [
@@ -206,7 +214,31 @@ class _NeverEmpty(_Composed):
             for arg, of_batch in zip(args, whole, strict=True)
         ]
         ones = kept.new_ones((1, *kept.shape[1:]))
-        return super().run(torch.cat([kept, ones]), crop, padded)[:0]
+        # SyncBatchNorm stays as it is: the other processes wait for this one.
+        norms = [
+            module
+            for module in self.block.modules()
+            if isinstance(module, _BatchNorm)
+            and not isinstance(module, nn.SyncBatchNorm)
+            and module.training
+        ]
+        for norm in norms:
+            norm.training = False
+        try:
+            return super().run(torch.cat([kept, ones]), crop, padded)[:0]
+        finally:
+            for norm in norms:
+                norm.training = True
+
+
+def _is_empty(kept: Tensor) -> bool:
+    """Whether it has no rows; False in a graph that draws rows inside and so does not know."""
+    if not is_compiling():
+        return kept.shape[0] == 0
+    # Here, because it imports SymPy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(kept.shape[0] == 0)
 
 
 def _entries(args: Sequence[Any], crop: int) -> list[Any]:
@@ -269,7 +301,7 @@ class Add:
         composed = (
             _Composed(steps, position)
             if self.block._runs_empty
-            else _NeverEmpty(steps, position, args)
+            else _NeverEmpty(steps, position, args, self.block)
         )
         is_shared = residual is x  # the first of several branches of the same x
         residual = None if is_shared else residual

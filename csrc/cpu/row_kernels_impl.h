@@ -127,11 +127,12 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
           const A gamma = layer_scale[offset];
           Vec<A> sums = {};
           for_vectors(count, [&](int64_t c, auto n) {
-            const Vec<A> scaled = scale * load(grad + c, n);
-            if (total) sums += scaled * load(out + c, n);
-            store(d_out + c, gamma * scaled, n);
+            const Vec<A> g = load(grad + c, n);
+            // Not yet scaled: a missing lane is zero, and an infinite row weight would make it NaN.
+            if (total) sums += g * load(out + c, n);
+            store(d_out + c, gamma * (scale * g), n);
           });
-          if (total) *total += sum<A>(sums);
+          if (total) *total += scale * sum<A>(sums);
         } else {
           for_vectors(count, [&](int64_t c, auto n) {
             const Vec<A> scaled = scale * load(grad + c, n);

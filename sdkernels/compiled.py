@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkernels.traceable import acc_type, scatter_add_dtype
+from sdkernels.traceable import (
+    acc_type,
+    check_layer_scale,
+    check_normalized_shape,
+    scatter_add_dtype,
+)
 
 
 def _per_row(values: Tensor, dims: int) -> Tensor:
@@ -82,7 +87,7 @@ def compact_norm(
 ) -> tuple[Tensor, Tensor]:
     acc = acc_type(x.dtype)
     shape = list(normalized_shape)
-    _check_norm(x, shape, weight, bias)
+    check_normalized_shape(x, shape)
     kept = _Compact.apply(x, index, slot).to(acc)
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
@@ -135,20 +140,4 @@ def check_scatter_add(
             "each kept row, in order, of the residual's shape)"
         )
     if layer_scale is not None:
-        row = out.shape[1:]
-        if layer_scale.dim() > len(row) or any(
-            size not in (1, full)
-            for size, full in zip(reversed(layer_scale.shape), reversed(row), strict=False)
-        ):
-            raise ValueError(
-                f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
-                f"of shape {list(row)}"
-            )
-
-
-def _check_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
-    if not 0 < len(shape) < x.dim() or list(x.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"norm: normalizes over {shape}, which are not the last dimensions of one row of x, "
-            f"shape {list(x.shape)}"
-        )
+        check_layer_scale(layer_scale, out.shape[1:])

@@ -22,6 +22,7 @@ from sdkernels.ops import is_compiling, kernels
 from sdkernels.rows import KeptRows, draw
 from sdkernels.sampling import check_choice, check_generator, check_law
 from sdkernels.schedules import check_probability
+from sdkernels.traceable import check_layer_scale
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 
@@ -160,13 +161,7 @@ def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None
             "branch must return one row for each row, in order, of the residual's shape)"
         )
     if layer_scale is not None:
-        row = residual.shape[1:]
-        sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
-        if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(
-                f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
-                f"of shape {list(row)}"
-            )
+        check_layer_scale(layer_scale, residual.shape[1:])
 
 
 def _add_dense(

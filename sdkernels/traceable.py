@@ -17,6 +17,25 @@ def acc_type(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def check_layer_scale(layer_scale: Tensor, row: Sequence[int]) -> None:
+    """It must broadcast against one row without enlarging it (as in ``csrc/row_ops.h``)."""
+    sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
+    if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(
+            f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
+            f"of shape {list(row)}"
+        )
+
+
+def check_normalized_shape(x: Tensor, shape: Sequence[int]) -> None:
+    """It must be the last dimensions of one row."""
+    if not 0 < len(shape) < x.dim() or list(x.shape[-len(shape) :]) != list(shape):
+        raise ValueError(
+            f"norm: normalizes over {list(shape)}, which are not the last dimensions of one row "
+            f"of x, shape {list(x.shape)}"
+        )
+
+
 def empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """`rows` rows like those of `x`, its dimensions in the same order in memory."""
     shape = (rows, *x.shape[1:])

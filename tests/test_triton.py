@@ -199,11 +199,11 @@ refused = [
     (scatter(out=torch.ones(2, 5)), "out: expected shape (2, 4)"),
     (scatter(slot=slot[:2]), "residual: expected 2 rows"),
     (scatter(residual=x.long()), "residual: expected float16, bfloat16, float32 or float64"),
-    (scatter(layer_scale=torch.ones(5)), "layer_scale: shape (5,) does not broadcast"),
+    (scatter(layer_scale=torch.ones(5)), "layer_scale: shape [5] does not broadcast"),
     (scatter(row_weight=torch.ones(3)), "row_weight: expected shape (2,)"),
     (scatter_(residual=x[:1].expand(3, 4)), "residual: expected memory of its own for every"),
     (scatter_(residual=x[:, :1].expand(3, 4)), "residual: expected memory of its own for every"),
-    (norm(shape=[5]), "norm: normalizes over (5,)"),
+    (norm(shape=[5]), "norm: normalizes over [5]"),
     (norm(weight=torch.ones(5)), "norm.weight: expected shape (4,)"),
 ]
 for (op, arguments), message in refused:

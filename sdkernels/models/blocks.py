@@ -241,9 +241,13 @@ def _is_empty(kept: Tensor) -> bool:
     return statically_known_true(kept.shape[0] == 0)
 
 
-def _entries(args: Sequence[Any], crop: int) -> list[Any]:
+def _entry(arg: Any, crop: int) -> Any:
     """What belongs to one tensor of a list."""
-    return [arg[crop] if isinstance(arg, list) else arg for arg in args]
+    return arg[crop] if isinstance(arg, list) else arg
+
+
+def _entries(args: Sequence[Any], crop: int) -> list[Any]:
+    return [_entry(arg, crop) for arg in args]
 
 
 def _is_everything(rows: KeptRows) -> bool:
@@ -397,14 +401,11 @@ def make_patched(
 def _each(forward: Callable[..., Any], block: Any, args: Any, kwargs: Any) -> list[Any]:
     """The original forward for every tensor of a list."""
 
-    def entry(value: Any, crop: int) -> Any:
-        return value[crop] if isinstance(value, list) else value
-
     return [
         forward(
             block,
-            *[entry(arg, crop) for arg in args],
-            **{key: entry(value, crop) for key, value in kwargs.items()},
+            *_entries(args, crop),
+            **{key: _entry(value, crop) for key, value in kwargs.items()},
         )
         for crop in range(len(args[0]))
     ]

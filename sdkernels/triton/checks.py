@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdkernels.traceable import check_layer_scale, check_normalized_shape
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -61,13 +63,7 @@ def check_scales(layer_scale: Tensor | None, row_weight: Tensor | None, x: Tenso
     if layer_scale is not None:
         check_floating(layer_scale, "layer_scale")
         check_device(layer_scale, "layer_scale", x)
-        row = x.shape[1:]
-        sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
-        if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(
-                f"layer_scale: shape {tuple(layer_scale.shape)} does not broadcast against one row "
-                f"of shape {tuple(row)}"
-            )
+        check_layer_scale(layer_scale, x.shape[1:])
     if row_weight is not None:
         check_shape(row_weight, "row_weight", (k,), x)
 
@@ -77,11 +73,7 @@ def check_norm(
 ) -> None:
     check_batch(x, "x")
     check_floating(x, "x")
-    if not 1 <= len(shape) < x.dim() or tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"norm: normalizes over {shape}, which are not the last dimensions of one row of x, "
-            f"shape {tuple(x.shape)}"
-        )
+    check_normalized_shape(x, shape)
     for parameter, name in ((weight, "norm.weight"), (bias, "norm.bias")):
         if parameter is not None:
             check_shape(parameter, name, shape, x)

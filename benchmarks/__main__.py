@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
+import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import figures, plots, report, targets
+from benchmarks import break_even, figures, memory, plots, report, targets, timeline
 from benchmarks.environment import environment
-from benchmarks.models import Case
 from benchmarks.presets import PRESETS, Preset, SelectionError, get_preset, select
+from benchmarks.store import OtherRun, Store, write_json
 from benchmarks.training import steps_per_epoch, train
+from benchmarks.workload import Case
 
 HERE = Path(__file__).parent
-RAW_SAMPLES = "pytest-benchmark.json"
 
 
 class RunFailed(RuntimeError):
@@ -58,16 +59,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "and reports."
         ),
         epilog=(
+            "commands:\n"
+            "  python -m benchmarks [options]            run a preset\n"
+            "  python -m benchmarks report DIR           rebuild report and plots of a run\n"
+            "  python -m benchmarks compare A B          ratios of two runs, 1 on a regression\n"
+            '  python -m benchmarks break-even RESULTS   the rule behind min_saving="auto"\n'
+            "  (each with --help)\n\n"
             f"presets:\n{presets}\n\n"
             "filter:\n"
             "  comma-separated shell patterns, matched anywhere in a case's name (see --list)\n"
             "  block             all blocks                 op-*-bwd         backward passes\n"
             "  scatter_add,host  two kinds                  train            the training alone\n\n"
+            "A run that was stopped goes on where it was when it is started again with the same\n"
+            "arguments, versions and commit on the same machine.\n\n"
             "exit code:\n"
             "  0    everything ran; a missed target is reported, it is no failure\n"
             "  1    a provider computes something else, or a case failed\n"
             "  2    a bad argument\n"
-            "  130  interrupted"
+            "  130  interrupted; what was measured is reported and kept"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -83,6 +92,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="for JSON, plots, report (default: benchmarks/out)",
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over where an unfinished run lies in DIR"
+    )
     parser.add_argument("--list", action="store_true", help="list the selected cases and stop")
     options = parser.parse_args(arguments)
     try:
@@ -91,16 +103,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.device = torch.device(options.device)
     except (SelectionError, RuntimeError) as error:
         parser.error(str(error))
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {options.device}")
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no CUDA device")
     return options
 
 
 class RunProgress:
-    """The progress bars; also a pytest plugin, which hears of every check and finished turn."""
+    """The progress bars; also a pytest plugin, which hears of every turn and gives the store."""
 
-    def __init__(self, console: Console, checks: int, steps: int) -> None:
+    def __init__(self, console: Console, store: Store, steps: int) -> None:
         self.console = console
+        self.store = store
         self.bars = Progress(
             TextColumn("{task.description:>9}"),
             BarColumn(),
@@ -111,12 +126,7 @@ class RunProgress:
             redirect_stdout=False,  # pytest's output is caught by run_cases, the bars go past it
             redirect_stderr=False,
         )
-        self.checking = self.bars.add_task(
-            "checking", total=checks or None, visible=checks > 0, doing="", start=False
-        )
-        self.timing = self.bars.add_task(
-            "timing", total=None, visible=checks > 0, doing="", start=False
-        )
+        self.timing = self.bars.add_task("timing", total=None, doing="", start=False)
         self.training = self.bars.add_task(
             "training", total=steps or None, visible=steps > 0, doing="", start=False
         )
@@ -130,36 +140,33 @@ class RunProgress:
             self.console.print(f"{self.bars.tasks[task].description}: {doing}", highlight=False)
         self._doing = doing
 
-    def pytest_providers_checked(self, case: Case) -> None:
-        self._say(self.checking, case.name)
-        self.bars.advance(self.checking)
-
     def trained(self) -> None:
         """One training step of all variants is done."""
         self._say(self.training, "handwritten digits, all variants in turn")
         self.bars.advance(self.training)
 
+    def pytest_benchmark_store(self) -> Store:
+        return self.store
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.bars.update(self.timing, total=len(session.items))
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        self._say(self.timing, item.callspec.params["turn"].case.name)  # type: ignore[attr-defined]
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._say(self.timing, nodeid.partition("[")[2].rpartition("-repeat")[0])
 
     def pytest_runtest_logfinish(self) -> None:
         self.bars.advance(self.timing)
 
 
 def run_cases(
-    preset: Preset, expression: str | None, device: torch.device, out: Path, plugin: RunProgress
-) -> list[Any]:
-    """Checks and times the selected cases under pytest-benchmark; returns its records.
+    preset: Preset, expression: str | None, device: torch.device, plugin: RunProgress
+) -> None:
+    """Checks and times the selected cases under pytest-benchmark, into the plugin's store.
 
     Raises:
         RunFailed: with pytest's own account of what went wrong.
         KeyboardInterrupt: when interrupted.
     """
-    raw = out / RAW_SAMPLES
-    raw.unlink(missing_ok=True)
     arguments = [
         str(HERE / "test_speed.py"),
         f"--rootdir={HERE.parent}",
@@ -172,8 +179,8 @@ def run_cases(
         "--benchmark-only",
         "--benchmark-disable-gc",
         "--benchmark-quiet",
-        f"--benchmark-json={raw}",
-        f"--benchmark-storage=file://{out.resolve()}",  # unused, but it would make a folder here
+        # Unused, but it would make a folder here.
+        f"--benchmark-storage=file://{plugin.store.folder.resolve()}",
         f"--bench-preset={preset.name}",
         f"--bench-device={device}",
         *([f"--bench-filter={expression}"] if expression else []),
@@ -183,14 +190,73 @@ def run_cases(
         code = pytest.main(arguments, plugins=[plugin])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
-    if code != pytest.ExitCode.OK:
+    # With every case in the store already there is no test left.
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RunFailed(account.getvalue().strip())
-    return json.loads(raw.read_text())["benchmarks"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs, reports, and returns the exit code."""
+TRAINING, TIMELINE, SECONDS = "training", "timeline", "seconds"
+
+
+def record_timeline(case: Case, device: torch.device) -> dict[str, Any]:
+    """One profiled step of naive masking, of the op and of the dense floor."""
+    workloads = case.workloads(device)
+    return {
+        "case": case.name,
+        "providers": {
+            name: timeline.record(workloads[name], device) for name in ("naive", "fused", "dense")
+        },
+    }
+
+
+def measure(options: argparse.Namespace, progress: RunProgress) -> None:
+    """Everything that the store does not hold yet."""
+    preset, store, device = options.preset, progress.store, options.device
+    case = preset.training
+    names = [c.name for c in preset.cases if c.name in options.selected]
+    with progress.bars:
+        if any(store.load(name) is None for name in names):
+            with memory.host_memory_limit():
+                run_cases(preset, options.filter, device, progress)
+        trains = case is not None and case.name in options.selected
+        if case is not None and trains and store.load(TRAINING) is None:
+            store.save(TRAINING, train(case, device, progress.trained))
+        if preset.timeline in names and store.load(TIMELINE) is None:
+            (shown,) = [c for c in preset.cases if c.name == preset.timeline]
+            store.save(TIMELINE, record_timeline(shown, device))
+
+
+def assemble(
+    options: argparse.Namespace, store: Store, env: dict[str, Any], complete: bool, seconds: float
+) -> tuple[dict[str, Any], list[targets.Outcome]]:
+    """The results of what the store holds, as ``SCHEMA.md`` describes them; and the targets."""
+    records = [store.load(c.name) for c in options.preset.cases if c.name in options.selected]
+    cases = figures.collect(record for record in records if record is not None)
+    training = store.load(TRAINING)
+    outcomes = targets.outcomes(cases)
+    result = {
+        "schema": figures.SCHEMA,
+        "preset": options.preset.name,
+        "filter": options.filter,
+        "device": str(options.device),
+        "command": options.command,
+        "complete": complete,
+        "environment": env,
+        "seconds": seconds,
+        "cases": cases,
+        "training": None if training is None else figures.merge_training(training),
+        "timeline": store.load(TIMELINE),
+        "reach": [
+            asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
+        ],
+    }
+    return result, outcomes
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a preset, reports, and returns the exit code."""
     options = parse_arguments(arguments)
+    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
     preset: Preset = options.preset
     if options.list:
         print("\n".join(options.selected))
@@ -200,64 +266,69 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, record=True)
     options.out.mkdir(parents=True, exist_ok=True)
     env = environment(options.device)
+    settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
+    try:
+        store = Store(options.out, settings, env, options.fresh)
+    except OtherRun as error:
+        console.print(f"python -m benchmarks: {error}", highlight=False, markup=False)
+        return 2
+    done = sum(store.load(name) is not None for name in options.selected)
     console.print(
-        f"preset {preset.name} ({preset.duration}), {len(options.selected)} cases", highlight=False
+        f"preset {preset.name} ({preset.duration}), {len(options.selected)} cases"
+        + (f", {done} of them measured before the run was stopped" if done else ""),
+        highlight=False,
     )
 
     case = preset.training
-    trains = case is not None and case.name in options.selected
+    trains = case is not None and case.name in options.selected and store.load(TRAINING) is None
     steps = steps_per_epoch(case) * case.epochs if case is not None and trains else 0
-    start = time.perf_counter()
-    progress = RunProgress(console, checks=len(options.selected) - trains, steps=steps)
-    records, training = [], None
+    start = time.perf_counter() - (store.load(SECONDS) or 0.0)
+    complete = True
     try:
-        with progress.bars:
-            if len(options.selected) > trains:
-                records = run_cases(preset, options.filter, options.device, options.out, progress)
-            if case is not None and trains:
-                training = figures.merge_training(train(case, options.device, progress.trained))
+        measure(options, RunProgress(console, store, steps))
     except RunFailed as error:
+        store.discard()
         console.print(
             f"[bold red]The run failed; no figures are reported.[/]\n{escape(str(error))}",
             highlight=False,
         )
         return 1
     except KeyboardInterrupt:
+        complete = False
+        console.print("Interrupted; what was measured until then:", highlight=False)
+
+    seconds = time.perf_counter() - start
+    store.save(SECONDS, seconds)
+    result, outcomes = assemble(options, store, env, complete, seconds)
+    if result["cases"] or result["training"]:
+        write_json(options.out / "results.json", result)
+        console.print()
+        report.print_report(console, result, outcomes)
+        drawn = plots.save_plots(result, options.out)
+        (options.out / "report.md").write_text(report.markdown(result, drawn))
+        written = [options.out / name for name in ("results.json", "report.md", "report.txt")]
         console.print(
-            f"Interrupted; the samples taken until then are in {options.out / RAW_SAMPLES}",
+            f"\n{seconds:.0f} s. Written: {', '.join(map(str, [*written, *drawn]))}",
             highlight=False,
         )
+        (options.out / "report.txt").write_text(console.export_text())
+    if not complete:
         return 130
-
-    cases = figures.collect(records)
-    outcomes = targets.outcomes(cases)
-    result = {
-        "schema": figures.SCHEMA,
-        "preset": preset.name,
-        "filter": options.filter,
-        "device": str(options.device),
-        "environment": env,
-        "seconds": time.perf_counter() - start,
-        "cases": cases,
-        "training": training,
-        "reach": [
-            asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
-        ],
-    }
-    console.print()
-    report.print_report(console, result, outcomes)
-    (options.out / "results.json").write_text(json.dumps(result, indent=1))
-    written = [
-        options.out / "results.json",
-        *plots.save_plots(result, options.out),
-        options.out / "report.txt",
-    ]
-    console.print(
-        f"\n{result['seconds']:.0f} s. Written: {', '.join(str(path) for path in written)}",
-        highlight=False,
-    )
-    (options.out / "report.txt").write_text(console.export_text())
+    store.discard()
     return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "break-even": break_even.main,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command, or a preset where none is named; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A ViT block under torch.compile: the fused op against the code that DINOv3 compiles.
+"""A block under torch.compile: the fused op against the code that DINOv3 compiles.
 
 One case for each way in which the number of kept rows can behave: it never changes (``static``), it
 differs from step to step with rows given (``dynamic``), or rows are drawn independently inside the
@@ -7,8 +7,10 @@ compiled region (``bernoulli``).
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar
 
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.providers import BlockCase, Comparison, Workload, _gradients, _kept_rows
-from benchmarks.vit import Residual, dense
-from sdkernels import KeptRows, reference
+from benchmarks.blocks import BlockCase, Net
+from benchmarks.residuals import Rule, dense, naive
+from benchmarks.workload import Comparison, Workload, gradients, kept_rows
+from sdkernels import KeptRows
 
 STATIC, DYNAMIC, BERNOULLI = "static", "dynamic", "bernoulli"
 
@@ -65,16 +68,16 @@ def _dinov3_bernoulli(
 
 @dataclass(frozen=True)
 class Provider:
-    """How a block is compiled: the residual rule, and torch.compile's options (None: eager)."""
+    """How a block is compiled: the rule, and torch.compile's options (None: eager)."""
 
-    residual: Residual
+    rule: Rule
     options: dict[str, Any] | None
     seeded: bool = False  # draws the rows that KeptRows.sample draws from the same seed
 
 
 _fused = sdkernels.fused_stochastic_depth
 _GIVEN = {
-    "naive": Provider(reference.naive_masking, {}),
+    "naive": Provider(naive, {}),
     "dinov3": Provider(_dinov3, {}),
     "eager": Provider(_fused, None),
     "fused": Provider(_fused, {}),
@@ -83,7 +86,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     STATIC: {**_GIVEN, "dense": Provider(dense, {})},
     DYNAMIC: _GIVEN,
     BERNOULLI: {
-        "naive": Provider(reference.naive_masking, {}),
+        "naive": Provider(naive, {}),
         "dinov3": Provider(_dinov3_bernoulli, {}),
         "dinov3-fullgraph": Provider(_dinov3_bernoulli, {"fullgraph": True}),
         "eager": Provider(_fused, None, seeded=True),
@@ -93,16 +96,23 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
 }
 
 
+def _why_no_compiler() -> str | None:
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"Inductor needs a C++ compiler; {compiler} is none"
+
+
 @dataclass(frozen=True)
 class CompileCase:
-    """Forward and backward of the block of :class:`BlockCase`, compiled by Inductor."""
+    """Forward and backward of a block, compiled by Inductor.
+
+    Args:
+        counts: how the number of kept rows behaves: static, dynamic or bernoulli.
+    """
 
     counts: str
-    width: int
-    tokens: int
+    net: Net
     batch: int
     keep: float
-    head_width: int = 64
     dtype: str = "fp32"
 
     kind: ClassVar[str] = "compile"
@@ -111,33 +121,34 @@ class CompileCase:
 
     @property
     def name(self) -> str:
-        return self._plain.name.replace("block-vit", f"compile-{self.counts}")
+        return self._plain.name.replace("block-", f"compile-{self.counts}-")
 
     @property
     def _plain(self) -> BlockCase:
-        return BlockCase(
-            self.width, self.tokens, self.batch, self.keep, self.head_width, self.dtype
-        )
+        return BlockCase(self.net, self.batch, self.keep, self.dtype)
 
-    @property
-    def providers(self) -> tuple[str, ...]:
-        return tuple(PROVIDERS[self.counts])
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        """All need the compiler of Inductor's back end."""
+        reason = None if device.type == "cuda" else _why_no_compiler()
+        return dict.fromkeys(PROVIDERS[self.counts], reason)
 
     def describe(self) -> dict[str, Any]:
         """What the report has to know about the case, ready for JSON."""
-        return asdict(self) | {"direction": "fwd+bwd", "k": [rows.k for rows, _ in self._rows()]}
+        ks = [rows[0].k for rows in self._rows()]
+        return self._plain.describe() | {"counts": self.counts, "k": ks}
 
-    def _rows(self, device: torch.device | str = "cpu") -> list[tuple[KeptRows, KeptRows]]:
-        """The rows of both branches, for each of the steps that a provider goes through in turn."""
+    def _usable(self, device: torch.device) -> list[str]:
+        return [name for name, reason in self.providers(device).items() if reason is None]
+
+    def _rows(self, device: torch.device | str = "cpu") -> list[list[KeptRows]]:
+        """The rows of all branches, for each of the steps that a provider goes through in turn."""
         device = torch.device(device)
         shares = [self.keep]
         if self.counts == DYNAMIC:
             shares = [self.keep + step / self.batch for step in (0, -2, 1, 2, -1)]
+        count = self.net.branches
         return [
-            (
-                _kept_rows(self.batch, share, device, seed=2 * i),
-                _kept_rows(self.batch, share, device, seed=2 * i + 1),
-            )
+            [kept_rows(self.batch, share, device, seed=count * i + j) for j in range(count)]
             for i, share in enumerate(shares)
         ]
 
@@ -147,7 +158,7 @@ class CompileCase:
         provider = PROVIDERS[self.counts][name]
 
         def step(x: Tensor, rows: Rows) -> Tensor:
-            y: Tensor = block(x, provider.residual, [1 - self.keep] * 2, rows)
+            y: Tensor = block(x, provider.rule, [1 - self.keep] * self.net.branches, rows)
             return y
 
         if provider.options is None:
@@ -159,9 +170,10 @@ class CompileCase:
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         """One workload per provider, compiled for everything that it will meet."""
-        block, x, grad = self._plain._block(device)
+        block, x, grad = self._plain.setting(device)
         rows = self._rows(device)
         wanted = tuple(block.parameters())
+        none: Rows = [None] * self.net.branches
 
         def workload(name: str) -> Workload:
             step = self._step(name, block)
@@ -170,7 +182,7 @@ class CompileCase:
                 k = rows[0][0].k
                 leaf, d_y = x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
             draws = self.counts == BERNOULLI or (self.counts == STATIC and name == "dinov3")
-            steps: Iterator[Rows] = cycle([(None, None)] if draws else rows)
+            steps: Iterator[Rows] = cycle([none] if draws else rows)
 
             def run() -> None:
                 torch.autograd.grad(step(leaf, next(steps)), (leaf, *wanted), d_y)
@@ -179,7 +191,7 @@ class CompileCase:
                 run()
             return Workload(run)
 
-        return {name: workload(name) for name in self.providers}
+        return {name: workload(name) for name in self._usable(device)}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """Each provider against naive masking on the same kept rows.
@@ -187,18 +199,19 @@ class CompileCase:
         Rows drawn by the fused op are those of KeptRows.sample from the same seed; peers are given
         theirs. The dense floor is compared by the block cases.
         """
-        block, x, grad = self._plain._block(device)
+        block, x, grad = self._plain.setting(device)
         inputs = {"x": x, **dict(block.named_parameters())}
 
         def evaluate(step: Callable[..., Tensor], rows: Rows) -> dict[str, Tensor]:
             output = step(x, rows)
-            return {"output": output.detach(), **_gradients(output, inputs, grad)}
+            return {"output": output.detach(), **gradients(output, inputs, grad)}
 
-        def naive(x: Tensor, rows: Rows) -> Tensor:
-            y: Tensor = block(x, reference.naive_masking, [1 - self.keep] * 2, rows)
+        def masked(x: Tensor, rows: Rows) -> Tensor:
+            y: Tensor = block(x, naive, [1 - self.keep] * self.net.branches, rows)
             return y
 
-        for name, provider in PROVIDERS[self.counts].items():
+        for name in self._usable(device):
+            provider = PROVIDERS[self.counts][name]
             if name == "dense":
                 continue
             step = self._step(name, block)
@@ -206,11 +219,8 @@ class CompileCase:
                 given: Rows = rows
                 if provider.seeded:
                     torch.manual_seed(i)
-                    p = 1 - self.keep
-                    rows = (
-                        KeptRows.sample(self.batch, p, device=device),
-                        KeptRows.sample(self.batch, p, device=device),
-                    )
+                    p, count = 1 - self.keep, self.net.branches
+                    rows = [KeptRows.sample(self.batch, p, device=device) for _ in range(count)]
                     torch.manual_seed(i)
-                    given = (None, None)
-                yield Comparison(name, evaluate(step, given), evaluate(naive, rows))
+                    given = [None] * count
+                yield Comparison(name, evaluate(step, given), evaluate(masked, rows))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import correctness, memory
-from benchmarks.models import Case
-from benchmarks.presets import PRESETS, Rounds, SelectionError, get_preset, select
-from benchmarks.providers import Workload
+from benchmarks import correctness, flops, memory
+from benchmarks.presets import PRESETS, Preset, Rounds, SelectionError, get_preset, select
+from benchmarks.store import Store
+from benchmarks.workload import Case, Workload
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,13 @@ class Turn:
 class Hooks:
     """Hooks that a plugin may implement beside pytest's own."""
 
+    @pytest.hookspec(firstresult=True)
+    def pytest_benchmark_store(self) -> Store | None:  # type: ignore[empty-body]
+        """Where finished cases are kept; those that are there are not run again."""
+
     @pytest.hookspec
-    def pytest_providers_checked(self, case: Case) -> None:
-        """All providers of ``case`` agree with their reference."""
+    def pytest_case_finished(self, case: Case) -> None:
+        """All turns of ``case`` are over."""
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -49,20 +56,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
-def _turns(config: pytest.Config) -> list[Turn]:
-    """Case, then repeat, then provider: what disturbs the machine meets every provider alike."""
+def _selected(config: pytest.Config) -> tuple[Preset, list[Case]]:
     try:
         preset = get_preset(config.getoption("--bench-preset"))
-        selected = set(select(preset, config.getoption("--bench-filter")))
+        names = set(select(preset, config.getoption("--bench-filter")))
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
-    return [
-        Turn(case, repeat, provider, preset.rounds[case.kind])
-        for case in preset.cases
-        if case.name in selected
-        for repeat in range(preset.rounds[case.kind].repeats)
-        for provider in case.providers
-    ]
+    return preset, [case for case in preset.cases if case.name in names]
+
+
+def _turns(config: pytest.Config) -> list[Turn]:
+    """Case, then repeat, then provider: what disturbs the machine meets every provider alike."""
+    preset, cases = _selected(config)
+    device = torch.device(config.getoption("--bench-device"))
+    store: Store | None = config.hook.pytest_benchmark_store()
+    turns = []
+    for case in cases:
+        if store is not None and store.load(case.name) is not None:
+            continue
+        rounds = preset.rounds[case.kind]
+        usable = [name for name, reason in case.providers(device).items() if reason is None]
+        for repeat, name in itertools.product(range(rounds.repeats), usable):
+            turns.append(Turn(case, repeat, name, rounds))
+    return turns
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,77 +88,155 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("turn", turns, ids=ids)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """Checks every provider of every selected case before the first clock starts.
+class Runner:
+    """Checks, times and records one case after the other."""
 
-    One wrong provider ends the run.
-    """
-    if session.config.option.collectonly:
-        return
-    device = torch.device(session.config.getoption("--bench-device"))
-    turns = [
-        item.callspec.params["turn"]
-        for item in session.items
-        if "turn" in getattr(item, "fixturenames", ())
-    ]
-    for case in dict.fromkeys(turn.case for turn in turns):
-        try:
-            correctness.check(case, device)
-        except correctness.ProviderMismatch as error:
-            pytest.exit(f"nothing was timed: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
-        session.config.hook.pytest_providers_checked(case=case)
-
-
-class WorkloadCache:
-    """The workloads of the current case, built once for all its repeats."""
-
-    def __init__(self) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.device = torch.device(config.getoption("--bench-device"))
+        self.store: Store | None = config.hook.pytest_benchmark_store()
         self._case: Case | None = None
         self._workloads: dict[str, Workload] = {}
+        self._record: dict[str, Any] = {}
 
-    def get(self, turn: Turn, device: torch.device) -> Workload:
+    def _begin(self, case: Case) -> None:
+        """Every provider is checked before the first clock of its case starts."""
+        self._workloads = {}  # free the old tensors before the new ones are made
+        reasons = case.providers(self.device)
+        self._case = case
+        self._record = {
+            "case": {
+                "name": case.name,
+                "kind": case.kind,
+                "baseline": case.baseline,
+                "floor": case.floor,
+                **case.describe(),
+            },
+            "skipped": {name: reason for name, reason in reasons.items() if reason},
+            "turns": {name: [] for name, reason in reasons.items() if not reason},
+            "extras": {},
+        }
+        try:
+            correctness.check(case, self.device)
+            self._workloads = case.workloads(self.device)
+        except correctness.ProviderMismatch as error:
+            pytest.exit(f"no figures are to be trusted: {error}", pytest.ExitCode.TESTS_FAILED)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            self._skip("*", error)
+
+    def _skip(self, provider: str, error: BaseException) -> None:
+        reason = f"out of memory: {str(error).splitlines()[0]}"[:300]
+        self._record["skipped"][provider] = reason
+        if provider == "*":
+            self._record["turns"] = {}
+            self._workloads = {}
+        else:
+            self._record["turns"].pop(provider, None)
+            self._workloads.pop(provider, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def run(self, turn: Turn, benchmark: Any) -> None:
+        """One turn, timed by pytest-benchmark."""
         if self._case != turn.case:
-            self._workloads = {}  # free the old tensors before the new ones are made
-            self._workloads = turn.case.workloads(device)
-            self._case = turn.case
-        return self._workloads[turn.provider]
+            self._begin(turn.case)
+        workload = self._workloads.get(turn.provider)
+        if workload is None:
+            skipped = self._record["skipped"]
+            pytest.skip(skipped.get(turn.provider) or skipped["*"])
+        benchmark.group = turn.case.name
+        benchmark.extra_info.update(self._record["case"], provider=turn.provider)
+        clocks = Clocks(workload, self.device)
+        rounds = turn.rounds
+        try:
+            with workload.context():
+                # One call first: the caches hold the previous provider's data.
+                benchmark.pedantic(
+                    clocks.run, rounds=rounds.rounds, iterations=rounds.iterations, warmup_rounds=1
+                )
+                if turn.repeat == 0:
+                    self._measure_once(turn, workload)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            self._skip(turn.provider, error)
+            pytest.skip(self._record["skipped"][turn.provider])
+        if benchmark.stats is not None:  # None under --benchmark-disable
+            self._record["turns"][turn.provider].append(
+                {"wall": list(benchmark.stats.stats.data), **clocks.read(rounds)}
+            )
+
+    def _measure_once(self, turn: Turn, workload: Workload) -> None:
+        """Memory and operations, which are the same in every call."""
+        used = memory.measure(workload, self.device)
+        counted = None
+        if workload.forward is not None and turn.case.kind in ("block", "model"):
+            counted = flops.count(workload.run)
+        self._record["extras"][turn.provider] = {"memory": used, "flops": counted}
+
+    def finish(self, case: Case) -> None:
+        """After the last turn of a case."""
+        if self.store is not None and self._case is case:
+            self.store.save(case.name, self._record)
+        self.config.hook.pytest_case_finished(case=case)
 
 
-@pytest.fixture(scope="session")
-def workload_cache() -> WorkloadCache:
-    return WorkloadCache()
+class Clocks:
+    """The call under pytest-benchmark's clock; on CUDA two more: the host's and the device's."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.workload = workload
+        self.device = device
+        self.host: list[float] = []
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def run(self) -> None:
+        """The result dies here, inside the clock, for every provider alike."""
+        if self.device.type != "cuda":
+            self.workload.run()
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        begin = time.perf_counter()
+        self.workload.run()
+        self.host.append(time.perf_counter() - begin)
+        end.record()
+        torch.cuda.synchronize(self.device)
+        self.events.append((start, end))
+
+    def read(self, rounds: Rounds) -> dict[str, list[float]]:
+        """Seconds until a call returned, and those between the events around it; CUDA only."""
+        timed = rounds.rounds * rounds.iterations  # the calls before them were to warm up
+        return {
+            "host": self.host[-timed:],
+            "device": [s.elapsed_time(e) * 1e-3 for s, e in self.events[-timed:]],
+        }
+
+
+RUNNER = pytest.StashKey[Runner]()
 
 
 @pytest.fixture
-def time_turn(benchmark: Any, workload_cache: WorkloadCache, pytestconfig: pytest.Config) -> Any:
-    """Times one turn and notes beside the samples what they belong to."""
-    device = torch.device(pytestconfig.getoption("--bench-device"))
+def time_turn(benchmark: Any, pytestconfig: pytest.Config) -> Any:
+    """Times one turn."""
+    runner = pytestconfig.stash.setdefault(RUNNER, Runner(pytestconfig))
+    return lambda turn: runner.run(turn, benchmark)
 
-    def time_it(turn: Turn) -> None:
-        workload = workload_cache.get(turn, device)
-        if device.type == "cuda":
 
-            def run() -> None:
-                workload.run()
-                torch.cuda.synchronize(device)
-        else:
+def _turn(item: pytest.Item | None) -> Turn | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("turn")
 
-            def run() -> None:
-                workload.run()  # the result dies here, inside the clock, for every provider alike
 
-        benchmark.group = turn.case.name
-        benchmark.extra_info.update(
-            case={"name": turn.case.name, "kind": turn.case.kind, **turn.case.describe()},
-            baseline=turn.case.baseline,
-            floor=turn.case.floor,
-            provider=turn.provider,
-            repeat=turn.repeat,
-        )
-        rounds = turn.rounds
-        # One call first: the caches hold the previous provider's data.
-        benchmark.pedantic(run, rounds=rounds.rounds, iterations=rounds.iterations, warmup_rounds=1)
-        if turn.repeat == 0:
-            benchmark.extra_info["memory"] = memory.measure(workload, device)
-
-    return time_it
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[Any]:
+    """Keeps the record of a case after its last turn, if all went well."""
+    result = yield
+    turn, following = _turn(item), _turn(nextitem)
+    over = turn is not None and (following is None or following.case != turn.case)
+    runner = item.config.stash.get(RUNNER, None)
+    if over and runner is not None and not item.session.testsfailed:
+        runner.finish(turn.case)
+    return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.models import Case
+from benchmarks.workload import Case
 
 # Largest error allowed, relative to the largest entry of the expected tensor: a few roundings of
 # the dtype, with room for the other order of summation in weight gradients over thousands of rows.
@@ -47,7 +47,8 @@ def check(case: Case, device: torch.device) -> int:
                     f"{subject}, {name}: expected {tuple(expected.shape)} {expected.dtype}, "
                     f"got {tuple(got.shape)} {got.dtype}"
                 )
-            error, allowed = largest_error(got, expected), TOLERANCE[expected.dtype]
+            error = largest_error(got, expected)
+            allowed = TOLERANCE[comparison.dtype or expected.dtype]
             if not error <= allowed:  # so that NaN is refused too
                 raise ProviderMismatch(
                     f"{subject} differs from the reference in its {name}: "

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +29,92 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _last_cache() -> str | None:
-    """Size of the last cache of CPU 0, e.g. ``32768K``: smaller tensors are measured in cache."""
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the last cache of CPU 0, or of a GPU's L2. Where nothing tells: 32 MiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     for level in (3, 2):
         size = _read(Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size"))
-        if size:
-            return size
+        if size and size.endswith("K"):
+            return int(size[:-1]) * 2**10
+    return 32 * 2**20
+
+
+def _cpu_clock() -> float | None:
+    """Of core 0 at this moment, in MHz."""
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("cpu MHz"):
+            return round(float(line.partition(":")[2]))
     return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """Name, driver and clocks of a GPU, as far as nvidia-smi tells them."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    told = _output(
+        "nvidia-smi",
+        f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+    )
+    if not told:
+        return {"gpu": torch.cuda.get_device_name(device), "driver": None, "gpu_clocks": None}
+    name, driver, *clocks = [part.strip() for part in told.split(",")]
+    labels = ("SM", "SM at most", "memory", "power limit")
+    shown = ", ".join(f"{label} {clock}" for label, clock in zip(labels, clocks, strict=True))
+    return {"gpu": name, "driver": driver, "gpu_clocks": shown}
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _output(*command: str) -> str | None:
+    """What a command prints, run in this folder; None where it fails."""
+    try:
+        result = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
 def _commit() -> str | None:
     """Short hash of the checkout, with ``+`` when files differ from it; None outside one."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+" if changed else "")
 
-    def git(*arguments: str) -> str | None:
-        try:
-            result = subprocess.run(
-                ("git", *arguments),
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return result.stdout.strip()
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
+    on_gpu = device.type == "cuda"
     return {
         "cpu": _cpu_model(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
-        "last_cache": _last_cache(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "last_cache": f"{last_cache_bytes(device) / 2**20:g} MiB",
+        "clock_mhz": _cpu_clock(),
+        **(_gpu(device) if on_gpu else {"gpu": None, "driver": None, "gpu_clocks": None}),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "torchvision": _version("torchvision"),
         "python": platform.python_version(),
         "sdkernels": sdkernels.__version__,
         "commit": _commit(),
@@ -84,9 +126,12 @@ def environment_line(env: dict[str, Any]) -> str:
     """``env`` as one line of text."""
     parts = [
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads",
+        f"{env['clock_mhz']} MHz" if env["clock_mhz"] else None,
         f"load before the run {env['load']}",
-        f"last cache {env['last_cache']}" if env["last_cache"] else None,
-        f"GPU {env['gpu']}, CUDA {env['cuda']}" if env["gpu"] else None,
+        f"last cache {env['last_cache']}",
+        f"GPU {env['gpu']} ({env['gpu_clocks']}), driver {env['driver']}, CUDA {env['cuda']}"
+        if env["gpu"]
+        else None,
         f"torch {env['torch']}",
         f"Python {env['python']}",
         f"sdkernels {env['sdkernels']}",

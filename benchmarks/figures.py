@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,21 @@ class Merged:
     """All turns of one provider in one case, in seconds."""
 
     median: float
+    p20: float
+    p80: float
     spread: float  # relative: 0.02 means +- 2 %
     low: float  # fastest sample
     high: float  # slowest sample
     samples: int
     turn_medians: tuple[float, ...]
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """Between the two nearest samples, on a straight line."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def merge(turns: Iterable[list[float]]) -> Merged:
@@ -42,6 +52,8 @@ def merge(turns: Iterable[list[float]]) -> Merged:
     turn_medians = tuple(median(turn) for turn in turns)
     return Merged(
         median=middle,
+        p20=_quantile(samples, 0.2),
+        p80=_quantile(samples, 0.8),
         spread=(max(turn_medians) - min(turn_medians)) / 2 / middle,
         low=samples[0],
         high=samples[-1],
@@ -56,73 +68,90 @@ def turn_ratios(numerator: Merged, denominator: Merged) -> tuple[float, float]:
     return min(ratios), max(ratios)
 
 
-def collect(benchmarks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups pytest-benchmark's records (its JSON file's ``benchmarks``) by case, and adds every
-    ratio of the report.
+def collect(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merges the turns of every case's record, as ``conftest.py`` keeps it, and adds every ratio of
+    the report.
 
-    Each case is returned as its description plus ``providers``, a dict of figures by provider.
+    Each case is returned as its description plus ``skipped`` (reasons by provider) and
+    ``providers``, a dict of figures by provider.
     """
-    cases: dict[str, dict[str, Any]] = {}
-    turns: dict[str, dict[str, dict[int, list[float]]]] = {}
-    memory: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in benchmarks:
-        info = record["extra_info"]
-        name, provider = info["case"]["name"], info["provider"]
-        cases.setdefault(
-            name, info["case"] | {"baseline": info["baseline"], "floor": info["floor"]}
-        )
-        turns.setdefault(name, {}).setdefault(provider, {})[info["repeat"]] = record["stats"][
-            "data"
-        ]
-        if info.get("memory"):
-            memory[name, provider] = info["memory"]
-
     results = []
-    for name, case in cases.items():
+    for record in records:
+        case = dict(record["case"])
         merged = {
-            provider: merge(samples for _, samples in sorted(by_repeat.items()))
-            for provider, by_repeat in turns[name].items()
+            provider: merge(turn["wall"] for turn in turns)
+            for provider, turns in record["turns"].items()
+            if turns
         }
-        providers = {provider: asdict(figures) for provider, figures in merged.items()}
-        for provider, figures in providers.items():
-            figures["memory"] = memory.get((name, provider))
+        providers: dict[str, dict[str, Any]] = {}
+        for provider, own in merged.items():
+            extras = record["extras"].get(provider) or {"memory": None, "flops": None}
+            clocks = {
+                clock: _median_of(turn[clock] for turn in record["turns"][provider])
+                for clock in ("host", "device")
+            }
+            providers[provider] = asdict(own) | clocks | extras
         _add_ratios(case, merged, providers)
-        results.append(case | {"providers": providers})
+        results.append(case | {"skipped": record["skipped"], "providers": providers})
     return results
+
+
+def _median_of(turns: Iterable[list[float]]) -> float | None:
+    samples = [sample for turn in turns for sample in turn]
+    return median(samples) if samples else None
 
 
 def _add_ratios(
     case: dict[str, Any], merged: dict[str, Merged], providers: dict[str, dict[str, Any]]
 ) -> None:
     baseline, floor = merged.get(case["baseline"]), merged.get(case["floor"])
+    _add_ideal(case, merged)
     for provider, figures in providers.items():
         own = merged[provider]
         if baseline is not None:
             figures["speedup"] = baseline.median / own.median
-        if case["kind"] == "op" and provider not in ("copy", "empty") and "copy" in merged:
-            # A backward pass is timed through the engine: its empty call is measured beside it and
-            # left out here.
-            net = own.median - (merged["empty"].median if "empty" in merged else 0.0)
-            copy_bandwidth = case["copy_bytes"] / merged["copy"].median
-            figures["net_median"] = net
-            # On tiny tensors nothing but the call may be left, and then there is no bandwidth to
-            # speak of.
-            figures["of_copy_bandwidth"] = (
-                case["traffic_bytes"] / net / copy_bandwidth if net > 0 else None
-            )
-        elif case["kind"] in ("block", "model", "compile"):
-            if floor is not None:
-                figures["over_floor"] = own.median / floor.median
-                figures["over_floor_turns"] = turn_ratios(own, floor)
-            reference_memory = providers.get(case["baseline"], {}).get("memory")
-            if figures["memory"] and reference_memory:
-                figures["memory_of_baseline"] = (
-                    figures["memory"]["bytes"] / reference_memory["bytes"]
-                )
-        elif case["kind"] == "host" and floor is not None and provider != case["floor"]:
-            figures["extra"] = own.median - floor.median
-            if baseline is not None:
-                figures["extra_of_baseline"] = figures["extra"] / (baseline.median - floor.median)
+        if case["kind"] == "op":
+            if provider not in ("copy", "empty") and "copy" in merged:
+                _add_bandwidth(case, merged, figures)
+            continue
+        if case["kind"] == "host":
+            if floor is not None and provider != case["floor"]:
+                figures["extra"] = own.median - floor.median
+                if baseline is not None:
+                    extra = baseline.median - floor.median
+                    figures["extra_of_baseline"] = figures["extra"] / extra
+            continue
+        if floor is not None:
+            figures["over_floor"] = own.median / floor.median
+            figures["over_floor_turns"] = turn_ratios(own, floor)
+        if case.get("ideal_seconds"):
+            figures["of_ideal"] = case["ideal_seconds"] / own.median
+        reference_memory = providers.get(case["baseline"], {}).get("memory")
+        if figures["memory"] and reference_memory:
+            figures["memory_of_baseline"] = figures["memory"]["bytes"] / reference_memory["bytes"]
+
+
+def _add_bandwidth(
+    case: dict[str, Any], merged: dict[str, Merged], figures: dict[str, Any]
+) -> None:
+    # A backward pass is timed through the engine: its empty call is measured beside it and left out
+    # here.
+    net = figures["median"] - (merged["empty"].median if "empty" in merged else 0.0)
+    copy_bandwidth = case["copy_bytes"] / merged["copy"].median
+    figures["net_median"] = net
+    # On tiny tensors nothing but the call may be left, and then there is no bandwidth to speak of.
+    figures["of_copy_bandwidth"] = case["traffic_bytes"] / net / copy_bandwidth if net > 0 else None
+
+
+def _add_ideal(case: dict[str, Any], merged: dict[str, Merged]) -> None:
+    """Of a model: what is not in a branch is paid for in full, a branch for its kept rows."""
+    if case["kind"] != "model" or not {"undropped", "skeleton"} <= merged.keys():
+        return
+    whole, rest = merged["undropped"].median, merged["skeleton"].median
+    p, share = 1 - case["k"] / case["batch"], 1 - rest / whole
+    case["share_of_branches"] = share
+    case["ideal_speedup"] = 1 / (1 - p * share)
+    case["ideal_seconds"] = whole * (1 - p * share)
 
 
 def disturbed(cases: Iterable[dict[str, Any]], limit: float = 0.1) -> tuple[int, int]:

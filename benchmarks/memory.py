@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Workload
+from benchmarks.workload import Workload
 
 SAVED = "saved activations"
 PEAK = "peak allocated"
@@ -57,3 +59,41 @@ def measure(workload: Workload, device: torch.device) -> dict[str, Any] | None:
     if device.type == "cuda":
         return {"kind": PEAK, "bytes": peak_allocated_bytes(workload.run, device)}
     return {"kind": SAVED, "bytes": saved_activation_bytes(workload.forward, workload.parameters)}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", "bad_alloc", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def host_memory_limit(share: float = 0.9) -> Iterator[None]:
+    """Lets allocations fail that the machine cannot hold.
+
+    Linux hands out more memory than there is and then kills the process; under a limit on its
+    address space the allocation raises instead, and the run can go on. Elsewhere: no limit.
+    """
+    try:
+        import resource
+
+        available = next(
+            int(line.split()[1]) * 2**10
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError, StopIteration):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + int(available * share)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

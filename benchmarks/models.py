@@ -1,186 +1,224 @@
-"""A training step of timm's vision transformer, as it is and patched.
+"""A training step (forward, loss, backward) of a model of timm or torchvision, as it is and
+patched.
 
-Needs timm; without it the cases are left out.
+Needs both libraries; without them the cases are left out.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sdkernels
-from benchmarks.compiled import CompileCase
 from benchmarks.libraries import import_module
-from benchmarks.providers import BlockCase, Comparison, HostCase, OpCase, Workload
-from sdkernels import DepthPlan, KeptRows, reference
-from sdkernels.models import blocks
+from benchmarks.networks import (
+    Ruled,
+    frozen_statistics,
+    give_drop_paths,
+    seeded_module,
+    timm_model,
+    torchvision_model,
+)
+from benchmarks.residuals import Rule, dense, dinov2, fused, naive, skipped
+from benchmarks.workload import Comparison, Workload, gradients, seeded
+from sdkernels import DepthPlan, KeptRows
 
+CLASSES = 10
 
-class Masked(nn.Module):
-    """In the place of timm's DropPath: the same, with given rows."""
-
-    def __init__(self, rows: KeptRows) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.naive_masking(torch.zeros_like(x), lambda _: x, 0.0, rows=self.rows)
-
-
-def _index_add(
-    x: Tensor, branch: Callable[..., Tensor], p: float, mode: str, training: bool, **options: Any
-) -> Tensor:
-    used = {name: options[name] for name in ("norm", "layer_scale", "residual", "rows")}
-    shared = [arg.value for arg in options["args"]]  # attention's mask, which is None
-    return reference.index_add(x, lambda kept: branch(kept, *shared), **used)
-
-
-@contextmanager
-def _with_index_add() -> Iterator[None]:
-    """Patched blocks use gather + ``index_add`` in PyTorch in the place of the op."""
-    op = blocks.fused_stochastic_depth
-    blocks.fused_stochastic_depth = _index_add
-    try:
-        yield
-    finally:
-        blocks.fused_stochastic_depth = op
+# name: (the rule, whether the rows come from a plan drawn beforehand)
+PROVIDERS: dict[str, tuple[Rule | None, bool]] = {
+    "naive": (None, False),  # the library's own drop path, unpatched
+    "dinov2": (dinov2, False),
+    "fused": (fused(sampler="fixed"), False),
+    "fused-plan": (fused(), True),
+    "fused-bernoulli": (fused(), False),
+    "dense": (dense, False),  # on a batch of only the kept rows
+    "undropped": (dense, False),  # on the whole batch
+    "skeleton": (skipped, False),
+}
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """Forward, loss and backward of a ViT of timm with layer scale, drop rate `drop` everywhere.
+    """A model with the same drop rate in every branch.
 
-    ``naive`` is the model as timm makes it, ``fused`` the patched one, each drawing its own rows;
-    ``index_add`` is patched with PyTorch's ops instead, and gets its rows from a plan. ``dense`` is
-    the model without drop path on a batch of only the kept rows.
+    ``dense`` is the model without drop path on a batch of only the kept rows: less than the floor
+    where stem and head run on the whole batch. The ideal is computed from ``undropped`` (no drop
+    path) and ``skeleton`` (no branches): what is not in a branch is paid for in full, a branch for
+    its kept rows.
+
+    Args:
+        library: timm or torchvision.
+        model: its name there.
+        label: what people call it.
+        depth: blocks, where the model is shortened; only for timm's vision transformers.
     """
 
-    width: int = 384
-    depth: int = 3
-    heads: int = 6
+    library: str
+    model: str
+    label: str
     image: int = 224
-    patch: int = 16
-    batch: int = 32
+    batch: int = 20
     drop: float = 0.4
+    dtype: str = "fp32"  # or "amp": autocast to bf16
+    depth: int | None = None
 
     kind: ClassVar[str] = "model"
     baseline: ClassVar[str] = "naive"
     floor: ClassVar[str | None] = "dense"
-    providers: ClassVar[tuple[str, ...]] = ("naive", "index_add", "fused", "dense")
 
     @property
     def name(self) -> str:
-        return f"model-timm-vit-D{self.width}-L{self.depth}-B{self.batch}-drop{self.drop:g}-fp32"
+        depth = f"-L{self.depth}" if self.depth else ""
+        size = f"-{self.image}px" if self.image != 224 else ""
+        return (
+            f"model-{self.library}-{self.model}{depth}{size}-B{self.batch}-drop{self.drop:g}"
+            f"-{self.dtype}"
+        )
 
     @property
     def kept(self) -> int:
         """Rows that every branch keeps with the fixed count."""
         return KeptRows.sample(self.batch, self.drop, sampler="fixed").k
 
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        """Every provider can run everywhere."""
+        return dict.fromkeys(PROVIDERS)
+
     def describe(self) -> dict[str, Any]:
         """What the report has to know about the case, ready for JSON."""
-        return asdict(self) | {"direction": "fwd+bwd", "dtype": "fp32", "k": self.kept}
-
-    def _model(self, device: torch.device) -> nn.Module:
-        timm = import_module("timm.models.vision_transformer")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model: nn.Module = timm.VisionTransformer(
-                img_size=self.image,
-                patch_size=self.patch,
-                embed_dim=self.width,
-                depth=self.depth,
-                num_heads=self.heads,
-                num_classes=10,
-                init_values=1.0,  # at 1e-5 the correctness check would hardly see a branch
-            )
-        drop_path = import_module("timm.layers.drop").DropPath
-        self._give_drop_paths(model, lambda: drop_path(self.drop))
-        return model.to(device).train()
-
-    def _give_drop_paths(self, model: nn.Module, make: Callable[[], nn.Module]) -> None:
-        """To both branches of every block."""
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.drop_path1, block.drop_path2 = make(), make()
-
-    def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
-        labels = torch.randint(10, (self.batch,), generator=generator)
-        return images.to(device), labels.to(device)
-
-    def _plan(self, device: torch.device) -> DepthPlan:
-        generator = torch.Generator().manual_seed(1)
-        drop = [self.drop] * (2 * self.depth)
-        return DepthPlan.sample(
-            self.batch, drop, sampler="fixed", generator=generator, device=device
-        )
-
-    def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on the same weights and images."""
-        images, labels = self._inputs(device)
-        plan = self._plan(device)
-
-        def workload(model: nn.Module, forward: Callable[[], Tensor]) -> Workload:
-            parameters = tuple(model.parameters())
-            return Workload(lambda: torch.autograd.grad(forward(), parameters), forward, parameters)
-
-        naive = self._model(device)
-        fused = self._model(device)
-        sdkernels.patch(fused, sampler="fixed")
-        gathered = self._model(device)
-        report = sdkernels.patch(gathered)
-        dense = self._model(device)
-        self._give_drop_paths(dense, nn.Identity)
-        kept = slice(0, self.kept)
-
-        def gathered_loss() -> Tensor:
-            with _with_index_add(), report.use(plan):
-                return F.cross_entropy(gathered(images), labels)
-
         return {
-            "naive": workload(naive, lambda: F.cross_entropy(naive(images), labels)),
-            "index_add": workload(gathered, gathered_loss),
-            "fused": workload(fused, lambda: F.cross_entropy(fused(images), labels)),
-            "dense": workload(dense, lambda: F.cross_entropy(dense(images[kept]), labels[kept])),
+            "model": f"{self.library}-{self.model}",
+            "label": self.label,
+            "image": self.image,
+            "batch": self.batch,
+            "drop": self.drop,
+            "k": self.kept,
+            "depth": self.depth,
+            "dtype": self.dtype,
+            "direction": "fwd+bwd",
         }
 
-    def comparisons(self, device: torch.device) -> Iterator[Comparison]:
-        """The patched models against timm's own with masks of the same rows.
+    def make(self) -> nn.Module:
+        """The model as its library makes it, in training, without dropout."""
 
-        ``dense`` computes something else: the patched model with all rows kept is compared instead.
+        def build() -> nn.Module:
+            if self.library == "torchvision":
+                return torchvision_model(self.model, num_classes=CLASSES)
+            options: dict[str, Any] = {"num_classes": CLASSES}
+            if self.model.startswith(("vit", "deit")):
+                options |= {"init_values": 1.0, "img_size": self.image}
+                options |= {"depth": self.depth} if self.depth else {}
+            elif self.model.startswith("convnext"):
+                options |= {"ls_init_value": 1.0}
+            elif self.model.startswith("swin"):
+                options |= {"img_size": self.image}
+            return timm_model(self.model, **options)
+
+        return seeded_module(build).train().to(memory_format=torch.channels_last)
+
+    def _with_drop_path(self, patched: Ruled, device: torch.device) -> nn.Module | None:
+        """The library's own model with its drop path at the case's rate; None if it has none."""
+        if self.library == "torchvision":
+            stochastic_depth = import_module("torchvision.ops").StochasticDepth
+            path: Callable[[], nn.Module] = lambda: stochastic_depth(self.drop, "row")  # noqa: E731
+        else:
+            drop_path = import_module("timm.layers.drop").DropPath
+            path = lambda: drop_path(self.drop)  # noqa: E731
+        model = self.make()
+        return model.to(device) if give_drop_paths(model, patched, path) else None
+
+    def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        generator = seeded()
+        images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
+        labels = torch.randint(CLASSES, (self.batch,), generator=generator)
+        return images.to(device, memory_format=torch.channels_last), labels.to(device)
+
+    def _plan(self, branches: int, device: torch.device) -> DepthPlan:
+        return DepthPlan.sample(
+            self.batch,
+            [self.drop] * branches,
+            sampler="fixed",
+            generator=seeded(1),
+            device=device,
+        )
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def workloads(self, device: torch.device) -> dict[str, Workload]:
+        """One workload per provider, on the same weights and images.
+
+        One patched copy serves every provider but the library's own.
         """
         images, labels = self._inputs(device)
-        plan = self._plan(device)
+        patched = Ruled(self.make(), self.drop).to(device)
+        plan = list(self._plan(patched.branches, device))
+        own = self._with_drop_path(patched, device)
 
-        def evaluate(model: nn.Module, batch: slice = slice(None)) -> dict[str, Tensor]:
-            logits = model(images[batch])
-            names, parameters = zip(*model.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, labels[batch]), parameters)
-            return {"output": logits.detach(), **dict(zip(names, gradients, strict=True))}
+        def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
+            size = self.kept if name == "dense" else self.batch
+            model: nn.Module = patched if own is None or rule is not None else own
+            parameters = tuple(model.parameters())
+            rows = plan if from_plan else [None]
 
-        masked = self._model(device)
-        rows = iter(plan)
-        self._give_drop_paths(masked, lambda: Masked(next(rows)))
-        expected = evaluate(masked)
-        patched = self._model(device)
-        report = sdkernels.patch(patched)
-        with report.use(plan):
-            yield Comparison("fused", evaluate(patched), expected)
-            with _with_index_add():
-                yield Comparison("index_add", evaluate(patched), expected)
-        dense = copy.deepcopy(masked)
-        self._give_drop_paths(dense, nn.Identity)
-        all_rows = KeptRows.from_mask(torch.ones(self.batch, dtype=torch.bool)).to(device)
-        with report.use([all_rows] * (2 * self.depth)):
-            yield Comparison("dense", evaluate(dense), evaluate(patched))
+            def forward() -> Tensor:
+                with self.autocast(device):
+                    if rule is None and own is not None:
+                        logits = own(images[:size])
+                    else:
+                        logits = patched(images[:size], rule or naive, rows=rows)
+                    return F.cross_entropy(logits.float(), labels[:size])
 
+            def run() -> None:
+                torch.autograd.grad(forward(), parameters, allow_unused=name == "skeleton")
 
-Case = OpCase | BlockCase | HostCase | ModelCase | CompileCase
+            return Workload(run, forward, parameters)
+
+        return {name: workload(name, *how) for name, how in PROVIDERS.items()}
+
+    def comparisons(self, device: torch.device) -> Iterator[Comparison]:
+        """The patched model under every rule against naive masking with the same rows, and the
+        library's own evaluation.
+
+        In float64 and on a few images: what errors of rounding a net of fifty layers amplifies is
+        none of the provider's. ``dense`` and ``skeleton`` compute something else: ``dense`` is
+        compared with naive masking where all rows are kept, ``skeleton`` where none is.
+        """
+        convolutional = self.model.startswith(("convnext", "resnet"))
+        image = 64 if convolutional else self.image  # the others are built for one size
+        small = replace(self, batch=min(self.batch, 3), image=image)
+        images, labels = small._inputs(device)
+        images = images.double()
+        patched = Ruled(self.make(), self.drop).to(device).double()
+        plan = list(small._plan(patched.branches, device))
+        inputs = dict(patched.named_parameters())
+
+        def evaluate(rule: Rule, rows: list[Any]) -> dict[str, Tensor]:
+            with frozen_statistics(patched):
+                logits = patched(images, rule, rows=rows)
+                loss = F.cross_entropy(logits, labels)
+            return {"output": logits.detach(), **gradients(loss, inputs, torch.ones_like(loss))}
+
+        expected = evaluate(naive, plan)
+        yield Comparison("dinov2", evaluate(dinov2, plan), expected)
+        yield Comparison("fused", evaluate(fused(), plan), expected)
+        everything = KeptRows.from_mask(torch.ones(small.batch, dtype=torch.bool)).to(device)
+        scaled = [KeptRows(everything.index, everything.slot, 1.0)] * patched.branches
+        expected = evaluate(naive, scaled)
+        yield Comparison("dense", evaluate(dense, [None]), expected)
+        nothing = KeptRows.from_mask(torch.zeros(small.batch, dtype=torch.bool)).to(device)
+        expected = evaluate(naive, [nothing] * patched.branches)
+        yield Comparison("skeleton", evaluate(skipped, [None]), expected)
+
+        own = self.make().to(device).double().eval()
+        patched.eval()
+        with torch.no_grad():
+            yield Comparison("naive", {"output": patched.module(images)}, {"output": own(images)})

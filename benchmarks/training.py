@@ -21,8 +21,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from benchmarks.vit import DigitsViT, Residual, dense
-from sdkernels import DepthPlan, fused_stochastic_depth, linear_decay, reference
+from benchmarks.residuals import Rule, dense, fused, naive
+from benchmarks.vit import DigitsViT
+from sdkernels import DepthPlan, linear_decay
 
 SAMPLERS = ("bernoulli", "fixed")
 
@@ -31,12 +32,12 @@ SAMPLERS = ("bernoulli", "fixed")
 # The last one is a yardstick: the same naive run from weights changed by one rounding error.
 # Training amplifies such differences, and two correct implementations can't stay closer to each
 # other than it stays to "naive".
-VARIANTS: dict[str, tuple[str, Residual, float]] = {
-    "naive": ("bernoulli", reference.naive_masking, 0.0),
-    "fused": ("bernoulli", fused_stochastic_depth, 0.0),
-    "naive-fixed": ("fixed", reference.naive_masking, 0.0),
-    "fused-fixed": ("fixed", fused_stochastic_depth, 0.0),
-    "naive-perturbed": ("bernoulli", reference.naive_masking, 1e-7),
+VARIANTS: dict[str, tuple[str, Rule, float]] = {
+    "naive": ("bernoulli", naive, 0.0),
+    "fused": ("bernoulli", fused(), 0.0),
+    "naive-fixed": ("fixed", naive, 0.0),
+    "fused-fixed": ("fixed", fused(), 0.0),
+    "naive-perturbed": ("bernoulli", naive, 1e-7),
 }
 
 # Pairs whose loss curves have to agree.
@@ -74,7 +75,7 @@ class Variant:
     model: DigitsViT
     optimizer: torch.optim.Optimizer
     sampler: str
-    residual: Residual
+    rule: Rule
     losses: list[float] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)  # per epoch
     accuracies: list[float] = field(default_factory=list)  # on the validation split, per epoch
@@ -99,7 +100,7 @@ def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]
 
 
 def _start(case: TrainingCase, name: str, device: torch.device) -> Variant:
-    sampler, residual, perturbation = VARIANTS[name]
+    sampler, rule, perturbation = VARIANTS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
         model = DigitsViT(case.width, case.depth, case.heads, case.layer_scale)
@@ -108,7 +109,7 @@ def _start(case: TrainingCase, name: str, device: torch.device) -> Variant:
                 parameter.mul_(1 + perturbation * torch.randn_like(parameter))
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=case.weight_decay)
-    return Variant(model, optimizer, sampler, residual)
+    return Variant(model, optimizer, sampler, rule)
 
 
 def _learning_rate(case: TrainingCase, step: int, steps: int) -> float:
@@ -135,7 +136,7 @@ def _stopwatch(seconds: list[float], device: torch.device) -> Iterator[None]:
 def _step(
     variant: Variant, images: Tensor, labels: Tensor, drop: list[float], plan: DepthPlan
 ) -> float:
-    loss = F.cross_entropy(variant.model(images, variant.residual, drop, list(plan)), labels)
+    loss = F.cross_entropy(variant.model(images, variant.rule, drop, list(plan)), labels)
     variant.optimizer.zero_grad()
     loss.backward()
     variant.optimizer.step()

@@ -1,39 +1,20 @@
 """The vision transformer that is timed as a block and trained on digits, with the residual rule
 left open.
 
-Every residual branch goes through one function, ``residual(x, branch, p, norm=..., layer_scale=...,
-rows=...)``, so that naive masking, ``index_add``, the fused op and the dense floor run the same
+Every residual branch goes through one rule of ``residuals.py``, so that all providers run the same
 modules and differ in nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.residuals import Rule
 from sdkernels import KeptRows
-
-Residual = Callable[..., Tensor]
-
-
-def dense(
-    x: Tensor,
-    branch: Callable[[Tensor], Tensor],
-    p: float = 0.0,
-    *,
-    norm: nn.Module,
-    layer_scale: Tensor,
-    rows: KeptRows | None = None,
-) -> Tensor:
-    """The residual block with nothing dropped; ``p`` and ``rows`` are accepted and ignored.
-
-    On a batch of only the kept rows it is the floor for every provider, on a full batch it is
-    evaluation.
-    """
-    return x + layer_scale * branch(norm(x))
 
 
 class Attention(nn.Module):
@@ -80,15 +61,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Residual,
+        rule: Rule,
         p: Sequence[float] = (0.0, 0.0),
         rows: Sequence[KeptRows | None] = (None, None),
     ) -> Tensor:
         """``p`` and ``rows`` hold one entry for attention and one for the MLP."""
-        x = residual(
-            x, self.attention, p[0], norm=self.norm1, layer_scale=self.scale1, rows=rows[0]
-        )
-        return residual(x, self.mlp, p[1], norm=self.norm2, layer_scale=self.scale2, rows=rows[1])
+        x = rule(x, self.attention, p[0], norm=self.norm1, layer_scale=self.scale1, rows=rows[0])
+        return rule(x, self.mlp, p[1], norm=self.norm2, layer_scale=self.scale2, rows=rows[1])
 
 
 class DigitsViT(nn.Module):
@@ -107,7 +86,7 @@ class DigitsViT(nn.Module):
     def forward(
         self,
         images: Tensor,
-        residual: Residual,
+        rule: Rule,
         p: Sequence[float] = (),
         rows: Sequence[KeptRows | None] = (),
     ) -> Tensor:
@@ -118,7 +97,7 @@ class DigitsViT(nn.Module):
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position
         for i, block in enumerate(self.blocks):
             if rows:
-                x = block(x, residual, p[2 * i : 2 * i + 2], rows[2 * i : 2 * i + 2])
+                x = block(x, rule, p[2 * i : 2 * i + 2], rows[2 * i : 2 * i + 2])
             else:
-                x = block(x, residual)
+                x = block(x, rule)
         return self.head(self.norm(x).mean(1))

@@ -1,0 +1,264 @@
+"""How each provider computes ``x + drop_path(layer_scale * branch(norm(x)))``.
+
+A *rule* takes what :func:`sdkernels.fused_stochastic_depth` takes. Given ``rows`` it keeps those;
+without, it draws as its users' models draw in every step. Peers are written here from reading their
+sources; ``benchmarks/README.md`` names them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sdkernels
+from sdkernels import KeptRows, ops, reference, traceable
+
+Rule = Callable[..., Tensor]
+
+
+def _arguments(args: Sequence[Any]) -> list[Any]:
+    """The further inputs of a branch, all of them shared by the samples (here: masks)."""
+    return [arg.value if isinstance(arg, sdkernels.Shared) else arg for arg in args]
+
+
+def _run(
+    kept: Tensor,
+    branch: Callable[..., Tensor],
+    norm: nn.Module | None,
+    layer_scale: Tensor | None,
+    args: Sequence[Any],
+) -> Tensor:
+    out = branch(kept if norm is None else norm(kept), *_arguments(args))
+    return out if layer_scale is None else out * layer_scale
+
+
+def naive(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    args: Sequence[Any] = (),
+    rows: KeptRows | None = None,
+    **_: Any,
+) -> Tensor:
+    """torchvision: a mask of Bernoulli values, divided by the survival probability."""
+    return reference.naive_masking(
+        x,
+        branch,
+        p,
+        norm=norm,
+        layer_scale=layer_scale,
+        residual=residual,
+        args=_arguments(args),
+        rows=rows,
+    )
+
+
+def naive_timm(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    args: Sequence[Any] = (),
+    rows: KeptRows | None = None,
+    **_: Any,
+) -> Tensor:
+    """timm: the same, drawn into a new tensor of the branch's dtype."""
+    if p == 0 and rows is None:
+        return dense(x, branch, norm=norm, layer_scale=layer_scale, residual=residual, args=args)
+    out = _run(x, branch, norm, layer_scale, args)
+    size = (out.shape[0],) + (1,) * (out.ndim - 1)
+    if rows is None:
+        mask = out.new_empty(size).bernoulli_(1 - p)
+        if p < 1:
+            mask.div_(1 - p)
+    else:
+        mask = ((rows.slot >= 0).to(out.dtype) * rows.scale).view(size)
+    return (x if residual is None else residual) + out * mask
+
+
+def _draw_fixed(batch: int, p: float, device: torch.device) -> tuple[Tensor, float]:
+    """DINOv2's and DINOv3's fixed count, and the factor that makes up for it."""
+    kept = max(int(batch * (1 - p)), 1)
+    return torch.randperm(batch, device=device)[:kept], batch / kept
+
+
+def dinov2(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    args: Sequence[Any] = (),
+    rows: KeptRows | None = None,
+    **_: Any,
+) -> Tensor:
+    """Gather, branch, ``index_add`` of flattened rows with alpha; masking up to p = 0.1."""
+    if p <= 0.1:
+        options = {"norm": norm, "layer_scale": layer_scale, "residual": residual}
+        return naive_timm(x, branch, p, args=args, rows=rows, **options)
+    index, alpha = (
+        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
+    )
+    out = _run(x[index], branch, norm, layer_scale, args)
+    stream = x if residual is None else residual
+    if not stream.is_contiguous():  # of images, channels last: flattening would copy them
+        return torch.index_add(stream, 0, index, out.to(stream.dtype), alpha=alpha)
+    added = torch.index_add(
+        stream.flatten(1), 0, index, out.flatten(1).to(stream.dtype), alpha=alpha
+    )
+    return added.view_as(stream)
+
+
+def dinov3(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    args: Sequence[Any] = (),
+    rows: KeptRows | None = None,
+    **_: Any,
+) -> Tensor:
+    """The same at every p > 0, on rows as they are: for a stream and a branch of one dtype."""
+    if p == 0 and rows is None:
+        return dense(x, branch, norm=norm, layer_scale=layer_scale, residual=residual, args=args)
+    index, alpha = (
+        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
+    )
+    out = _run(x[index], branch, norm, layer_scale, args)
+    return torch.index_add(x if residual is None else residual, 0, index, out, alpha=alpha)
+
+
+def xformers(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    rows: KeptRows | None = None,
+    args: Sequence[Any] = (),
+    **_: Any,
+) -> Tensor:
+    """DINOv2 with xFormers: its gather, and its fused layer scale and addition in place."""
+    operators = importlib.import_module("xformers.ops")
+    index, alpha = (
+        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
+    )
+    kept = operators.index_select_cat([x.flatten(1)], [index]).view(len(index), *x.shape[1:])
+    out = branch(kept if norm is None else norm(kept), *_arguments(args))
+    # A leaf can't be written into; in a model the stream of the first block is none.
+    stream = x.clone() if x.is_leaf else x
+    total: Tensor = operators.scaled_index_add(
+        stream, index, out.to(stream.dtype), scaling=layer_scale, alpha=alpha
+    )
+    return total
+
+
+def dense(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float = 0.0,
+    mode: str = "row",
+    training: bool = True,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    args: Sequence[Any] = (),
+    **_: Any,
+) -> Tensor:
+    """Nothing dropped. On a batch of only the kept rows it is the floor for every provider."""
+    return (x if residual is None else residual) + _run(x, branch, norm, layer_scale, args)
+
+
+def skipped(x: Tensor, branch: Callable[..., Tensor], p: float, *_: Any, **options: Any) -> Tensor:
+    """No branch at all: what is left of a model is its stem, its shortcuts and its head.
+
+    The stream is passed on as a copy: an addition, too, writes it for every row.
+    """
+    residual: Tensor | None = options.get("residual")
+    return (x if residual is None else residual).clone()
+
+
+def fused(**fixed: Any) -> Rule:
+    """The op, with some of its options set."""
+
+    def rule(x: Tensor, branch: Callable[..., Tensor], p: float, *law: Any, **given: Any) -> Tensor:
+        return sdkernels.fused_stochastic_depth(x, branch, p, *law, **(given | fixed))
+
+    return rule
+
+
+def why_missing(package: str, device: torch.device) -> str | None:
+    """Why a peer of that name cannot be timed here; None where it can."""
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    return None if device.type == "cuda" else "its kernels are for CUDA"
+
+
+def other_backends(device: torch.device) -> dict[str, str | None]:
+    """The backends that do not serve this device by default, with the reason if they cannot."""
+    chosen = {c.backend for c in ops.backend_table() if c.device == device.type}
+    candidates = ["triton"] * (device.type == "cuda") + ["traceable"]
+    return {name: ops._missing(name, device.type) for name in candidates if name not in chosen}
+
+
+@contextmanager
+def backend(name: str, device: torch.device) -> Iterator[None]:
+    """Every op of the package served by another backend on this device type."""
+    functions = (
+        importlib.import_module("sdkernels.triton").OPS if name == "triton" else traceable.OPS
+    )
+    library = torch.library.Library("sdkernels", "IMPL")
+    for op, function in functions.items():
+        ops._override(library, op, function, device.type)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+Rows = Sequence[KeptRows] | None
+"""The kept rows of every branch, or None for a provider that draws its own."""
+
+# name: (rule, whether it draws for itself while it is timed)
+RULES: dict[str, tuple[Rule, bool]] = {
+    "naive": (naive, True),
+    "naive-timm": (naive_timm, True),
+    "dinov2": (dinov2, True),
+    "dinov3": (dinov3, True),
+    "xformers": (xformers, True),
+    "fused": (fused(), False),
+    "fused-fixed": (fused(sampler="fixed"), True),
+    "fused-bernoulli": (fused(), True),
+    "fused-auto": (fused(sampler="fixed", min_saving="auto"), True),
+    "dense": (dense, False),
+}

@@ -1,0 +1,79 @@
+"""What an unfinished run has measured so far: one file a case, so that it can be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+FOLDER = "unfinished"
+_SAME = ("cpu", "cores", "threads", "gpu", "torch", "cuda", "triton", "sdkernels", "commit")
+
+
+class OtherRun(RuntimeError):
+    """An unfinished run of other settings lies in the folder; the message says what differs."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+class Store:
+    """The finished cases of the run in ``directory``.
+
+    Args:
+        directory: where the run writes.
+        settings: what a run must share with the one it continues: preset, filter, device.
+        environment: of :func:`benchmarks.environment.environment`; machine, versions and commit
+            must be the same too.
+        fresh: start over, whatever lies there.
+
+    Raises:
+        OtherRun: an unfinished run of something else is there, and ``fresh`` is not set.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: dict[str, Any],
+        environment: dict[str, Any],
+        fresh: bool = False,
+    ) -> None:
+        self.folder = directory / FOLDER
+        header = settings | {name: environment[name] for name in _SAME}
+        header_path = self.folder / "run.json"
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if header_path.exists():
+            there = json.loads(header_path.read_text())
+            differing = [name for name in header if there.get(name) != header[name]]
+            if differing:
+                raise OtherRun(
+                    f"{self.folder} holds an unfinished run with another "
+                    + ", ".join(f"{n} ({there.get(n)!r}, now {header[n]!r})" for n in differing)
+                    + "; finish it with the same arguments, or start over with --fresh"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(header_path, header)
+
+    def _path(self, name: str) -> Path:
+        # Names may be longer than a file's name may be.
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
+
+    def load(self, name: str) -> Any:
+        """What was saved under a case's name; None where nothing was."""
+        path = self._path(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def save(self, name: str, value: Any) -> None:
+        write_json(self._path(name), value)
+
+    def discard(self) -> None:
+        """The run is finished, or nothing in it is to be believed."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The benchmarks' harness: its arithmetic, its refusals, and one tiny run of everything."""
+"""The benchmarks: their arithmetic, their providers, and what they refuse."""
 
 import doctest
 import importlib
 import json
 import shutil
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,24 +15,50 @@ import torch
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import compiled, correctness, figures, memory, presets, providers, targets  # noqa: E402
+from benchmarks import (  # noqa: E402
+    blocks,
+    compiled,
+    correctness,
+    figures,
+    flops,
+    memory,
+    networks,
+    ops,
+    presets,
+    residuals,
+    store,
+    targets,
+    timeline,
+    workload,
+)
 from benchmarks.__main__ import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-TINY_BLOCK = providers.BlockCase(width=32, tokens=16, batch=8, keep=0.5, head_width=16)
+TINY_BLOCK = blocks.BlockCase(presets.TINY, 8, 0.5)
 
 
-def record(case, provider, repeat, samples, memory=None):
-    """One turn, as pytest-benchmark writes it to its JSON file."""
-    info = {"baseline": case.pop("baseline"), "floor": case.pop("floor"), "memory": memory}
-    info |= {"case": case, "provider": provider, "repeat": repeat}
-    return {"extra_info": info, "stats": {"data": samples}}
+def record(kind, turns, baseline=None, floor=None, **described):
+    """A case as the harness keeps it: seconds of every provider, a list for each repeat."""
+    extras = described.pop("extras", {})
+    return {
+        "case": {"name": "c", "kind": kind, "baseline": baseline, "floor": floor, **described},
+        "skipped": {},
+        "turns": {
+            provider: [{"wall": samples, "host": [], "device": []} for samples in repeats]
+            for provider, repeats in turns.items()
+        },
+        "extras": extras,
+    }
+
+
+# From samples to figures
 
 
 def test_merge():
     merged = figures.merge([[1.0, 1.1, 1.2], [1.3, 1.0, 1.4]])
     assert merged.median == pytest.approx(1.15)
+    assert (merged.p20, merged.p80) == pytest.approx((1.0, 1.3))
     assert merged.turn_medians == (1.1, 1.3)
     assert merged.spread == pytest.approx(0.1 / 1.15)
     assert (merged.low, merged.high, merged.samples) == (1.0, 1.4, 6)
@@ -50,35 +76,27 @@ def test_block_ratios():
         "dense": [[2.0, 2.0], [2.0, 2.0]],
     }
     kept = {"naive": 1000, "fused": 550, "dense": 500}
-    records = [
-        record(
-            {"name": "b", "kind": "block", "baseline": "naive", "floor": "dense"},
-            provider,
-            repeat,
-            samples,
-            {"kind": memory.SAVED, "bytes": kept[provider]} if repeat == 0 else None,
-        )
-        for provider, turns in times.items()
-        for repeat, samples in enumerate(turns)
-    ]
-    (case,) = figures.collect(records)
+    extras = {
+        name: {"memory": {"kind": memory.SAVED, "bytes": size}, "flops": 8}
+        for name, size in kept.items()
+    }
+    (case,) = figures.collect([record("block", times, "naive", "dense", extras=extras)])
     fused = case["providers"]["fused"]
     assert fused["median"] == pytest.approx(2.1)
     assert fused["speedup"] == pytest.approx(4.0 / 2.1)
     assert fused["over_floor"] == pytest.approx(1.05)
     assert fused["over_floor_turns"] == pytest.approx((1.0, 1.1))
     assert fused["memory_of_baseline"] == pytest.approx(0.55)
+    assert fused["flops"] == 8
+    assert fused["host"] is None
     assert case["providers"]["naive"]["speedup"] == 1.0
 
 
 def test_op_bandwidth_is_net_of_the_empty_backward():
-    case = {"name": "o", "kind": "op", "traffic_bytes": 300, "copy_bytes": 400}
     times = {"fused": 5.0, "torch": 9.0, "copy": 4.0, "empty": 1.0}
-    records = [
-        record(case | {"baseline": "torch", "floor": None}, provider, 0, [seconds])
-        for provider, seconds in times.items()
-    ]
-    (result,) = figures.collect(records)
+    turns = {name: [[seconds]] for name, seconds in times.items()}
+    described = {"traffic_bytes": 300, "copy_bytes": 400}
+    (result,) = figures.collect([record("op", turns, "torch", **described)])
     fused = result["providers"]["fused"]
     # The copy moves 100 bytes per second, the op 300 bytes in 5 - 1 seconds.
     assert fused["of_copy_bandwidth"] == pytest.approx(0.75)
@@ -87,14 +105,30 @@ def test_op_bandwidth_is_net_of_the_empty_backward():
 
 
 def test_host_cost_is_the_extra_over_plain():
-    times = {"plain": 10.0, "naive": 14.0, "fused": 16.0}
-    records = [
-        record({"name": "h", "kind": "host", "baseline": "naive", "floor": "plain"}, name, 0, [t])
-        for name, t in times.items()
-    ]
-    (case,) = figures.collect(records)
+    turns = {"plain": [[10.0]], "naive": [[14.0]], "fused": [[16.0]]}
+    (case,) = figures.collect([record("host", turns, "naive", "plain")])
     assert case["providers"]["fused"]["extra"] == pytest.approx(6.0)
     assert case["providers"]["fused"]["extra_of_baseline"] == pytest.approx(1.5)
+
+
+def test_ideal_of_a_model():
+    # 8 of 10 seconds are in the branches, and half of the rows run them: 2 + 8 / 2.
+    turns = {"naive": [[11.0]], "undropped": [[10.0]], "skeleton": [[2.0]], "fused": [[6.6]]}
+    (case,) = figures.collect([record("model", turns, "naive", "dense", k=2, batch=4)])
+    assert case["share_of_branches"] == pytest.approx(0.8)
+    assert case["ideal_speedup"] == pytest.approx(10 / 6)
+    assert case["providers"]["fused"]["of_ideal"] == pytest.approx(6 / 6.6)
+
+
+def test_clocks_of_a_gpu():
+    kept = record("block", {"fused": [[3.0, 3.0]]})
+    kept["turns"]["fused"][0] |= {"host": [1.0, 1.2], "device": [2.0, 2.5]}
+    (case,) = figures.collect([kept])
+    assert case["providers"]["fused"]["host"] == pytest.approx(1.1)
+    assert case["providers"]["fused"]["device"] == pytest.approx(2.25)
+
+
+# Targets
 
 
 @pytest.mark.parametrize(
@@ -113,12 +147,35 @@ def test_targets(measured, at_most, met, gap):
     assert outcome.gap == pytest.approx(gap)
 
 
-def test_every_target_has_its_case_in_the_quick_preset():
-    names = presets.PRESETS["quick"].names()
-    outcomes = targets.outcomes([])
-    assert outcomes
-    assert all(outcome.case in names for outcome in outcomes)
-    assert all(outcome.met is None for outcome in outcomes)
+def test_noise_counts_only_where_it_is_allowed():
+    assert not targets.Outcome("t", "c", 1.0, False, "x", 0.99, 0.97, 1.01).met
+    assert targets.Outcome("t", "c", 1.0, False, "x", 0.99, 0.97, 1.01, noise=True).met
+    assert not targets.Outcome("t", "c", 1.0, False, "x", 0.9, 0.85, 0.95, noise=True).met
+
+
+def test_targets_of_a_block():
+    turns = {
+        "naive": [[4.0]],
+        "dinov2": [[1.9]],
+        "dense": [[2.0]],
+        "fused": [[2.1]],
+        "fused-fixed": [[2.0]],
+        "fused-auto": [[2.0]],
+    }
+    described = {"keep": 0.5, "block": "vit-D8-N4"}
+    cases = figures.collect([record("block", turns, "naive", "dense", **described)])
+    met = {outcome.target: outcome.met for outcome in targets.outcomes(cases)}
+    assert met == {
+        targets.FLOOR: False,
+        targets.SPEEDUP: False,
+        targets.NEVER_SLOWER: True,
+        targets.DINO: False,
+        targets.MEMORY: None,
+    }
+    assert targets.outcomes([{"kind": "block", "name": "c", "keep": 0.5, "providers": {}}]) == []
+
+
+# Presets
 
 
 def test_unknown_preset_lists_the_valid_ones():
@@ -137,21 +194,55 @@ def test_filter():
     assert all(name in str(error.value) for name in preset.names())
 
 
+@pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=lambda preset: preset.name)
+def test_presets_are_whole(preset):
+    names = preset.names()
+    assert len(names) == len(set(names))
+    assert {case.kind for case in preset.cases} <= preset.rounds.keys()
+    assert preset.timeline is None or preset.timeline in names
+    for case in preset.cases:
+        described = case.describe()
+        assert json.loads(json.dumps(described)).keys() == described.keys()
+        providers = case.providers(CPU)
+        assert case.baseline in providers
+        assert case.kind == "compile" or case.floor is None or case.floor in providers
+
+
+def test_full_preset_reaches_as_far_as_it_says():
+    cases = presets.PRESETS["full"].cases
+    kept = {case.keep for case in cases if case.kind == "block"}
+    assert (min(kept), max(kept)) == (0.05, 1.0)
+    batches = {case.batch for case in cases if case.kind == "block"}
+    assert (min(batches), max(batches)) == (1, 1024)
+    depths = {case.branches for case in cases if case.kind == "depth"}
+    assert (min(depths), max(depths)) == (12, 1000)
+
+
+# Providers
+
+
 @pytest.mark.parametrize("case", presets.PRESETS["smoke"].cases, ids=lambda case: case.name)
 def test_providers_compute_the_same(case):
     assert correctness.check(case, CPU) > 0
 
 
-@pytest.mark.parametrize("op", providers.OPS)
-@pytest.mark.parametrize("dtype", providers.DTYPES)
+@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("dtype", workload.DTYPES)
 def test_ops_compute_the_same(op, dtype):
-    assert correctness.check(providers.OpCase(op, "fwd", dtype, (8, 16, 32), 4), CPU) > 0
+    assert correctness.check(ops.OpCase(op, "fwd", dtype, "tiny", (8, 16, 32), 4), CPU) > 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "dtype"), [(0.125, "fp32"), (1.0, "fp32"), (0.95, "fp32"), (0.5, "mixed")]
+)
+def test_blocks_compute_the_same(keep, dtype):
+    assert correctness.check(blocks.BlockCase(presets.TINY, 8, keep, dtype), CPU) > 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 def test_compiled_providers_compute_the_same():
-    case = compiled.CompileCase(compiled.STATIC, 32, 16, 8, keep=0.5, head_width=16)
+    case = compiled.CompileCase(compiled.STATIC, presets.TINY, 8, keep=0.5)
     assert correctness.check(case, CPU) > 0
 
 
@@ -178,9 +269,98 @@ def not_a_number(x, branch, p, *, norm, layer_scale, rows):
     ],
 )
 def test_wrong_provider_is_refused(monkeypatch, provider, what):
-    monkeypatch.setitem(providers.BLOCK_PROVIDERS, "wrong", provider)
+    monkeypatch.setitem(residuals.RULES, "wrong", (provider, False))
     with pytest.raises(correctness.ProviderMismatch, match=rf"'wrong' differs .* its {what}"):
         correctness.check(TINY_BLOCK, CPU)
+
+
+@pytest.mark.parametrize("rule", ["naive", "naive-timm", "dinov2", "dinov3", "fused-fixed"])
+def test_rules_draw_for_themselves(rule):
+    """As many rows as they promise on average, and those scaled by one over their share."""
+    torch.manual_seed(0)
+    x = torch.zeros(400, 1)
+    y = residuals.RULES[rule][0](x, lambda kept: kept + 1, 0.25)
+    kept = (y != 0).double().mean().item()
+    assert kept == pytest.approx(0.75, abs=0.08)
+    assert y.max().item() == pytest.approx(4 / 3)
+
+
+class DocumentedXformers:
+    """What xFormers' two functions do, after their documentation."""
+
+    @staticmethod
+    def index_select_cat(sources, indices):
+        pairs = zip(sources, indices, strict=True)
+        return torch.cat([source[index].flatten() for source, index in pairs])
+
+    @staticmethod
+    def scaled_index_add(input, index, source, scaling=None, alpha=1.0):
+        scaled = source if scaling is None else scaling * source
+        return input.index_add_(0, index, scaled, alpha=alpha)
+
+
+def documented_layer_norm_fn(x, weight, bias, residual, eps, rowscale, prenorm):
+    """What flash-attn's fused addition and norm does, after its reference code."""
+    total = x * rowscale.unsqueeze(-1) + residual
+    return torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def test_peers_whose_packages_are_for_cuda(monkeypatch):
+    """Their rules are right if the packages do what they say: nothing here can run them."""
+    monkeypatch.setitem(sys.modules, "xformers.ops", DocumentedXformers)
+    layer_norm = types.ModuleType("flash_attn.ops.triton.layer_norm")
+    layer_norm.layer_norm_fn = documented_layer_norm_fn
+    monkeypatch.setitem(sys.modules, "flash_attn.ops.triton.layer_norm", layer_norm)
+    for module in (blocks, ops):
+        monkeypatch.setattr(module, "why_missing", lambda package, device: None)
+    cases = [TINY_BLOCK]
+    cases += [
+        ops.OpCase(op, "fwd", "fp32", "tiny", (8, 16, 32), 4)
+        for op in ("compact", "scatter_add", "scatter_add_layer_scale", "scatter_add_then_norm")
+    ]
+    checked = [c.provider for case in cases for c in case.comparisons(CPU)]
+    assert checked.count("xformers") == 4
+    assert checked.count("flash_attn") == 1
+    for case in cases:
+        assert correctness.check(case, CPU) > 0
+
+
+def test_peers_are_skipped_by_name():
+    assert TINY_BLOCK.providers(CPU)["xformers"] in ("not installed", "its kernels are for CUDA")
+    assert "xformers" not in TINY_BLOCK.workloads(CPU)
+
+
+def test_another_backend_serves_only_its_turns():
+    calls = []
+
+    def counting(*args):
+        calls.append(args)
+        return right(*args)
+
+    right = residuals.traceable.OPS["compact_rows"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(residuals.traceable.OPS, "compact_rows", counting)
+        load = TINY_BLOCK.workloads(CPU)["fused-traceable"]
+        x, rows = torch.ones(8, 2), workload.kept_rows(8, 0.5, CPU, 1)
+        with load.context():
+            residuals.sdkernels.compact_rows(x, rows)
+        assert len(calls) == 1
+        residuals.sdkernels.compact_rows(x, rows)
+        assert len(calls) == 1
+
+
+@pytest.mark.skipif(not networks.LIBRARIES, reason="needs timm and torchvision")
+def test_library_models_keep_their_own_drop_path():
+    (case,) = [case for case in presets.PRESETS["smoke"].cases if case.kind == "model"]
+    patched = networks.Ruled(case.make(), case.drop)
+    own = case._with_drop_path(patched, CPU)
+    assert [block.drop_path1.drop_prob for block in own.blocks] == [case.drop] * case.depth
+    resnet = presets.ModelCase("torchvision", "resnet18", "tiny", image=32, batch=2)
+    assert resnet._with_drop_path(networks.Ruled(resnet.make(), 0.4), CPU) is None
+    assert networks.Ruled(resnet.make(), 0.4).branches == 8
+
+
+# Memory, operations, timeline
 
 
 def test_saved_activations():
@@ -191,58 +371,69 @@ def test_saved_activations():
     assert memory.saved_activation_bytes(lambda: (x[:4] @ weight) + x[:4], [weight]) == 128
 
 
-@pytest.mark.parametrize("name", ["figures", "presets", "report"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_operations_of_a_convolution(groups):
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    conv = torch.nn.Conv2d(8, 8, 3, groups=groups)
+    wanted = (x, *conv.parameters())
+    forward = 2 * 2 * 8 * 7 * 7 * (8 // groups) * 9
+    assert flops.count(lambda: conv(x)) == forward
+    assert flops.count(lambda: torch.autograd.grad(conv(x).sum(), wanted)) == 3 * forward
+
+
+def test_operations_of_attention():
+    q = torch.randn(2, 3, 16, 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert flops.count(lambda: attention(q, q, q)) == 2 * (2 * 2 * 3 * 16 * 16 * 8)
+
+
+def test_timeline_names_what_a_step_does():
+    loads = TINY_BLOCK.workloads(CPU)
+    load = loads["fused"]
+    # A timeline is of a step that ends in one number.
+    step = workload.Workload(load.run, lambda: load.forward().sum(), load.parameters)
+    drawn = timeline.record(step, CPU)
+    kinds = {kind for _, _, kind, _ in drawn["lanes"]}
+    assert {"norm", "matmul", "attention", "scatter-add"} <= kinds
+    assert [phase for *_, phase in drawn["lanes"]] == sorted(
+        (phase for *_, phase in drawn["lanes"]), reverse=True
+    )
+    starts = [start for start, *_ in drawn["lanes"]]
+    assert starts == sorted(starts)
+    busy = sum(duration for _, duration, *_ in drawn["lanes"])
+    assert 0 < busy <= drawn["seconds"] * 1.01
+
+
+def test_out_of_memory_is_known_by_its_message():
+    with memory.host_memory_limit(), pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert memory.is_out_of_memory(error.value)
+    assert not memory.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+# What a stopped run leaves
+
+
+ENVIRONMENT = dict.fromkeys(store._SAME, "same")
+
+
+def test_a_run_goes_on_only_as_the_same(tmp_path):
+    first = store.Store(tmp_path, {"preset": "quick"}, ENVIRONMENT)
+    first.save("a case", {"turns": 1})
+    again = store.Store(tmp_path, {"preset": "quick"}, ENVIRONMENT)
+    assert again.load("a case") == {"turns": 1}
+    assert again.load("another") is None
+    with pytest.raises(store.OtherRun, match=r"preset \('quick', now 'full'\).* --fresh"):
+        store.Store(tmp_path, {"preset": "full"}, ENVIRONMENT)
+    with pytest.raises(store.OtherRun, match="commit"):
+        store.Store(tmp_path, {"preset": "quick"}, ENVIRONMENT | {"commit": "other"})
+    fresh = store.Store(tmp_path, {"preset": "full"}, ENVIRONMENT, fresh=True)
+    assert fresh.load("a case") is None
+
+
+@pytest.mark.parametrize("name", ["figures", "presets", "report", "flops", "timeline"])
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
-
-
-def run(*arguments, program=("-m", "benchmarks")):
-    return subprocess.run(
-        (sys.executable, *program, *arguments),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_run_end_to_end(tmp_path):
-    result = run("--preset", "smoke", "--out", str(tmp_path))
-    assert result.returncode == 0, result.stdout + result.stderr
-    for table in ("Ops", "Blocks", "Host cost", "Training", "Reach"):
-        assert table in result.stdout
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["schema"] == figures.SCHEMA
-    assert [case["name"] for case in written["cases"]] == presets.PRESETS["smoke"].names()[:-1]
-    block = next(case for case in written["cases"] if case["kind"] == "block")
-    assert block["providers"].keys() == providers.BLOCK_PROVIDERS.keys()
-    assert block["providers"]["fused"]["memory"]["bytes"] > 0
-    rounds = presets.PRESETS["smoke"].rounds["block"]
-    assert block["providers"]["fused"]["samples"] == rounds.repeats * rounds.rounds
-    # Same kept rows from the same seed: eleven steps stay together to rounding.
-    assert written["training"]["largest_loss_difference"]["fused"] < 1e-4
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        "blocks.png",
-        "ops-8x16x32-k4.png",
-        "training.png",
-    }
-
-
-def test_wrong_provider_stops_the_run(tmp_path):
-    program = """if True:
-        import sys
-        from benchmarks import providers
-        right = providers.BLOCK_PROVIDERS["index_add"]
-        providers.BLOCK_PROVIDERS["fused"] = lambda *a, **k: 1.01 * right(*a, **k)
-        from benchmarks.__main__ import main
-        sys.exit(main(sys.argv[1:]))
-    """
-    arguments = ("--preset", "smoke", "--filter", "block", "--out", str(tmp_path))
-    result = run(*arguments, program=("-c", program))
-    assert result.returncode == 1
-    assert "provider 'fused' differs" in " ".join(result.stdout.split())
-    assert "median" not in result.stdout
-    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -251,6 +442,7 @@ def test_wrong_provider_stops_the_run(tmp_path):
         (["--preset", "fast"], "quick"),
         (["--preset", "smoke", "--filter", "nothing"], "host-identity-8x4x16"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "meta"),
     ],
 )
 def test_bad_arguments_list_the_valid_ones(arguments, listed, capsys):

@@ -1,6 +1,7 @@
 """``min_saving``: the branch on every row where few are dropped; the same rows and results."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from hypothesis import given
 from torch import nn
 
 from benchmarks import break_even
-from benchmarks.break_even import ConvBlock, crossing
-from benchmarks.vit import Block, dense
+from benchmarks.break_even import crossing
 from sdkernels import KeptRows, Shared, StochasticDepth, fused_stochastic_depth, info
 from sdkernels.break_even import MEASURED, BreakEven, min_saving_table
 
@@ -308,22 +308,44 @@ def test_stored_numbers_follow_from_the_stored_data():
 # The benchmark
 
 
-def test_benchmark_measures_and_refuses_what_is_wrong(capsys, monkeypatch):
-    cpu = torch.device("cpu")
-    blocks = {
-        "vit": (Block(8, 2), torch.randn(32, 3, 8, requires_grad=True)),
-        "conv": (ConvBlock(4), torch.randn(32, 4, 5, 5, requires_grad=True)),
+def result_of(ratios):
+    """A run as the benchmarks write it, with these times of compaction; a whole branch takes 1."""
+    return {
+        "device": "cpu",
+        "environment": {"gpu": None, "threads": 2, "cpu": "a CPU", "torch": "2", "commit": "c"},
+        "cases": [
+            {
+                "kind": "break_even",
+                "block": block,
+                "batch": 32,
+                "dropped": dropped,
+                "providers": {
+                    "compact": {"turn_medians": [0.9 * ratio, ratio, 2 * ratio]},
+                    "whole": {"turn_medians": [1.0, 1.0, 1.0]},
+                },
+            }
+            for block, points in ratios.items()
+            for dropped, ratio in points
+        ],
     }
-    ratios = break_even.measure(blocks, cpu, turns=2)
-    assert list(ratios) == ["vit", "conv"]
-    for points in ratios.values():
-        assert [share for share, _ in points] == [0.0, 1 / 32, 2 / 32, 4 / 32, 8 / 32]
-        assert all(ratio > 0 for _, ratio in points)
-        assert 0.0 <= crossing(points) <= 1.0
-    assert "break-even" in capsys.readouterr().out
-    monkeypatch.setitem(break_even.PROVIDERS, "whole", dense)
-    with pytest.raises(SystemExit, match="'whole' differs from naive masking"):
-        break_even.measure(blocks, cpu, turns=2)
+
+
+def test_entry_from_a_run():
+    late = ((0.0, 1.05), (0.1, 0.95), (0.2, 0.85))
+    text = break_even.entry(result_of({"early": ((0.0, 1.02), (0.1, 0.92)), "late": late}))
+    namespace = {"BreakEven": BreakEven}
+    exec(f"MEASURED = {{{text}}}", namespace)
+    measured = namespace["MEASURED"]["cpu"]
+    assert measured.min_saving == 0.02  # the smallest of the two
+    assert measured.ratios["late-B32"] == late
+
+
+def test_no_entry_without_measurements(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(result_of({})))
+    assert break_even.main([str(path)]) == 2
+    assert "expected a run with break_even cases" in capsys.readouterr().err
+    assert break_even.main([str(tmp_path / "none.json")]) == 2
 
 
 # Bad input

@@ -1,0 +1,1 @@
+"""The claims of "Deep Networks with Stochastic Depth", as experiments: see ``docs/paper.md``."""

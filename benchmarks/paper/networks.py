@@ -1,0 +1,214 @@
+"""The paper's networks: ResNets for 32x32 images, and ResNet-152 for larger ones.
+
+Deep Networks with Stochastic Depth (Huang, Sun, Liu, Sedra, Weinberger; ECCV 2016), section 4, and
+the authors' published Torch code for what the text leaves open: a block is
+``ReLU(shortcut(x) + b * f(x))``, f two 3x3 convolutions with batch norm after each, and a shortcut
+that changes shape averages over 2x2 pixels and pads with channels of zeros ("option A"). Their
+convolutions have biases, which batch norm takes out again; ours have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sdkernels
+from benchmarks.networks import torchvision_model
+from sdkernels import DepthPlan, KeptRows, StochasticDepth, linear_decay, reference, uniform
+
+IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton")
+
+
+def drop_probabilities(schedule: str, depth: int, p_last: float) -> list[float]:
+    """Of every block, from the paper's survival probability ``p_last`` of the last one.
+
+    Equation 4: with ``schedule="linear"``, block l of L survives with 1 - l/L * (1 - p_last); with
+    "uniform" all of them with p_last.
+
+    >>> drop_probabilities("linear", 4, 0.5)
+    [0.125, 0.25, 0.375, 0.5]
+    """
+    if schedule == "linear":
+        return linear_decay(depth, 1 - p_last)
+    if schedule == "uniform":
+        return uniform(depth, 1 - p_last)
+    raise ValueError(f"schedule: expected linear or uniform, got {schedule!r}")
+
+
+def expected_depth(blocks: int) -> float:
+    """Blocks that are there on average at p_last = 0.5 and linear decay: (3L - 1) / 4, section 3.
+
+    >>> expected_depth(54)
+    40.25
+    """
+    return (3 * blocks - 1) / 4
+
+
+class Shortcut(nn.Module):
+    """Option A: half the resolution by averaging, twice the channels by zeros; no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, channels))
+
+
+class Block(nn.Module):
+    """``ReLU(shortcut(x) + b * f(x))``.
+
+    Args:
+        planes: channels of the input.
+        stride: 1, or 2 for the first block of a stage, which doubles the channels.
+        p: drop probability.
+        mode, rescale: as in :class:`sdkernels.StochasticDepth`.
+        implementation: "fused" computes f for the kept rows; "naive" for all rows, and multiplies
+            by a mask; "constant" never drops; "skeleton" leaves f out, to time what is around it.
+        projection: a 1x1 convolution for a shortcut that changes shape ("option B").
+    """
+
+    def __init__(
+        self,
+        planes: int,
+        stride: int,
+        p: float,
+        mode: str,
+        rescale: str,
+        implementation: str,
+        projection: bool = False,
+    ) -> None:
+        super().__init__()
+        width = planes * stride
+        branch = nn.Sequential(
+            nn.Conv2d(planes, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.residual = StochasticDepth(branch, p, mode, rescale=rescale)
+        self.implementation = implementation
+        self.shortcut: nn.Module | None = None
+        if stride > 1 and projection:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(planes, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+        elif stride > 1:
+            self.shortcut = Shortcut()
+
+    def forward(self, x: Tensor, rows: KeptRows | None) -> Tensor:
+        """``rows`` in training, unless the depth is constant; None in evaluation."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        branch = self.residual.branch
+        if self.implementation == "constant":
+            return F.relu(shortcut + branch(x))
+        if self.implementation == "skeleton":
+            return F.relu(shortcut)
+        if self.implementation == "naive" and rows is not None:
+            y = reference.naive_masking(x, branch, 0.0, residual=shortcut, rows=rows)
+        else:
+            y = self.residual(x, residual=shortcut, rows=rows)
+        return F.relu(y)
+
+
+class PaperResNet(nn.Module):
+    """A ResNet of 6n + 2 layers for images of 32x32: n = 18 has 110 layers, n = 200 has 1202.
+
+    Args:
+        n: blocks in each of the three stages of 16, 32 and 64 channels.
+        drop_probs: one a block, 3n of them.
+        classes, channels: of the data.
+        mode: "batch", the paper's gate for a mini-batch, or "row", one for each sample.
+        rescale: "eval", the paper's rule (equation 5: evaluation multiplies by the survival
+            probability), or "train".
+        implementation, projection: see :class:`Block`.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        drop_probs: Sequence[float],
+        classes: int = 10,
+        channels: int = 3,
+        mode: str = "row",
+        rescale: str = "eval",
+        implementation: str = "fused",
+        projection: bool = False,
+    ) -> None:
+        super().__init__()
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
+                f"got {implementation!r}"
+            )
+        if len(drop_probs) != 3 * n:
+            raise ValueError(f"drop_probs: expected {3 * n} entries, got {len(drop_probs)}")
+        self.drop_probs = list(drop_probs)
+        self.law = {"mode": mode, "rescale": rescale}
+        self.draws = implementation in ("fused", "naive")
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        blocks = []
+        for number, p in enumerate(drop_probs):
+            stage, first = divmod(number, n)
+            stride = 2 if stage and not first else 1
+            planes = 16 * 2**stage // stride
+            blocks.append(Block(planes, stride, p, mode, rescale, implementation, projection))
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Over the inputs, as the authors' initialiser does it.
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    @property
+    def first_convolution(self) -> nn.Conv2d:
+        """Of the first residual block: the paper's figure 7 shows its gradient."""
+        return self.blocks[0].residual.branch[0]  # type: ignore[no-any-return,union-attr,index]
+
+    def forward(self, x: Tensor, plan: DepthPlan | None = None) -> Tensor:
+        """Images [B, channels, 32, 32] to logits [B, classes].
+
+        ``plan`` holds the rows of every block; without one, training draws it: one draw and one
+        copy to the device a step.
+        """
+        if self.draws and self.training and plan is None:
+            plan = DepthPlan.sample(x.shape[0], self.drop_probs, device=x.device, **self.law)
+        rows = plan if plan is not None and self.training else [None] * len(self.blocks)
+        x = self.stem(x)
+        for block, kept in zip(self.blocks, rows, strict=True):
+            x = block(x, kept)
+        return self.head(x.mean((2, 3)))
+
+
+class PaperResNet152(nn.Module):
+    """torchvision's ResNet-152 with the paper's drop probabilities in its 50 blocks."""
+
+    def __init__(
+        self,
+        drop_probs: Sequence[float],
+        classes: int = 1000,
+        mode: str = "batch",
+        implementation: str = "fused",
+    ) -> None:
+        super().__init__()
+        self.model = torchvision_model("resnet152", num_classes=classes)
+        if implementation == "fused":
+            sdkernels.patch(self.model, drop_probs=list(drop_probs), mode=mode, rescale="eval")
+        elif implementation != "constant":
+            raise ValueError(f"implementation: expected fused or constant, got {implementation!r}")
+
+    def forward(self, x: Tensor, plan: DepthPlan | None = None) -> Tensor:
+        return self.model(x)  # type: ignore[no-any-return]
+
+
+Make = Callable[[], nn.Module]
+
+
+def seeded(seed: int, make: Make) -> nn.Module:
+    """The same weights for the same seed; the generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()

@@ -1,0 +1,396 @@
+"""The paper's training: SGD with Nesterov momentum, a rate that drops twice, and checkpoints from
+which a run goes on as if it had never stopped.
+
+Nothing is drawn from a generator with a state: the order of an epoch, the augmentation of a step
+and the kept rows of a step follow from the seed and their numbers. So a checkpoint is the weights,
+the optimizer and a step number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.paper.data import Data, augment
+from benchmarks.paper.networks import PaperResNet, drop_probabilities, seeded
+from benchmarks.store import write_json
+from sdkernels import DepthPlan
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. The defaults are the paper's for ResNet-110 (section 4).
+
+    Args:
+        depth: layers, 6n + 2.
+        schedule, p_last: survival of the blocks, see ``networks.drop_probabilities``.
+        mode: "batch" or "row". rescale: "eval" or "train".
+        implementation: "fused", "naive" or "constant".
+        milestones: shares of the epochs after which the rate is divided by ten.
+        warmup: epochs at a tenth of the rate first (the paper's run of 1202 layers: 10).
+        amp: None, "bf16" or "fp16".
+    """
+
+    depth: int = 110
+    schedule: str = "linear"
+    p_last: float = 0.5
+    mode: str = "batch"
+    rescale: str = "eval"
+    implementation: str = "fused"
+    projection: bool = False
+    epochs: int = 500
+    batch: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    warmup: int = 0
+    seed: int = 0
+    amp: str | None = None
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ValueError(f"--depth: expected 6n + 2 with n >= 1, got {self.depth}")
+        if not 0.0 < self.p_last <= 1.0:
+            raise ValueError(f"--p-last: expected a probability above 0, got {self.p_last}")
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def n(self) -> int:
+        return (self.depth - 2) // 6
+
+    @property
+    def drop_probs(self) -> list[float]:
+        if self.implementation == "constant":
+            return [0.0] * (3 * self.n)
+        return drop_probabilities(self.schedule, 3 * self.n, self.p_last)
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        if epoch < self.warmup:
+            return self.learning_rate / 10
+        passed = sum(epoch >= share * self.epochs for share in self.milestones)
+        return float(self.learning_rate * 0.1**passed)
+
+    def model(self, data: Data) -> PaperResNet:
+        """The network with the recipe's seed."""
+        model = seeded(
+            self.seed,
+            lambda: PaperResNet(
+                self.n,
+                self.drop_probs,
+                data.classes,
+                data.channels,
+                self.mode,
+                self.rescale,
+                self.implementation,
+                self.projection,
+            ),
+        )
+        assert isinstance(model, PaperResNet)
+        return model
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun has started; alone where it has started none."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Processes:
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator that follows from numbers, as from a counter."""
+    state = 0
+    for number in key:
+        state = (state * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def _moved(part: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    return part[0].to(device), part[1].to(device)
+
+
+class Trainer:
+    """A run of a recipe.
+
+    Args:
+        recipe, data: what to train.
+        device: of the model and of the data.
+        directory: where checkpoint and logs go; None keeps nothing. A checkpoint that is there is
+            gone on from: it must be of the same recipe and data.
+        checkpoint_every: steps between checkpoints; 0: at the end of an epoch only.
+        advance: called after every step with its loss, as a float.
+
+    Raises:
+        ValueError: the checkpoint is of another recipe, data set or number of processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        device: torch.device,
+        directory: Path | None = None,
+        checkpoint_every: int = 0,
+        advance: Callable[[float], None] = lambda loss: None,
+    ) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        self.directory, self.checkpoint_every, self.advance = directory, checkpoint_every, advance
+        self.processes = Processes.join(device)
+        if recipe.batch % self.processes.world:
+            raise ValueError(
+                f"--batch: expected a multiple of the {self.processes.world} processes, got "
+                f"{recipe.batch}"
+            )
+        self.train, self.validation, self.test = (
+            _moved(part, device) for part in (data.train, data.validation, data.test)
+        )
+        self.steps_per_epoch = max(len(data.train[1]) // recipe.batch, 1)
+        self.model = recipe.model(data).to(device)
+        if recipe.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.replica: nn.Module = self.model
+        if self.processes.world > 1:
+            self.replica = DistributedDataParallel(self.model)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.step = 0
+        self.losses: list[float] = []  # of the steps since the checkpoint that was gone on from
+        self.gradients: list[float] = []  # of the epoch so far
+        self.epochs: list[dict[str, Any]] = []
+        self._load()
+
+    # What a step needs
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """This process' images of the present step, augmented, and their labels."""
+        recipe, images, labels = self.recipe, *self.train
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(len(labels), generator=_generator(recipe.seed, 1, epoch))
+        chosen = order[position * recipe.batch : (position + 1) * recipe.batch]
+        chosen = chosen[self.processes.rank :: self.processes.world].to(images.device)
+        moving = _generator(recipe.seed, 2, self.step, self.processes.rank)
+        batch = augment(images[chosen], self.data.flips, moving)
+        if recipe.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        return batch, labels[chosen]
+
+    def _plan(self, batch: int) -> DepthPlan | None:
+        if self.recipe.implementation == "constant":
+            return None
+        return DepthPlan.for_step(
+            self.recipe.seed,
+            self.step,
+            batch,
+            self.recipe.drop_probs,
+            # The paper's gate is that of the whole mini-batch, whichever process has its images.
+            rank=0 if self.recipe.mode == "batch" else self.processes.rank,
+            mode=self.recipe.mode,
+            rescale=self.recipe.rescale,
+            device=self.device,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[self.recipe.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def train_step(self) -> float:
+        """One step of the optimizer; returns the loss before it."""
+        rate = self.recipe.rate(self.step // self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images, labels = self._batch()
+        self.replica.train()
+        with self._autocast():
+            loss = F.cross_entropy(self.replica(images, self._plan(len(labels))), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        gradient = self.model.first_convolution.weight.grad
+        self.gradients.append(0.0 if gradient is None else gradient.abs().mean().item())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        value = loss.item()
+        self.losses.append(value)
+        return value
+
+    @torch.no_grad()
+    def error(self, part: tuple[Tensor, Tensor]) -> float:
+        """Share of the images that are put into the wrong class."""
+        self.model.eval()
+        wrong = 0
+        for images, labels in zip(*(t.split(500) for t in part), strict=True):
+            with self._autocast():
+                wrong += int((self.model(images).argmax(1) != labels).sum())
+        return wrong / len(part[1])
+
+    # A run
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last epoch; returns the record that ``run.json`` holds.
+
+        An interruption (ctrl-C) leaves a checkpoint behind.
+        """
+        start = time.perf_counter()
+        last = self.recipe.epochs * self.steps_per_epoch
+        try:
+            while self.step < last:
+                self.advance(self.train_step())
+                at_end = self.step % self.steps_per_epoch == 0
+                if at_end:
+                    self._end_epoch(time.perf_counter() - start)
+                    start = time.perf_counter()
+                if at_end or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+                    self._save()
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        return self.record()
+
+    def _end_epoch(self, seconds: float) -> None:
+        """Errors are those of one process' model; they are all the same."""
+        entry = {
+            "epoch": len(self.epochs),
+            "rate": self.recipe.rate(len(self.epochs)),
+            "validation_error": self.error(self.validation),
+            "test_error": self.error(self.test),
+            # Mean absolute gradient of the first block's first convolution, over the epoch's steps.
+            "gradient": sum(self.gradients) / len(self.gradients),
+            "seconds": seconds,  # of this run: less than the epoch took where it went on
+        }
+        self.epochs.append(entry)
+        self.gradients = []
+
+    def record(self) -> dict[str, Any]:
+        """The run so far, ready for JSON."""
+        best = min(self.epochs, key=lambda entry: entry["validation_error"], default=None)
+        return {
+            "recipe": asdict(self.recipe),
+            "data": self.data.name,
+            "images": [len(self.train[1]), len(self.validation[1]), len(self.test[1])],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "epochs": self.epochs,
+            # As the paper reports it: at the epoch with the smallest validation error.
+            "test_error": best["test_error"] if best else None,
+        }
+
+    # Checkpoint and logs
+
+    def _paths(self, directory: Path) -> tuple[Path, Path, Path]:
+        return directory / "checkpoint.pt", directory / "steps.csv", directory / "run.json"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "recipe": asdict(self.recipe),
+            "data": self.data.name,
+            "processes": self.processes.world,
+        }
+
+    def _save(self) -> None:
+        """The logs first, then the checkpoint, each whole or not at all: what the log has too much
+        of is cut off when the run goes on."""
+        if self.directory is None or self.processes.rank:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        checkpoint, steps, run = self._paths(self.directory)
+        first = self.step - len(self.losses)
+        with steps.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(("step", "epoch", "rate", "loss"))
+            for number, loss in enumerate(self.losses, first):
+                epoch = number // self.steps_per_epoch
+                writer.writerow((number, epoch, self.recipe.rate(epoch), repr(loss)))
+        self.losses = []
+        write_json(run, self.record())
+        state = {
+            "identity": self._identity(),
+            "step": self.step,
+            "gradients": self.gradients,
+            "epochs": self.epochs,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, checkpoint)
+
+    def _load(self) -> None:
+        if self.directory is None:
+            return
+        checkpoint, steps, _ = self._paths(self.directory)
+        if not checkpoint.exists():
+            if steps.exists() and self.processes.rank == 0:
+                steps.unlink()  # of a run that ended before its first checkpoint
+            return
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        differing = _differences(state["identity"], self._identity())
+        if differing:
+            raise ValueError(
+                f"{checkpoint} is of another run: {', '.join(differing)}; continue it with the "
+                "same arguments, or give another --out"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epochs = state["step"], state["epochs"]
+        self.gradients = state["gradients"]
+        if self.processes.rank == 0 and steps.exists():
+            with steps.open(newline="") as file:
+                header, *rows = list(csv.reader(file))
+            kept = [row for row in rows if len(row) == 4 and int(row[0]) < self.step]
+            part = steps.with_suffix(".part")
+            with part.open("w", newline="") as file:
+                csv.writer(file).writerows([header, *kept])
+            os.replace(part, steps)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What two identities differ in, in words."""
+    flat = [
+        {**identity["recipe"], **{k: v for k, v in identity.items() if k != "recipe"}}
+        for identity in (there, here)
+    ]
+    comparable = [json.loads(json.dumps(one)) for one in flat]  # tuples come back as lists
+    return [
+        f"{name} {comparable[0].get(name)!r}, now {comparable[1][name]!r}"
+        for name in comparable[1]
+        if comparable[0].get(name) != comparable[1][name]
+    ]
+
+
+def train(recipe: Recipe, data: Data, device: torch.device, **options: Any) -> dict[str, Any]:
+    """Runs a recipe from the beginning, or from the checkpoint in ``directory``."""
+    return Trainer(recipe, data, device, **options).run()

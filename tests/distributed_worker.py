@@ -297,13 +297,13 @@ def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> 
 
     net, rank, world = NETS["timm-vit"], dist.get_rank(), dist.get_world_size()
     model, single = net.model().train(), net.model().train()
-    report, single_report = sdkernels.patch(model), sdkernels.patch(single)
+    probs = [0.7] * 4
+    report, single_report = (sdkernels.patch(each, drop_probs=probs) for each in (model, single))
     wrapped = wrap(model)
-    probs = [0.7] * len(report.drop_probs)
     drawn = []
     xs = [net.inputs(BATCH) for _ in range(world)]  # every process makes those of all
     for step in range(3):
-        plans = [DepthPlan.for_step(1, step, BATCH, probs, rank=r) for r in range(world)]
+        plans = [report.plan_for_step(1, step, BATCH, rank=r) for r in range(world)]
         rows = [list(each) for each in zip(*plans, strict=True)]
         drawn.append(rows)
         with report.use(plans[rank]):

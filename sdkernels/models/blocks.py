@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Options:
     empty: str = "run"
     inplace: bool = False
     min_saving: float | str = 0.0
+
+    def rescale_of(self, law: Law) -> str:
+        """The rule for a branch: one that a library does not scale is not scaled in training."""
+        return self.rescale if law.scaled or self.rescale != "train" else "none"
 
 
 @dataclass
@@ -255,12 +260,24 @@ def _is_everything(rows: KeptRows) -> bool:
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
 
 
+def _holds(total: Any, stream: Any) -> bool:
+    """Whether a sum is the stream itself, or has a tensor of it."""
+    if isinstance(total, list):
+        return any(a is b for a, b in zip(total, stream, strict=True))
+    return total is stream
+
+
 class Add:
-    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call."""
+    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
+
+    In place it writes into sums that it has made itself. What came into the block may be somebody
+    else's too: saved by the activation before, kept among intermediate features.
+    """
 
     def __init__(self, block: Any, laws: list[Law]) -> None:
         self.block = block
         self.laws = laws
+        self.sum: Any = None  # the last one
 
     def __call__(
         self,
@@ -277,16 +294,13 @@ class Add:
         """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
 
         A norm and a layer scale that the op knows are fused; others are called on the kept rows.
-        `residual` is `x` by default. A stream that other branches read too is not written into.
+        `residual` is `x` by default.
         """
         state, law = self.block._sdkernels, self.laws[index]
         options = state.options
         p, rows = law.p, state.rows[index] if law.training else None
         if isinstance(rows, KeptRows) and _is_everything(rows):
             rows, p = None, 0.0
-
-        rescale = options.rescale if law.scaled or options.rescale != "train" else "none"
-        mode = options.mode or law.mode
 
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
@@ -308,24 +322,27 @@ class Add:
             else _NeverEmpty(steps, position, args, self.block)
         )
         is_shared = residual is x  # the first of several branches of the same x
-        residual = None if is_shared else residual
-        return fused_stochastic_depth(
+        stream = x if residual is None else residual
+        total = fused_stochastic_depth(
             x,
             composed,
             p,
-            mode,
+            options.mode or law.mode,
             law.training,
             args=args,
             norm=fused_norm,
             layer_scale=factor,
-            residual=residual,
+            residual=None if is_shared else residual,
             rows=rows,
             sampler=options.sampler,
-            rescale=rescale,
+            rescale=options.rescale_of(law),
             empty=options.empty,
-            inplace=options.inplace and not is_shared,
+            inplace=options.inplace and stream is self.sum and not is_shared,
             min_saving=options.min_saving,
         )
+        if not _holds(total, stream):  # as with empty="skip"
+            self.sum = total
+        return total
 
     def writable(
         self, index: int, x: Tensor, branch: Callable[..., Any], *, residual: Tensor | None = None
@@ -334,11 +351,8 @@ class Add:
 
         With ``empty="skip"`` the sum may be `x` or `residual` itself, which others read.
         """
-        options = self.block._sdkernels.options
         total: Tensor = self(index, x, branch, residual=residual)
-        if options.empty == "skip" and not options.inplace:
-            return total.clone() if total is (x if residual is None else residual) else total
-        return total
+        return total.clone() if total is (x if residual is None else residual) else total
 
 
 Body = Callable[..., Any]
@@ -353,6 +367,7 @@ def make_patched(
     keeps the name of the original: what looks for blocks by name (wrapping policies) finds them.
     """
     own_forward = original.forward
+    _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -383,8 +398,9 @@ def make_patched(
             if law.training or scaled_later
         ):
             return body(self, Add(self, laws), *args, **kwargs)
-        if args and isinstance(args[0], list):
-            return _each(own_forward, self, args, kwargs)
+        x = args[0] if args else kwargs.get(first)
+        if isinstance(x, list):
+            return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
 
     members = {
@@ -398,14 +414,13 @@ def make_patched(
     return type(original.__name__, (PatchedBlock, original), members)
 
 
-def _each(forward: Callable[..., Any], block: Any, args: Any, kwargs: Any) -> list[Any]:
+def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:
     """The original forward for every tensor of a list."""
-
     return [
         forward(
             block,
             *_entries(args, crop),
             **{key: _entry(value, crop) for key, value in kwargs.items()},
         )
-        for crop in range(len(args[0]))
+        for crop in range(crops)
     ]

@@ -291,8 +291,13 @@ def fsdp2_inplace_is_refused_by_autograd() -> None:
 # Patched models
 
 
-def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """A timm ViT, with plans under which ranks keep other rows, or none."""
+def assert_patched_as_single_process(
+    wrap: Callable[[nn.Module], nn.Module], waits: bool = False
+) -> None:
+    """A timm ViT, with plans under which ranks keep other rows, or none.
+
+    Gradients of three steps are added up; the first two go without a synchronisation if it waits.
+    """
     from zoo import NETS  # takes long to import
 
     net, rank, world = NETS["timm-vit"], dist.get_rank(), dist.get_world_size()
@@ -306,7 +311,8 @@ def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> 
         plans = [report.plan_for_step(1, step, BATCH, rank=r) for r in range(world)]
         rows = [list(each) for each in zip(*plans, strict=True)]
         drawn.append(rows)
-        with report.use(plans[rank]):
+        waiting = wrapped.no_sync() if waits and step < 2 else nullcontext()
+        with report.use(plans[rank]), waiting:
             wrapped(xs[rank]).square().mean().backward()
         with single_report.use([joined(each) for each in rows]):
             single(torch.cat(xs)).square().mean().backward()
@@ -317,6 +323,10 @@ def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> 
 
 def ddp_patched_timm_vit() -> None:
     assert_patched_as_single_process(DistributedDataParallel)
+
+
+def ddp_patched_timm_vit_with_no_sync() -> None:
+    assert_patched_as_single_process(DistributedDataParallel, waits=True)
 
 
 def fsdp2_patched_timm_vit() -> None:
@@ -332,6 +342,7 @@ def fsdp2_patched_timm_vit() -> None:
 
 if importlib.util.find_spec("timm") is not None:
     check(ddp_patched_timm_vit)
+    check(ddp_patched_timm_vit_with_no_sync)
     check(fsdp2_patched_timm_vit)
 
 

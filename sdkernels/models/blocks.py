@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
@@ -142,6 +143,18 @@ class PatchedBlock:
     _sdkernels: BlockState
     _original: type[nn.Module]
     _runs_empty: bool
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """nn.DataParallel's copy for a device: it draws for its share of the batch."""
+        state = self._sdkernels
+        if state.rows[0] is not None:
+            raise RuntimeError(
+                "plan: nn.DataParallel splits the batch, and the rows of a plan are of the whole "
+                "one; let the replicas draw their own rows, or use DistributedDataParallel"
+            )
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._sdkernels = copy.copy(state)  # threads remember their forwards for themselves
+        return replica
 
 
 def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:

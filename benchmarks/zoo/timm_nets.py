@@ -75,7 +75,7 @@ def timm_nets(sizes: Sizes) -> dict[str, Net]:
     relpos = "vision_transformer_relpos:VisionTransformerRelPos"
     vit_options = {"img_size": sizes.image, **sizes.vit}
     swin_options = {"img_size": sizes.image, "window_size": sizes.window, **sizes.swin}
-    uir, last = f"uir_r3_a3_k3_s2_e4_c{width}", f"uir_r1_a3_k3_s1_e4_c{width}"
+    uir, down, last = (f"uir_r{n}_a3_k3_s{s}_e4_c{width}" for n, s in ((3, 2), (1, 2), (1, 1)))
     mqa = f"mqa_r1_k3_h2_s1_d{width}_c{width}"
     convnext_options = {"depths": (1, 2, 1, 1), **sizes.convnext}
     return {
@@ -224,7 +224,7 @@ def timm_nets(sizes: Sizes) -> dict[str, Net]:
             batch_norm=True,
         ),
         "timm-mobilenet-v4": Net(
-            efficientnet(width, [[uir, mqa, last]]),
+            efficientnet(width, [[uir], [down, mqa, last]]),
             ("UniversalInvertedResidual", "MobileAttention"),
             batch_norm=True,
         ),

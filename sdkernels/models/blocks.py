@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from sdkernels.functional import Shared, fused_stochastic_depth
+from sdkernels.functional import fused_stochastic_depth
+from sdkernels.models.branches import Composed, NeverEmpty, entries, entry
 from sdkernels.models.parts import Law, drop_law, layer_scale_of
 from sdkernels.rows import KeptRows
 
@@ -26,9 +26,7 @@ __all__ = [
     "Branch",
     "Options",
     "PatchedBlock",
-    "chain",
     "make_patched",
-    "per_sample",
 ]
 
 Rows = KeptRows | list[KeptRows]
@@ -157,117 +155,6 @@ class PatchedBlock:
         return replica
 
 
-def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:
-    """A tensor that attention broadcasts against [B, heads, N, ...], as an entry of ``args``.
-
-    One with four dimensions and B entries in the first belongs to the samples; with fewer, its
-    first dimension is heads or tokens, whatever its size.
-    """
-    if isinstance(value, list) and isinstance(x, list):
-        return [per_sample(each, crop) for each, crop in zip(value, x, strict=True)]
-    of_samples = (
-        isinstance(value, Tensor)
-        and isinstance(x, Tensor)
-        and value.dim() == 4
-        and value.shape[0] == x.shape[0]
-    )
-    return value if of_samples else Shared(value)
-
-
-def chain(steps: Sequence[Callable[..., Any] | None]) -> Callable[[Tensor], Tensor]:
-    """One step after the other, without those that a block does not have."""
-
-    def run(x: Tensor) -> Tensor:
-        for step in steps:
-            if step is not None:
-                x = step(x)
-        return x
-
-    return run
-
-
-class _Composed:
-    """A branch with what could not be fused into the op around it, for one tensor or a list."""
-
-    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int) -> None:
-        self.steps = steps
-        self.branch = branch  # position of the branch proper, which gets the extra arguments
-
-    def __call__(self, kept: Any, *args: Any) -> Any:
-        if isinstance(kept, list):
-            return [self.run(each, i, _entries(args, i)) for i, each in enumerate(kept)]
-        return self.run(kept, None, args)
-
-    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        for position, step in enumerate(self.steps):
-            kept = step(kept, *args) if position == self.branch else step(kept)
-        return kept
-
-
-class _NeverEmpty(_Composed):
-    """One that is not run on an empty batch, which many attentions cannot reshape.
-
-    A sample of ones runs beside no sample then, and its result is left out again: nothing is added
-    to any row, running statistics stay, and parameters get zero gradients, not None. (No sample of
-    the batch: whatever is in a dropped one reaches nothing.)
-    """
-
-    def __init__(
-        self,
-        steps: Sequence[Callable[..., Any]],
-        branch: int,
-        args: Sequence[Any],
-        block: nn.Module,
-    ) -> None:
-        super().__init__(steps, branch)
-        self.args = args  # of the whole batch
-        self.block = block
-
-    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        if not _is_empty(kept):
-            return super().run(kept, crop, args)
-        whole = self.args if crop is None else _entries(self.args, crop)
-        padded = [
-            torch.cat([arg, of_batch[:1].detach()]) if isinstance(of_batch, Tensor) else arg
-            for arg, of_batch in zip(args, whole, strict=True)
-        ]
-        ones = kept.new_ones((1, *kept.shape[1:]))
-        # SyncBatchNorm stays as it is: the other processes wait for this one.
-        norms = [
-            module
-            for module in self.block.modules()
-            if isinstance(module, _BatchNorm)
-            and not isinstance(module, nn.SyncBatchNorm)
-            and module.training
-        ]
-        for norm in norms:
-            norm.training = False
-        try:
-            return super().run(torch.cat([kept, ones]), crop, padded)[:0]
-        finally:
-            for norm in norms:
-                norm.training = True
-
-
-def _is_empty(kept: Tensor) -> bool:
-    """Whether it has no rows; False in a graph that draws rows inside and so does not know."""
-    if not is_compiling():
-        return kept.shape[0] == 0
-    # Here, because it imports SymPy.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(kept.shape[0] == 0)
-
-
-def _entry(arg: Any, crop: int) -> Any:
-    """What belongs to one tensor of a list."""
-    return arg[crop] if isinstance(arg, list) else arg
-
-
-def _entries(args: Sequence[Any], crop: int) -> list[Any]:
-    return [_entry(arg, crop) for arg in args]
-
-
 def _is_everything(rows: KeptRows) -> bool:
     """Whether these are all the rows, as they are."""
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
@@ -330,9 +217,9 @@ class Add:
             factor = layer_scale
         steps, position = [*before, branch, *after], len(before)
         composed = (
-            _Composed(steps, position)
+            Composed(steps, position)
             if self.block._runs_empty
-            else _NeverEmpty(steps, position, args, self.block)
+            else NeverEmpty(steps, position, args, self.block)
         )
         is_shared = residual is x  # the first of several branches of the same x
         stream = x if residual is None else residual
@@ -432,8 +319,8 @@ def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs
     return [
         forward(
             block,
-            *_entries(args, crop),
-            **{key: _entry(value, crop) for key, value in kwargs.items()},
+            *entries(args, crop),
+            **{key: entry(value, crop) for key, value in kwargs.items()},
         )
         for crop in range(crops)
     ]

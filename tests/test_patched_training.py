@@ -259,6 +259,16 @@ def test_data_parallel_refuses_a_plan(replicas_on_cpu):
     replicate(model, [0, 1])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@both_nets
+def test_data_parallel_on_gpus(net):
+    model, _ = patched(net)
+    model.cuda()
+    x, _ = images(net, 0)
+    nn.DataParallel(model)(x.cuda()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 # Failures
 
 

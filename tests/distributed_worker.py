@@ -292,7 +292,7 @@ def fsdp2_inplace_is_refused_by_autograd() -> None:
 
 
 def assert_patched_as_single_process(
-    wrap: Callable[[nn.Module], nn.Module], waits: bool = False
+    wrap: Callable[[nn.Module], nn.Module], waits: bool = False, inplace: bool = False
 ) -> None:
     """A timm ViT, with plans under which ranks keep other rows, or none.
 
@@ -303,7 +303,8 @@ def assert_patched_as_single_process(
     net, rank, world = NETS["timm-vit"], dist.get_rank(), dist.get_world_size()
     model, single = net.model().train(), net.model().train()
     probs = [0.7] * 4
-    report, single_report = (sdkernels.patch(each, drop_probs=probs) for each in (model, single))
+    report = sdkernels.patch(model, drop_probs=probs, inplace=inplace)
+    single_report = sdkernels.patch(single, drop_probs=probs)
     wrapped = wrap(model)
     drawn = []
     xs = [net.inputs(BATCH) for _ in range(world)]  # every process makes those of all
@@ -330,6 +331,8 @@ def ddp_patched_timm_vit_with_no_sync() -> None:
 
 
 def fsdp2_patched_timm_vit() -> None:
+    """In place too: what FSDP hands to a block is not written into."""
+
     def wrap(model: nn.Module) -> nn.Module:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:
@@ -337,7 +340,8 @@ def fsdp2_patched_timm_vit() -> None:
         fully_shard(model, mesh=mesh)
         return model
 
-    assert_patched_as_single_process(wrap)
+    for inplace in (False, True):
+        assert_patched_as_single_process(wrap, inplace=inplace)
 
 
 if importlib.util.find_spec("timm") is not None:

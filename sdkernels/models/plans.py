@@ -65,10 +65,10 @@ def drop_probs(model: nn.Module) -> list[float]:
     return [p for block in patched_blocks(model) for p in probabilities(block)]
 
 
-def _branch_laws(model: nn.Module) -> list[BranchLaw | None]:
+def _branch_laws(blocks: list[Any]) -> list[BranchLaw | None]:
     """How every branch draws now; None where only its own drop path module can tell."""
     laws: list[BranchLaw | None] = []
-    for block in patched_blocks(model):
+    for block in blocks:
         state = block._sdkernels
         options = state.options
         for branch in range(len(state.drops)):
@@ -77,7 +77,6 @@ def _branch_laws(model: nn.Module) -> list[BranchLaw | None]:
                 laws.append(None)
                 continue
             mode, rescale = options.mode or own.mode, options.rescale_of(own)
-            check_law(mode, options.sampler, rescale)
             laws.append(BranchLaw(own.p, mode, options.sampler, rescale))
     return laws
 
@@ -93,7 +92,9 @@ def _draw(
     if device is None:
         device = next((p.device for p in model.parameters()), None)
     nothing = BranchLaw(0.0, "row", "bernoulli", "none")
-    laws = [nothing if each is None else each for each in _branch_laws(model)]
+    laws = [nothing if each is None else each for each in _branch_laws(patched_blocks(model))]
+    for each in laws:
+        check_law(each.mode, each.sampler, each.rescale)
     return DepthPlan(batch, laws, device, generator, step)
 
 
@@ -159,15 +160,15 @@ def plan_for_step(
     return _draw(model, batch, device, step=step_key(seed, step, rank))
 
 
-def _check_plan(plan: DepthPlan, model: nn.Module) -> None:
+def _check_plan(plan: DepthPlan, blocks: list[Any]) -> None:
     """Refuse a plan of another law: training would no longer average to what evaluation computes.
 
     Mode and sampler are a plan's own choice: they keep every row with the same probability.
     """
     how = "draw it with sdkernels.models.sample_plan(model, batch), or give list(plan)"
     own: BranchLaw | None
-    for number, (drawn, own) in enumerate(zip(plan._branches, _branch_laws(model), strict=True)):
-        if own is None:
+    for number, (drawn, own) in enumerate(zip(plan._branches, _branch_laws(blocks), strict=True)):
+        if own is None or (drawn.p == own.p and drawn.rescale == own.rescale):
             continue
         if not isclose(drawn.p, own.p, rel_tol=1e-6):
             raise ValueError(
@@ -211,7 +212,8 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
         ...     pass
     """
     check_model(model)
-    states = [block._sdkernels for block in patched_blocks(model)]
+    blocks = patched_blocks(model)
+    states = [block._sdkernels for block in blocks]
     total = sum(len(state.rows) for state in states)
     if len(plan) != total:
         raise ValueError(
@@ -219,7 +221,7 @@ def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
             "sdkernels.models.sample_plan(model, batch))"
         )
     if isinstance(plan, DepthPlan):
-        _check_plan(plan, model)
+        _check_plan(plan, blocks)
     for entry in plan:
         if not all(
             isinstance(e, KeptRows) for e in (entry if isinstance(entry, list) else [entry])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+LIBRARIES = ("timm", "torchvision", "transformers")
 _SCHEMAS: list[torch.library.Library] = []  # they last as long as this does
 
 

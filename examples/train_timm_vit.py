@@ -20,7 +20,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 import sdkernels  # sdkernels
-from sdkernels.models import drop_probs, use  # sdkernels (optional)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ).to(device)
     # Larger than timm's 0.02: a mean over the tokens sees no order, and this is a short training.
     torch.nn.init.normal_(model.pos_embed, std=0.5)
-    print(sdkernels.patch(model))  # sdkernels: the one line that is needed
+    report = sdkernels.patch(model)  # sdkernels: the one line that is needed
+    print(report)  # sdkernels (optional)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     steps = options.epochs * -(-len(train_x) // options.batch_size)
     schedule = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, t_in_epochs=False)
@@ -63,10 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             schedule.step_update(step)
             # The rows of all branches, in one copy to the device. Without a plan, each branch
             # draws its own from PyTorch's generator.
-            plan = sdkernels.DepthPlan.for_step(  # sdkernels (optional)
-                options.seed, step, len(batch), drop_probs(model), device=device
-            )
-            with use(model, plan):  # sdkernels (optional)
+            plan = report.plan_for_step(options.seed, step, len(batch))  # sdkernels (optional)
+            with report.use(plan):  # sdkernels (optional)
                 loss = F.cross_entropy(model(train_x[batch]), train_y[batch])
                 optimizer.zero_grad()
                 loss.backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,34 @@ from sdkernels.rows import KeptRows
 from sdkernels.sampling import check_batch, check_generator, check_law, law
 from sdkernels.schedules import check_probability
 
-__all__ = ["DepthPlan"]
+__all__ = ["BranchLaw", "DepthPlan"]
+
+
+class BranchLaw(NamedTuple):
+    """How the rows of a branch are drawn, and by what rule their scale is made."""
+
+    p: float
+    mode: str
+    sampler: str
+    rescale: str
+
+
+def _branch_laws(drop_probs: object, mode: str, sampler: str, rescale: str) -> list[BranchLaw]:
+    check_law(mode, sampler, rescale)
+    if not isinstance(drop_probs, Iterable) or isinstance(drop_probs, str):
+        raise TypeError(
+            f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
+        )
+    return [BranchLaw(check_probability(p), mode, sampler, rescale) for p in drop_probs]
+
+
+def step_key(seed: object, step: object, rank: object) -> tuple[int, int, int]:
+    """What the rows of a step are drawn from, the rank by default that of this process."""
+    return (
+        _check_counter("seed", seed, 64),
+        _check_counter("step", step, 64),
+        _check_counter("rank", _process_rank() if rank is None else rank, 32),
+    )
 
 
 def _check_batches(batch: object) -> list[int]:
@@ -51,27 +78,17 @@ class DepthPlan:
     def __init__(
         self,
         batch: int | Sequence[int],
-        drop_probs: Iterable[float],
-        mode: str,
-        sampler: str,
-        rescale: str,
+        branches: Sequence[BranchLaw],
         device: torch.device | str | None,
         generator: torch.Generator | None = None,
         step: tuple[int, int, int] | None = None,
     ) -> None:
         self._batches = _check_batches(batch)
         self._is_list = isinstance(batch, (list, tuple))
-        check_law(mode, sampler, rescale)
         check_generator(generator)
-        if not isinstance(drop_probs, Iterable) or isinstance(drop_probs, str):
-            raise TypeError(
-                f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
-            )
+        self._branches = tuple(branches)
         # One list for each branch, with one entry for each batch.
-        self._laws = [
-            [law(batch, check_probability(p), mode, sampler, rescale) for batch in self._batches]
-            for p in drop_probs
-        ]
+        self._laws = [[law(batch, *branch) for batch in self._batches] for branch in self._branches]
         self._generator = generator
         self._step = step
         self._views: dict[int, KeptRows | list[KeptRows]] = {}
@@ -117,7 +134,7 @@ class DepthPlan:
             >>> [[rows.k for rows in branch] for branch in crops]
             [[6, 15], [4, 10]]
         """
-        return cls(batch, drop_probs, mode, sampler, rescale, device, generator)
+        return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, generator)
 
     @classmethod
     def for_step(
@@ -168,12 +185,8 @@ class DepthPlan:
             >>> all(torch.equal(a.slot, b.slot) for a, b in zip(plan, again))
             True
         """
-        key = (
-            _check_counter("seed", seed, 64),
-            _check_counter("step", step, 64),
-            _check_counter("rank", _process_rank() if rank is None else rank, 32),
-        )
-        return cls(batch, drop_probs, mode, sampler, rescale, device, step=key)
+        key = step_key(seed, step, rank)
+        return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, step=key)
 
     def resample_(self) -> DepthPlan:
         """Draw new rows for every branch, in place; returns self.

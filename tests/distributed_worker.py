@@ -291,22 +291,29 @@ def fsdp2_inplace_is_refused_by_autograd() -> None:
 # Patched models
 
 
-def assert_patched_as_single_process(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """A timm ViT, with plans under which ranks keep other rows, or none."""
+def assert_patched_as_single_process(
+    wrap: Callable[[nn.Module], nn.Module], waits: bool = False, inplace: bool = False
+) -> None:
+    """A timm ViT, with plans under which ranks keep other rows, or none.
+
+    Gradients of three steps are added up; the first two go without a synchronisation if it waits.
+    """
     from zoo import NETS  # takes long to import
 
     net, rank, world = NETS["timm-vit"], dist.get_rank(), dist.get_world_size()
     model, single = net.model().train(), net.model().train()
-    report, single_report = sdkernels.patch(model), sdkernels.patch(single)
+    probs = [0.7] * 4
+    report = sdkernels.patch(model, drop_probs=probs, inplace=inplace)
+    single_report = sdkernels.patch(single, drop_probs=probs)
     wrapped = wrap(model)
-    probs = [0.7] * len(report.drop_probs)
     drawn = []
     xs = [net.inputs(BATCH) for _ in range(world)]  # every process makes those of all
     for step in range(3):
-        plans = [DepthPlan.for_step(1, step, BATCH, probs, rank=r) for r in range(world)]
+        plans = [report.plan_for_step(1, step, BATCH, rank=r) for r in range(world)]
         rows = [list(each) for each in zip(*plans, strict=True)]
         drawn.append(rows)
-        with report.use(plans[rank]):
+        waiting = wrapped.no_sync() if waits and step < 2 else nullcontext()
+        with report.use(plans[rank]), waiting:
             wrapped(xs[rank]).square().mean().backward()
         with single_report.use([joined(each) for each in rows]):
             single(torch.cat(xs)).square().mean().backward()
@@ -319,7 +326,13 @@ def ddp_patched_timm_vit() -> None:
     assert_patched_as_single_process(DistributedDataParallel)
 
 
+def ddp_patched_timm_vit_with_no_sync() -> None:
+    assert_patched_as_single_process(DistributedDataParallel, waits=True)
+
+
 def fsdp2_patched_timm_vit() -> None:
+    """In place too: what FSDP hands to a block is not written into."""
+
     def wrap(model: nn.Module) -> nn.Module:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:
@@ -327,11 +340,13 @@ def fsdp2_patched_timm_vit() -> None:
         fully_shard(model, mesh=mesh)
         return model
 
-    assert_patched_as_single_process(wrap)
+    for inplace in (False, True):
+        assert_patched_as_single_process(wrap, inplace=inplace)
 
 
 if importlib.util.find_spec("timm") is not None:
     check(ddp_patched_timm_vit)
+    check(ddp_patched_timm_vit_with_no_sync)
     check(fsdp2_patched_timm_vit)
 
 
@@ -397,6 +412,72 @@ def sync_batch_norm_needs_a_gpu() -> None:
         fused_stochastic_depth(x, branch, 0.5)
     # In evaluation it is an ordinary BatchNorm.
     fused_stochastic_depth(x, branch.eval(), 0.5, training=False)
+
+
+def assert_sync_batch_norm(make: Callable[[], nn.Module], convert: Callable[..., Any]) -> None:
+    """Statistics of the kept rows of all processes, as of one process with all the batches.
+
+    Processes keep different numbers of rows, and in the second step the last one keeps none. On the
+    GPU if there is one (a single one will do), else with PyTorch's ops for it written out.
+    """
+    from sync_batch_norm import on_the_cpu
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    batch = 4
+    with on_the_cpu() if device.type == "cpu" else nullcontext():
+        model, single = convert(make()).double().to(device), make().double().to(device)
+        report, single_report = (
+            sdkernels.patch(each, drop_probs=0.5) for each in (model.train(), single.train())
+        )
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            masks = torch.rand(len(report.drop_probs), world, batch, generator=generator) < 0.6
+            masks[:, 0, 0] = True  # somebody keeps one
+            masks[:, -1] &= step != 1
+            rows = [[KeptRows.from_mask(m, 1.5).to(device) for m in each] for each in masks]
+            x = torch.randn(world * batch, 3, 32, 32, generator=generator).double().to(device)
+            model.zero_grad()
+            single.zero_grad()
+            with report.use([each[rank] for each in rows]):
+                y = model(x[rank * batch : (rank + 1) * batch])
+                y.square().mean().backward()
+            whole_rows = [KeptRows.from_mask(each.flatten(), 1.5).to(device) for each in masks]
+            with single_report.use(whole_rows):
+                expected = single(x)
+                expected.square().mean().backward()
+            torch.testing.assert_close(y, expected[rank * batch : (rank + 1) * batch])
+            for (name, p), e in zip(model.named_parameters(), single.parameters(), strict=True):
+                total = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                dist.all_reduce(total)  # DistributedDataParallel refuses SyncBatchNorm on the CPU
+                torch.testing.assert_close(total / world, e.grad, rtol=1e-6, atol=1e-8, msg=name)
+        buffers = dict(single.named_buffers())
+        for name, buffer in model.named_buffers():
+            torch.testing.assert_close(buffer, buffers[name], msg=name)
+
+
+def sync_batch_norm_of_the_kept_rows_of_all() -> None:
+    """A ResNet, whose branches run on an empty batch."""
+    from zoo import NETS
+
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    assert_sync_batch_norm(NETS["torchvision-resnet"].model, convert)
+
+
+def sync_batch_norm_in_attention() -> None:
+    """Attention runs a sample of ones where it keeps none, which is not in the statistics."""
+    from libraries import load
+    from zoo import NETS
+
+    convert = load("timm.layers").convert_sync_batchnorm
+    assert_sync_batch_norm(NETS["timm-mobilenet-v4"].model, convert)
+
+
+if importlib.util.find_spec("torchvision") is not None:
+    check(sync_batch_norm_of_the_kept_rows_of_all)
+if importlib.util.find_spec("timm") is not None:
+    check(sync_batch_norm_in_attention)
 
 
 @check

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.libraries import import_module, is_installed
+from benchmarks.libraries import LIBRARIES, import_module, is_installed
 
-LIBRARIES = ("timm", "torchvision", "transformers")
+__all__ = ["LIBRARIES", "is_installed", "load"]
 
 
 def load(name: str) -> Any:

@@ -7,39 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from checkpointing import each_variant
 from comparison import assert_same_bits
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointError,
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sdkernels import DepthPlan, StochasticDepth, fused_stochastic_depth
 
 WIDTH, DEPTH, BATCH = 6, 3, 4
-
-ops = torch.ops.sdkernels
-MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-OWN = {ops.compact_rows.default, ops.compact_norm.default, ops.scatter_add_rows.default}
-
-
-def selective(saved):
-    def policy(context, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return partial(create_selective_checkpoint_contexts, policy)
-
-
-VARIANTS = {
-    "reentrant": {"use_reentrant": True},
-    "non-reentrant": {"use_reentrant": False},
-    "selective-matmuls": {"use_reentrant": False, "context_fn": selective(MATMULS)},
-    "selective-own": {"use_reentrant": False, "context_fn": selective(OWN)},
-    "selective-none": {"use_reentrant": False, "context_fn": selective(set())},
-}
-each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 
 
 class Mlp(nn.Sequential):

@@ -8,21 +8,23 @@ from compiling import assert_same, compilation, results
 from zoo import NETS
 
 import sdkernels
-from sdkernels import DepthPlan, KeptRows
+from sdkernels import KeptRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 BATCH = 4
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("rows", ["plan", "own"])
 @pytest.mark.parametrize("name", ["timm-vit", "timm-convnext"])
-def test_one_graph(name, rows):
+def test_one_graph(name, rows, inplace):
     """With the rows of a plan, and with rows that every branch draws inside of the graph."""
     net = NETS[name]
     model = net.model().train()
     eager = copy.deepcopy(model)
-    reports = [sdkernels.patch(each, sampler="fixed") for each in (model, eager)]
+    options = {"sampler": "fixed", "inplace": inplace}
+    reports = [sdkernels.patch(each, **options) for each in (model, eager)]
     x = net.inputs(BATCH)
     found = []
     with compilation() as seen:
@@ -34,9 +36,7 @@ def test_one_graph(name, rows):
             leaves = [p for p in module.parameters() if p.requires_grad]
             for step in range(2):
                 if rows == "plan":
-                    probs = report.drop_probs
-                    plan = DepthPlan.for_step(5, step, BATCH, probs, sampler="fixed")
-                    with report.use(plan):
+                    with report.use(report.plan_for_step(5, step, BATCH)):
                         found.append(results(function, leaves, x))
                 else:
                     found.append(results(function, leaves, x))

@@ -444,33 +444,6 @@ def test_expected_saving(name):
     assert report.expected_saving() == report.expected_saving(x) == 0.0
 
 
-def test_inplace_is_the_same():
-    for name in ("timm-vit-things", "timm-vit", "timm-coatnet", "transformers-beit"):
-        net = NETS[name]
-        model, report = patched_copy(net.model().train(), net)
-        plan = make_rows(len(report.drop_probs))
-        freeze_norms(model)
-        x = net.inputs(4)
-        with report.use(plan):
-            y, gradients = train_step(model, x)
-        report = sdkernels.patch(model, inplace=True)
-        with report.use(plan):
-            other, other_gradients = train_step(model, x)
-        torch.testing.assert_close(other, y)
-        for key, gradient in gradients.items():
-            if gradient is not None:
-                torch.testing.assert_close(other_gradients[key], gradient)
-
-
-def test_inplace_in_a_resnet():
-    """The activation before a block saves what the block would write into: PyTorch says so."""
-    net = NETS["timm-resnet"]
-    model = net.model().train()
-    sdkernels.patch(model, inplace=True, drop_probs=0.5, sampler="fixed")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        train_step(model, net.inputs(4))
-
-
 def test_drop_probs():
     model = NETS["torchvision-resnet"].model()
     without = sdkernels.patch(model)
@@ -483,4 +456,13 @@ def test_drop_probs():
     # By blocks, whose branches are alike.
     vit = VIT.model()
     assert sdkernels.patch(vit, drop_probs=0.5).drop_probs == [0.25, 0.25, 0.5, 0.5]
-    assert sdkernels.patch(vit).drop_probs == [0.0, 0.0, 0.5, 0.5]
+    report = sdkernels.patch(vit)
+    assert report.drop_probs == [0.0, 0.0, 0.5, 0.5]
+    # A block whose probabilities are 0 is patched, for the time when they rise; the report says so.
+    assert [entry.name for entry in report.idle] == ["blocks.0"]
+    assert "2 blocks patched (1 of them run as before: p == 0), 0 left alone" in str(report)
+    assert "blocks.0  Block  p == 0: runs as before, until a p rises" in str(report)
+    timm_drop: Any = load("timm.layers.drop")
+    vit.blocks[0].drop_path2 = timm_drop.DropPath(0.1)
+    assert not report.idle
+    assert "run as before" not in str(report)

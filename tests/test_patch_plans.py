@@ -46,11 +46,8 @@ def test_a_plan_for_the_whole_model():
     with pytest.raises(ValueError, match=expected), report.use(wrong):
         pass
     model.train()
-    small, expected = (
-        DepthPlan.sample(4, [0.5] * 4),
-        "rows: made for a batch of 4 rows, but x has 8",
-    )
-    with pytest.raises(ValueError, match=expected), report.use(small):
+    expected = "rows: made for a batch of 4 rows, but x has 8"
+    with pytest.raises(ValueError, match=expected), report.use(report.plan(4)):
         model(x)
     assert not torch.equal(model(x), model(x))  # nothing is left bound by an exception
 
@@ -96,8 +93,8 @@ def test_weighted_rows():
 def test_a_plan_with_checkpointing(use_reentrant):
     """A block that runs again in the backward finds its rows, whatever ran in between."""
     model = VIT.model().train()
-    report = sdkernels.patch(model)
-    plan = DepthPlan.sample(8, [0.5] * 4, sampler="fixed")
+    report = sdkernels.patch(model, drop_probs=[0.5] * 4, sampler="fixed")
+    plan = report.plan(8)
     x = VIT.inputs(8).requires_grad_()
 
     def run(through: Any) -> list[torch.Tensor]:
@@ -237,8 +234,15 @@ def test_a_list_of_crops(name):
     drawn = block(list(crops), **kwargs)
     assert len(drawn) == 3
     block.eval()
-    for i, (y, crop) in enumerate(zip(block(list(crops), **kwargs), crops, strict=True)):
-        assert_same_bits(y, block(crop, **{key: value[i] for key, value in kwargs.items()}))
+    first = "hidden_states" if name == "transformers-dinov2" else "x"
+    for ys in (block(list(crops), **kwargs), block(**{first: list(crops)}, **kwargs)):
+        for i, (y, crop) in enumerate(zip(ys, crops, strict=True)):
+            assert_same_bits(y, block(crop, **{key: value[i] for key, value in kwargs.items()}))
+    block.train()
+    with report.use(plan):
+        by_position, by_name = block(list(crops), **kwargs), block(**{first: crops}, **kwargs)
+    for a, b in zip(by_position, by_name, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_masks_and_ropes():

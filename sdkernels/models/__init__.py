@@ -3,7 +3,18 @@
 No library is imported before a model of it is patched.
 """
 
-from sdkernels.models.patching import drop_probs, patch, unpatch, use
+from sdkernels.models.patching import patch, unpatch
+from sdkernels.models.plans import drop_probs, plan_for_step, sample_plan, use
 from sdkernels.models.report import LeftAlone, PatchedEntry, PatchReport
 
-__all__ = ["LeftAlone", "PatchReport", "PatchedEntry", "drop_probs", "patch", "unpatch", "use"]
+__all__ = [
+    "LeftAlone",
+    "PatchReport",
+    "PatchedEntry",
+    "drop_probs",
+    "patch",
+    "plan_for_step",
+    "sample_plan",
+    "unpatch",
+    "use",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from sdkernels.functional import Shared, fused_stochastic_depth
+from sdkernels.functional import fused_stochastic_depth
+from sdkernels.models.branches import Composed, NeverEmpty, entries, entry
 from sdkernels.models.parts import Law, drop_law, layer_scale_of
 from sdkernels.rows import KeptRows
 
@@ -24,9 +26,7 @@ __all__ = [
     "Branch",
     "Options",
     "PatchedBlock",
-    "chain",
     "make_patched",
-    "per_sample",
 ]
 
 Rows = KeptRows | list[KeptRows]
@@ -56,6 +56,10 @@ class Options:
     empty: str = "run"
     inplace: bool = False
     min_saving: float | str = 0.0
+
+    def rescale_of(self, law: Law) -> str:
+        """The rule for a branch: one that a library does not scale is not scaled in training."""
+        return self.rescale if law.scaled or self.rescale != "train" else "none"
 
 
 @dataclass
@@ -138,116 +142,17 @@ class PatchedBlock:
     _original: type[nn.Module]
     _runs_empty: bool
 
-
-def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:
-    """A tensor that attention broadcasts against [B, heads, N, ...], as an entry of ``args``.
-
-    One with four dimensions and B entries in the first belongs to the samples; with fewer, its
-    first dimension is heads or tokens, whatever its size.
-    """
-    if isinstance(value, list) and isinstance(x, list):
-        return [per_sample(each, crop) for each, crop in zip(value, x, strict=True)]
-    of_samples = (
-        isinstance(value, Tensor)
-        and isinstance(x, Tensor)
-        and value.dim() == 4
-        and value.shape[0] == x.shape[0]
-    )
-    return value if of_samples else Shared(value)
-
-
-def chain(steps: Sequence[Callable[..., Any] | None]) -> Callable[[Tensor], Tensor]:
-    """One step after the other, without those that a block does not have."""
-
-    def run(x: Tensor) -> Tensor:
-        for step in steps:
-            if step is not None:
-                x = step(x)
-        return x
-
-    return run
-
-
-class _Composed:
-    """A branch with what could not be fused into the op around it, for one tensor or a list."""
-
-    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int) -> None:
-        self.steps = steps
-        self.branch = branch  # position of the branch proper, which gets the extra arguments
-
-    def __call__(self, kept: Any, *args: Any) -> Any:
-        if isinstance(kept, list):
-            return [self.run(each, i, _entries(args, i)) for i, each in enumerate(kept)]
-        return self.run(kept, None, args)
-
-    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        for position, step in enumerate(self.steps):
-            kept = step(kept, *args) if position == self.branch else step(kept)
-        return kept
-
-
-class _NeverEmpty(_Composed):
-    """One that is not run on an empty batch, which many attentions cannot reshape.
-
-    A sample of ones runs beside no sample then, and its result is left out again: nothing is added
-    to any row, running statistics stay, and parameters get zero gradients, not None. (No sample of
-    the batch: whatever is in a dropped one reaches nothing.)
-    """
-
-    def __init__(
-        self,
-        steps: Sequence[Callable[..., Any]],
-        branch: int,
-        args: Sequence[Any],
-        block: nn.Module,
-    ) -> None:
-        super().__init__(steps, branch)
-        self.args = args  # of the whole batch
-        self.block = block
-
-    def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        if not _is_empty(kept):
-            return super().run(kept, crop, args)
-        whole = self.args if crop is None else _entries(self.args, crop)
-        padded = [
-            torch.cat([arg, of_batch[:1].detach()]) if isinstance(of_batch, Tensor) else arg
-            for arg, of_batch in zip(args, whole, strict=True)
-        ]
-        ones = kept.new_ones((1, *kept.shape[1:]))
-        # SyncBatchNorm stays as it is: the other processes wait for this one.
-        norms = [
-            module
-            for module in self.block.modules()
-            if isinstance(module, _BatchNorm)
-            and not isinstance(module, nn.SyncBatchNorm)
-            and module.training
-        ]
-        for norm in norms:
-            norm.training = False
-        try:
-            return super().run(torch.cat([kept, ones]), crop, padded)[:0]
-        finally:
-            for norm in norms:
-                norm.training = True
-
-
-def _is_empty(kept: Tensor) -> bool:
-    """Whether it has no rows; False in a graph that draws rows inside and so does not know."""
-    if not is_compiling():
-        return kept.shape[0] == 0
-    # Here, because it imports SymPy.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(kept.shape[0] == 0)
-
-
-def _entry(arg: Any, crop: int) -> Any:
-    """What belongs to one tensor of a list."""
-    return arg[crop] if isinstance(arg, list) else arg
-
-
-def _entries(args: Sequence[Any], crop: int) -> list[Any]:
-    return [_entry(arg, crop) for arg in args]
+    def _replicate_for_data_parallel(self) -> Any:
+        """nn.DataParallel's copy for a device: it draws for its share of the batch."""
+        state = self._sdkernels
+        if state.rows[0] is not None:
+            raise RuntimeError(
+                "plan: nn.DataParallel splits the batch, and the rows of a plan are of the whole "
+                "one; let the replicas draw their own rows, or use DistributedDataParallel"
+            )
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._sdkernels = copy.copy(state)  # threads remember their forwards for themselves
+        return replica
 
 
 def _is_everything(rows: KeptRows) -> bool:
@@ -255,12 +160,24 @@ def _is_everything(rows: KeptRows) -> bool:
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
 
 
+def _holds(total: Any, stream: Any) -> bool:
+    """Whether a sum is the stream itself, or has a tensor of it."""
+    if isinstance(total, list):
+        return any(a is b for a, b in zip(total, stream, strict=True))
+    return total is stream
+
+
 class Add:
-    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call."""
+    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
+
+    In place it writes into sums that it has made itself. What came into the block may be somebody
+    else's too: saved by the activation before, kept among intermediate features.
+    """
 
     def __init__(self, block: Any, laws: list[Law]) -> None:
         self.block = block
         self.laws = laws
+        self.sum: Any = None  # the last one
 
     def __call__(
         self,
@@ -277,16 +194,13 @@ class Add:
         """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
 
         A norm and a layer scale that the op knows are fused; others are called on the kept rows.
-        `residual` is `x` by default. A stream that other branches read too is not written into.
+        `residual` is `x` by default.
         """
         state, law = self.block._sdkernels, self.laws[index]
         options = state.options
         p, rows = law.p, state.rows[index] if law.training else None
         if isinstance(rows, KeptRows) and _is_everything(rows):
             rows, p = None, 0.0
-
-        rescale = options.rescale if law.scaled or options.rescale != "train" else "none"
-        mode = options.mode or law.mode
 
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
@@ -303,29 +217,32 @@ class Add:
             factor = layer_scale
         steps, position = [*before, branch, *after], len(before)
         composed = (
-            _Composed(steps, position)
+            Composed(steps, position)
             if self.block._runs_empty
-            else _NeverEmpty(steps, position, args, self.block)
+            else NeverEmpty(steps, position, args, self.block)
         )
         is_shared = residual is x  # the first of several branches of the same x
-        residual = None if is_shared else residual
-        return fused_stochastic_depth(
+        stream = x if residual is None else residual
+        total = fused_stochastic_depth(
             x,
             composed,
             p,
-            mode,
+            options.mode or law.mode,
             law.training,
             args=args,
             norm=fused_norm,
             layer_scale=factor,
-            residual=residual,
+            residual=None if is_shared else residual,
             rows=rows,
             sampler=options.sampler,
-            rescale=rescale,
+            rescale=options.rescale_of(law),
             empty=options.empty,
-            inplace=options.inplace and not is_shared,
+            inplace=options.inplace and stream is self.sum and not is_shared,
             min_saving=options.min_saving,
         )
+        if not _holds(total, stream):  # as with empty="skip"
+            self.sum = total
+        return total
 
     def writable(
         self, index: int, x: Tensor, branch: Callable[..., Any], *, residual: Tensor | None = None
@@ -334,11 +251,8 @@ class Add:
 
         With ``empty="skip"`` the sum may be `x` or `residual` itself, which others read.
         """
-        options = self.block._sdkernels.options
         total: Tensor = self(index, x, branch, residual=residual)
-        if options.empty == "skip" and not options.inplace:
-            return total.clone() if total is (x if residual is None else residual) else total
-        return total
+        return total.clone() if total is (x if residual is None else residual) else total
 
 
 Body = Callable[..., Any]
@@ -353,6 +267,7 @@ def make_patched(
     keeps the name of the original: what looks for blocks by name (wrapping policies) finds them.
     """
     own_forward = original.forward
+    _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -383,8 +298,9 @@ def make_patched(
             if law.training or scaled_later
         ):
             return body(self, Add(self, laws), *args, **kwargs)
-        if args and isinstance(args[0], list):
-            return _each(own_forward, self, args, kwargs)
+        x = args[0] if args else kwargs.get(first)
+        if isinstance(x, list):
+            return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
 
     members = {
@@ -398,14 +314,13 @@ def make_patched(
     return type(original.__name__, (PatchedBlock, original), members)
 
 
-def _each(forward: Callable[..., Any], block: Any, args: Any, kwargs: Any) -> list[Any]:
+def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:
     """The original forward for every tensor of a list."""
-
     return [
         forward(
             block,
-            *_entries(args, crop),
-            **{key: _entry(value, crop) for key, value in kwargs.items()},
+            *entries(args, crop),
+            **{key: entry(value, crop) for key, value in kwargs.items()},
         )
-        for crop in range(len(args[0]))
+        for crop in range(crops)
     ]

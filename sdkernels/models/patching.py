@@ -1,10 +1,8 @@
-"""patch and unpatch, and running a patched model with the rows of a plan."""
+"""patch and unpatch."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Real
 from operator import attrgetter
 from typing import Any
@@ -15,19 +13,12 @@ from torch import nn
 from sdkernels.functional import fused_stochastic_depth
 from sdkernels.models.blocks import BlockState, Branch, Options
 from sdkernels.models.parts import is_bare, layer_scale_of, looks_like_drop_path
+from sdkernels.models.plans import check_model, patched_blocks
 from sdkernels.models.registry import find_known, obstacle, original_class, patched_class
-from sdkernels.models.report import (
-    LeftAlone,
-    PatchedEntry,
-    PatchReport,
-    patched_blocks,
-    probabilities,
-)
-from sdkernels.plan import DepthPlan
-from sdkernels.rows import KeptRows
+from sdkernels.models.report import LeftAlone, PatchedEntry, PatchReport
 from sdkernels.schedules import check_probability, linear_decay
 
-__all__ = ["drop_probs", "patch", "unpatch", "use"]
+__all__ = ["patch", "unpatch"]
 
 
 def patch(
@@ -61,9 +52,12 @@ def patch(
             has one entry a branch, in the order of the report. Blocks without a drop path
             (torchvision's ResNet) are patched only if this is given.
         mode: "row" or "batch". Default: as the block's drop path module says.
-        sampler, rescale, empty, inplace, min_saving: as in
-            :func:`sdkernels.fused_stochastic_depth`. With ``rescale="eval"`` evaluation multiplies
-            the branches by 1 - p, so that it is not the original forward that runs there.
+        sampler, rescale, empty, min_saving: as in :func:`sdkernels.fused_stochastic_depth`. With
+            ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
+            original forward that runs there.
+        inplace: add the branches after a block's first one into the sum that the block has made so
+            far. The block's input stays as it is: others may hold it (intermediate features, the
+            activation before). Nothing changes for blocks of one branch.
 
     Returns:
         A report of the blocks that were patched and those that were not. It prints as a table.
@@ -82,7 +76,7 @@ def patch(
         >>> patch(nn.Linear(4, 4)).patched
         ()
     """
-    _check_model(model)
+    check_model(model)
     # The op checks its own options; without training nothing is drawn.
     options = Options(mode, sampler, rescale, empty, inplace, min_saving)
     fused_stochastic_depth(
@@ -111,11 +105,6 @@ def patch(
             layer_scale_of(module)  # learns its class, which compiled code could not
     blocks = tuple(PatchedEntry(name, block, branches) for name, block, branches in found)
     return PatchReport(model, blocks, left)
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 Found = list[tuple[str, Any, tuple[Branch, ...]]]
@@ -218,7 +207,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         >>> type(unpatch(nn.Linear(4, 4))).__name__
         'Linear'
     """
-    _check_model(model)
+    check_model(model)
     blocks = patched_blocks(model)
     for block in blocks:
         if "_original" not in type(block).__dict__:
@@ -230,80 +219,3 @@ def unpatch(model: nn.Module) -> nn.Module:
         block.__class__ = type(block)._original
         del block.__dict__["_sdkernels"]
     return model
-
-
-def drop_probs(model: nn.Module) -> list[float]:
-    """The drop probability of every branch of a patched model, in the order of plans.
-
-    Args:
-        model: a patched model.
-
-    Returns:
-        One probability a branch, as they are now: the blocks in the order of ``model.modules()``,
-        the branches of a block in the order in which they are added. For
-        :meth:`sdkernels.DepthPlan.sample`.
-
-    Raises:
-        TypeError: `model` is not a module.
-
-    Example:
-        >>> drop_probs(nn.Linear(4, 4))
-        []
-    """
-    _check_model(model)
-    return [p for block in patched_blocks(model) for p in probabilities(block)]
-
-
-@contextmanager
-def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
-    """Run a patched model with the rows of a plan: ``plan[i]`` goes to its i-th branch.
-
-    The rows are bound to the branches, not handed out in the order of calls: a block that
-    activation checkpointing runs again in the backward finds its rows again, as long as
-    ``backward()`` is called inside the with statement, before a forward with other rows and before
-    the plan is resampled (else that is an error). The scale is that of the plan's rows: sample it
-    with the `rescale` that the model was patched with.
-
-    Args:
-        model: a patched model.
-        plan: one entry a branch, in the order of :func:`drop_probs`: KeptRows, or a list of them
-            where the blocks get a list of tensors (multi-crop).
-
-    Raises:
-        TypeError: `model` is not a module, or an entry of the plan not KeptRows.
-        RuntimeError: another thread is inside a `use` of this model.
-        ValueError: the plan has another number of branches than the model. (Rows that do not fit
-            the batch are refused by the op.)
-
-    Example:
-        >>> with use(nn.Linear(4, 4), []):
-        ...     pass
-    """
-    _check_model(model)
-    states = [block._sdkernels for block in patched_blocks(model)]
-    total = sum(len(state.rows) for state in states)
-    if len(plan) != total:
-        raise ValueError(
-            f"plan: expected {total} branches as the model has, got {len(plan)} (draw it with "
-            "sdkernels.models.drop_probs(model))"
-        )
-    for entry in plan:
-        if not all(
-            isinstance(e, KeptRows) for e in (entry if isinstance(entry, list) else [entry])
-        ):
-            raise TypeError(
-                "plan: expected KeptRows, or a list of them, for every branch, got "
-                f"{type(entry).__name__}"
-            )
-    thread = threading.get_ident()
-    if any(state.user not in (None, thread) for state in states):
-        raise RuntimeError("plan: another thread is using this model with a plan of its own")
-    before = [(state.rows, state.user) for state in states]
-    rows = iter(plan)
-    try:
-        for state in states:
-            state.rows, state.user = [next(rows) for _ in state.rows], thread
-        yield
-    finally:
-        for state, previous in zip(states, before, strict=True):
-            state.rows, state.user = previous

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from sdkernels.models.blocks import Branch, PatchedBlock
+from sdkernels.models.blocks import Branch
+from sdkernels.models.plans import plan_for_step, probabilities, sample_plan, use
+from sdkernels.plan import DepthPlan
 
-__all__ = ["LeftAlone", "PatchReport", "PatchedEntry", "patched_blocks", "probabilities"]
+__all__ = ["LeftAlone", "PatchReport", "PatchedEntry"]
 
 # What a block with one branch computes beside it.
 SHORTCUTS = ("shortcut", "downsample", "proj")
-
-
-def patched_blocks(model: nn.Module) -> list[Any]:
-    """The patched blocks of a model, in the order of plans."""
-    return [module for module in model.modules() if isinstance(module, PatchedBlock)]
-
-
-def probabilities(block: Any) -> list[float]:
-    """The drop probability of every branch of a patched block, as it is now."""
-    state = block._sdkernels
-    laws = [state.law(block, branch) for branch in range(len(state.drops))]
-    return [0.0 if law is None else law.p for law in laws]
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,35 @@ class PatchReport:
         """:func:`sdkernels.models.drop_probs` of the model."""
         return [p for entry in self.patched for p in probabilities(entry.block)]
 
+    @property
+    def idle(self) -> tuple[PatchedEntry, ...]:
+        """The patched blocks that run as before, because all their drop probabilities are 0 now."""
+        return tuple(entry for entry in self.patched if not any(probabilities(entry.block)))
+
+    def plan(
+        self,
+        batch: int | Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan:
+        """:func:`sdkernels.models.sample_plan` with the model."""
+        return sample_plan(self.model, batch, generator=generator, device=device)
+
+    def plan_for_step(
+        self,
+        seed: int,
+        step: int,
+        batch: int | Sequence[int],
+        *,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan:
+        """:func:`sdkernels.models.plan_for_step` with the model."""
+        return plan_for_step(self.model, seed, step, batch, rank=rank, device=device)
+
     def use(self, plan: Any) -> AbstractContextManager[None]:
         """:func:`sdkernels.models.use` with the model."""
-        from sdkernels.models.patching import use  # which imports this file
-
         return use(self.model, plan)
 
     def expected_saving(self, *args: Any, **kwargs: Any) -> float:
@@ -99,9 +116,10 @@ class PatchReport:
         return saved / total if total else 0.0
 
     def __str__(self) -> str:
+        idle = f" ({len(self.idle)} of them run as before: p == 0)" if self.idle else ""
         lines = [
-            f"{len(self.patched)} blocks patched, {len(self.left)} left alone; expected saving "
-            f"{self.expected_saving():.1%} of the computation (by parameters)"
+            f"{len(self.patched)} blocks patched{idle}, {len(self.left)} left alone; expected "
+            f"saving {self.expected_saving():.1%} of the computation (by parameters)"
         ]
         rows = [
             (entry.name or "(the model)", type(entry.block).__name__, _p_column(entry.block))
@@ -121,7 +139,7 @@ class PatchReport:
 def _p_column(block: Any) -> str:
     values = probabilities(block)
     if not any(values):
-        return "0: drops nothing"
+        return "p == 0: runs as before, until a p rises"
     return " ".join(f"{p:.4g}" for p in values)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdkernels.models.blocks import Add, Branch, chain, per_sample
+from sdkernels.models.blocks import Add, Branch
+from sdkernels.models.branches import chain, per_sample
 from sdkernels.models.parts import is_bare, layer_scale_of
 from sdkernels.models.registry import Known, class_getter
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkernels.models.blocks import Add, Branch, chain
+from sdkernels.models.blocks import Add, Branch
+from sdkernels.models.branches import chain
 from sdkernels.models.parts import is_bare
 from sdkernels.models.registry import Known, class_getter
 

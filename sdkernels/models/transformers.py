@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdkernels.models.blocks import Add, Branch, chain, per_sample
+from sdkernels.models.blocks import Add, Branch
+from sdkernels.models.branches import chain, per_sample
 from sdkernels.models.registry import Known, class_getter
 
 

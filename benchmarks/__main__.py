@@ -33,7 +33,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import break_even, figures, memory, plots, report, targets, timeline
+from benchmarks import (
+    break_even,
+    compare,
+    figures,
+    memory,
+    rebuild,
+    report,
+    targets,
+    timeline,
+)
 from benchmarks.environment import environment
 from benchmarks.presets import PRESETS, Preset, SelectionError, get_preset, select
 from benchmarks.store import OtherRun, Store, write_json
@@ -304,11 +313,10 @@ def run(arguments: list[str]) -> int:
         write_json(options.out / "results.json", result)
         console.print()
         report.print_report(console, result, outcomes)
-        drawn = plots.save_plots(result, options.out)
-        (options.out / "report.md").write_text(report.markdown(result, drawn))
-        written = [options.out / name for name in ("results.json", "report.md", "report.txt")]
+        written = [options.out / "results.json", options.out / "report.txt"]
+        written += rebuild.write(result, options.out)
         console.print(
-            f"\n{seconds:.0f} s. Written: {', '.join(map(str, [*written, *drawn]))}",
+            f"\n{seconds:.0f} s. Written: {', '.join(map(str, written))}",
             highlight=False,
         )
         (options.out / "report.txt").write_text(console.export_text())
@@ -319,6 +327,8 @@ def run(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "report": rebuild.main,
+    "compare": compare.main,
     "break-even": break_even.main,
 }
 

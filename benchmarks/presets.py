@@ -190,7 +190,7 @@ PRESETS = {
                 *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
                 *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),
                 *OTHER_BLOCKS,
-                *_blocks((blocks.VIT_TI,), 20, (keep for keep in KEEPS if keep not in (0.5,))),
+                *_blocks((blocks.VIT_TI,), 20, KEEPS),
                 *(BlockCase(blocks.VIT_TINY_ROWS, batch, 0.5) for batch in BATCHES),
                 *_models(VIT_S, RESNET_50, CONVNEXT_T, SWIN_T),
                 *(DepthCase(branches) for branches in (12, 48, 200, 1000)),

@@ -1,0 +1,199 @@
+"""What comes out of a benchmark run: report, plots, and the comparison of two runs."""
+
+import copy
+import json
+
+import pytest
+from rich.console import Console
+
+# Nothing here is needed to use the package.
+for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
+    pytest.importorskip(package)
+
+import benchmark_results  # noqa: E402
+
+from benchmarks import compare, presets, rebuild, report  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+
+EXTRA = (*presets.PRESETS["compile"].cases, *presets.PRESETS["break-even"].cases)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return benchmark_results.result(extra=EXTRA)
+
+
+def names_of(result, kind):
+    return [case["name"] for case in result["cases"] if case["kind"] == kind]
+
+
+def write(result, path):
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+def test_report_holds_every_kind(everything, tmp_path):
+    result = copy.deepcopy(everything)
+    result["complete"] = False
+    result["cases"][0]["skipped"]["fused"] = "out of memory: 8 GiB"
+    written = rebuild.write(result, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    for heading in (
+        *("Ops", "Blocks, forward", "Models, forward", "Stacks of many", "Blocks under torch"),
+        *("Host cost", "Few rows dropped", "Training a small ViT", "Reach", "Skipped"),
+    ):
+        assert f"## {heading}" in text
+    assert "**Incomplete" in text
+    assert "out of memory: 8 GiB" in text
+    assert result["command"] in text
+    assert result["environment"]["cpu"] in text
+    for path in written[1:]:
+        assert f"]({path.name})" in text
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert {path.stem for path in written[1:]} >= {
+        *("blocks", "speedup-keep", "memory-keep", "scaling-batch", "scaling-depth", "models"),
+        *("compiled", "break-even", "host", "ops-64x197x384-k32", "timeline", "training"),
+    }
+    # As many columns in every line of a table as in its head.
+    for section in report.sections(result, []):
+        assert {len(row) for group in section.groups for row in group} <= {len(section.columns)}
+
+
+def test_printed_report_has_the_same_tables(everything):
+    console = Console(width=200, record=True)
+    report.print_report(console, everything, [])
+    text = console.export_text()
+    assert all(section.title in text for section in report.sections(everything, []))
+
+
+def test_clocks_of_a_gpu_are_shown(everything):
+    result = copy.deepcopy(everything)
+    result["cases"] = [case for case in result["cases"] if case["kind"] == "block"][:1]
+    for figures in result["cases"][0]["providers"].values():
+        figures |= {"device": 0.25, "host": 0.125}
+    (section,) = report.sections({**result, "training": None}, [])[:1]
+    assert {"device", "host"} <= set(section.columns)
+    assert {len(row) for group in section.groups for row in group} == {len(section.columns)}
+    assert "250 ms" in section.markdown()
+
+
+@pytest.mark.parametrize("kind", ["op", "block", "model", "depth", "compile", "host", "break_even"])
+def test_one_case_alone_is_drawn_and_reported(everything, kind, tmp_path):
+    result = copy.deepcopy(everything)
+    names = names_of(result, kind)[:1]
+    result["cases"] = [case for case in result["cases"] if case["name"] in names]
+    result |= {"training": None, "timeline": None, "reach": []}
+    written = rebuild.write(result, tmp_path)
+    assert len(written) >= (1 if kind == "depth" else 2)  # a line takes three depths
+
+
+def test_a_case_that_could_not_run_is_no_obstacle(everything, tmp_path):
+    result = copy.deepcopy(everything)
+    for case in result["cases"][::2]:
+        case["providers"], case["skipped"] = {}, {"*": "out of memory: 1 TiB"}
+    rebuild.write(result, tmp_path)
+    assert "skipped: out of memory" in (tmp_path / "report.md").read_text()
+
+
+def test_rebuild_from_the_command_line(everything, tmp_path, capsys):
+    write(everything, tmp_path / "results.json")
+    assert main(["report", str(tmp_path)]) == 0
+    assert str(tmp_path / "report.md") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "expected JSON"),
+        ("[]", "something else"),
+        ('{"schema": 1}', "got schema 1"),
+    ],
+)
+def test_other_files_are_refused(text, message, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["compare", str(path), str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+# Two runs
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Writes two runs and compares them: the exit code and what was printed."""
+
+    def compared(a, b, *options):
+        paths = [write(run, tmp_path / f"{i}.json") for i, run in enumerate((a, b))]
+        return main(["compare", *paths, *options])
+
+    return compared
+
+
+def test_a_run_against_itself(everything, runs, capsys):
+    assert runs(everything, everything) == 0
+    assert "0 regressions" in capsys.readouterr().out
+
+
+def test_a_slower_provider_is_a_regression(runs, capsys):
+    names = [case.name for case in presets.PRESETS["standard"].cases if case.kind == "block"][:3]
+    a = benchmark_results.result(names=names)
+    b = benchmark_results.result(names=names, slower=("fused",))
+    assert runs(a, b) == 1
+    text = capsys.readouterr().out
+    assert "3 regressions" in text
+    assert runs(a, b, "--threshold", "0.2") == 0
+    assert runs(b, a) == 0
+    assert "improvement" in capsys.readouterr().out
+    assert runs(a, b, "--provider", "dinov2") == 0
+
+
+def test_a_slower_machine_is_none(runs):
+    names = names_of(benchmark_results.result(), "block")[:3]
+    a = benchmark_results.result(names=names)
+    b = benchmark_results.result(names=names, scale=1.5)
+    assert runs(a, b) == 0
+    assert runs(a, b, "--seconds") == 1
+
+
+def test_noise_is_no_regression(runs):
+    names = names_of(benchmark_results.result(), "block")[:1]
+    a = benchmark_results.result(names=names)
+    b = benchmark_results.result(names=names, slower=("fused",))
+    assert runs(a, b) == 1
+    b["cases"][0]["providers"]["fused"]["spread"] = 0.08
+    assert runs(a, b) == 0
+
+
+def test_memory_is_compared(runs, capsys):
+    names = names_of(benchmark_results.result(), "block")[:1]
+    a = benchmark_results.result(names=names)
+    b = copy.deepcopy(a)
+    b["cases"][0]["providers"]["fused"]["memory"]["bytes"] *= 2
+    assert runs(a, b) == 1
+    assert "memory" in capsys.readouterr().out
+
+
+def test_what_differs_is_said(everything, runs, capsys):
+    b = copy.deepcopy(everything)
+    b["environment"]["cpu"] = "another CPU"
+    b["complete"] = False
+    removed = b["cases"].pop()["name"]
+    assert runs(everything, b) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "another CPU" in text
+    assert "the second run was stopped" in text
+    assert f"only in the first run: {removed}" in text
+
+
+def test_nothing_in_common(everything, runs, capsys):
+    b = copy.deepcopy(everything)
+    b["cases"] = []
+    assert runs(everything, b) == 2
+    assert "share no figure" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["a", "b", "--threshold", "-1"])

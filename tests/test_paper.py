@@ -1,0 +1,454 @@
+"""The paper's experiments: networks, rules, data, and training that goes on where it was killed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+
+# Nothing here is needed to use the package.
+for package in ("matplotlib", "rich", "sklearn"):
+    pytest.importorskip(package)
+
+from benchmarks.networks import LIBRARIES  # noqa: E402
+from benchmarks.paper import claims, data, networks, report, training  # noqa: E402
+from benchmarks.paper.__main__ import main  # noqa: E402
+from sdkernels import DepthPlan  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+TINY = training.Recipe(depth=8, epochs=2, batch=256, mode="row", p_last=0.5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", None)
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """A tenth of the digits: an epoch of two steps at a batch of 64."""
+    return replace(
+        digits,
+        train=tuple(part[:128] for part in digits.train),
+        validation=tuple(part[:32] for part in digits.validation),
+        test=tuple(part[:32] for part in digits.test),
+    )
+
+
+# Networks
+
+
+@pytest.mark.parametrize(("n", "millions"), [(18, 1.73), (200, 19.4)])
+def test_the_papers_networks(n, millions):
+    with torch.device("meta"):
+        net = networks.PaperResNet(n, [0.0] * 3 * n)
+    assert len(net.blocks) == 3 * n
+    # He et al. count 1.7 million for 110 layers and 19.4 for 1202.
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) + 1 == 6 * n + 2
+
+
+def test_shapes_of_the_stages():
+    net = networks.PaperResNet(2, [0.0] * 6, classes=7).eval()
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape[1:])))
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert seen == [(16, 32, 32)] * 2 + [(32, 16, 16)] * 2 + [(64, 8, 8)] * 2
+
+
+def test_shortcut_has_no_parameters_of_its_own():
+    x = torch.randn(2, 4, 6, 6)
+    y = networks.Shortcut()(x)
+    assert y.shape == (2, 8, 3, 3)
+    assert torch.equal(y[:, 4:], torch.zeros(2, 4, 3, 3))
+    assert y[0, 1, 2, 0].item() == pytest.approx(x[0, 1, 4:6, 0:2].mean().item(), abs=1e-6)
+    projected = networks.PaperResNet(1, [0.0] * 3, projection=True)
+    plain = networks.PaperResNet(1, [0.0] * 3)
+    assert len(list(projected.parameters())) == len(list(plain.parameters())) + 2 * 3
+
+
+def frozen(net):
+    """Batch norm with its running statistics, so that samples do not depend on each other."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    return net
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_fused_and_naive_are_the_same_function(mode):
+    drop = networks.drop_probabilities("linear", 6, 0.5)
+    x = torch.randn(16, 3, 32, 32)
+    results = []
+    for implementation in ("naive", "fused"):
+        net = networks.seeded(
+            0,
+            lambda name=implementation: networks.PaperResNet(
+                2, drop, mode=mode, implementation=name
+            ),
+        )
+        torch.manual_seed(1)
+        net = frozen(net).double()
+        torch.manual_seed(2)
+        y = net(x.double())
+        gradients = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        results.append((y, *gradients))
+    for naive, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, naive, rtol=1e-9, atol=1e-9)
+
+
+def test_constant_depth_is_all_blocks():
+    x = torch.randn(4, 3, 32, 32)
+    nets = [
+        networks.seeded(
+            0, lambda name=name: networks.PaperResNet(1, [0.0] * 3, implementation=name)
+        )
+        for name in ("constant", "fused")
+    ]
+    torch.testing.assert_close(*(net.train()(x) for net in nets))
+
+
+@pytest.mark.parametrize("rescale", ["eval", "train"])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_training_is_evaluation_in_expectation(rescale, mode):
+    """Equation 5: one block, no ReLU after it: the mean over the gates is what evaluation does."""
+    block = networks.Block(4, 1, 0.3, mode, rescale, "fused").double()
+    frozen(block)
+    x = torch.rand(1, 4, 6, 6, dtype=torch.float64)
+    outcomes = {}
+    for seed in range(40):
+        rows = DepthPlan.for_step(seed, 0, 1, [0.3], mode=mode, rescale=rescale)[0]
+        outcomes[rows.k] = block.residual(x, rows=rows)
+    assert outcomes.keys() == {0, 1}
+    expected = 0.3 * outcomes[0] + 0.7 * outcomes[1]
+    block.residual.eval()
+    torch.testing.assert_close(block.residual(x), expected)
+
+
+def test_schedules():
+    linear = networks.drop_probabilities("linear", 54, 0.5)
+    assert (linear[0], linear[-1]) == pytest.approx((0.5 / 54, 0.5))
+    assert networks.drop_probabilities("uniform", 3, 0.8) == pytest.approx([0.2] * 3)
+    assert sum(1 - p for p in linear) == pytest.approx(networks.expected_depth(54))
+    plans = [DepthPlan.for_step(0, step, 1, linear) for step in range(2000)]
+    depth = mean(sum(rows.k for rows in plan) for plan in plans)
+    assert depth == pytest.approx(40.25, abs=0.3)  # five standard errors
+    with pytest.raises(ValueError, match=r"^schedule: expected linear or uniform, got 'steep'"):
+        networks.drop_probabilities("steep", 3, 0.5)
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="needs timm and torchvision")
+def test_resnet_152_has_fifty_gates():
+    with torch.device("meta"):
+        net = networks.PaperResNet152(networks.drop_probabilities("linear", 50, 0.5))
+    patched = [block for block in net.modules() if hasattr(block, "_sdkernels")]
+    assert [block._sdkernels.p[0] for block in patched] == pytest.approx(
+        [0.5 * (number + 1) / 50 for number in range(50)]
+    )
+
+
+# Data
+
+
+def write_cifar(folder, name, images=20, labels=(3, 9)):
+    """The files of the data set's binary version, with few images; returns its changed entry."""
+    files = data.SETS[name]
+    small = replace(
+        files,
+        train=tuple((file, images) for file, _ in files.train),
+        test=tuple((file, images) for file, _ in files.test),
+    )
+    target = folder / files.folder
+    target.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for file, count in (*small.train, *small.test):
+        records = rng.integers(0, 256, (count, files.labels + data.PIXELS), dtype=np.uint8)
+        records[:, : files.labels] = labels[-1] if files.labels == 1 else labels
+        records.tofile(target / file)
+    return small
+
+
+@pytest.mark.parametrize(("name", "images"), [("cifar10", 100), ("cifar100", 20)])
+def test_cifar_from_its_files(name, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SETS, name, write_cifar(tmp_path, name))
+    loaded = data.load(name, tmp_path)
+    assert len(loaded.train[1]) == 9 * images // 10
+    assert len(loaded.validation[1]) == images // 10
+    assert len(loaded.test[1]) == 20
+    assert loaded.flips
+    assert set(loaded.test[1].tolist()) == {9}  # of CIFAR-100's two labels the fine one
+    x = loaded.train[0]
+    assert x.shape[1:] == (3, 32, 32)
+    assert x.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    first = np.fromfile(tmp_path / data.SETS[name].folder / data.SETS[name].test[0][0], np.uint8)
+    pixels = torch.from_numpy(first[data.SETS[name].labels :][:1024].copy()).float()
+    image = loaded.test[0][0, 0].flatten()
+    assert torch.corrcoef(torch.stack([pixels, image]))[0, 1] > 0.9999  # red, row by row
+    again = data.load(name, tmp_path / data.SETS[name].folder)
+    assert torch.equal(again.train[0], loaded.train[0])
+
+
+def test_cifar_is_checked(tmp_path, monkeypatch):
+    with pytest.raises(data.DataError, match=r"^--data: expected the folder .*cs\.toronto\.edu"):
+        data.load("cifar10", None)
+    with pytest.raises(data.DataError, match="no such folder"):
+        data.load("cifar10", tmp_path / "none")
+    monkeypatch.setitem(data.SETS, "cifar10", write_cifar(tmp_path, "cifar10"))
+    folder = tmp_path / "cifar-10-batches-bin"
+    third = folder / "data_batch_3.bin"
+    whole = third.read_bytes()
+    third.write_bytes(whole[:-1])
+    with pytest.raises(data.DataError, match=r"data_batch_3\.bin: expected 20 records of 3073 byt"):
+        data.load("cifar10", tmp_path)
+    third.write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(data.DataError, match="expected labels from 0 to 9, got 255"):
+        data.load("cifar10", tmp_path)
+    third.unlink()
+    with pytest.raises(data.DataError, match=r"data_batch_3\.bin is missing; .* binary version"):
+        data.load("cifar10", tmp_path)
+
+
+def test_digits(digits):
+    assert [len(part[1]) for part in (digits.train, digits.validation, digits.test)] == [
+        1294,
+        143,
+        360,
+    ]
+    assert digits.train[0].shape[1:] == (1, 32, 32)
+    assert not digits.flips  # a mirrored digit is another sign
+
+
+def test_augmentation():
+    x = torch.arange(1.0, 2 * 3 * 8 * 8 + 1).view(2, 3, 8, 8)
+    still = data.augment(x, False, torch.Generator(), shift=0)
+    assert torch.equal(still, x)
+    seen, mirrored = set(), set()
+    for seed in range(400):
+        y = data.augment(x, True, torch.Generator().manual_seed(seed), shift=1)
+        assert y.shape == x.shape
+        padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        for image, of in zip(y, padded, strict=True):
+            matches = [
+                (row, column, flip)
+                for row in range(3)
+                for column in range(3)
+                for flip in (False, True)
+                if torch.equal(
+                    image,
+                    of[:, row : row + 8, column : column + 8].flip(2)
+                    if flip
+                    else of[:, row : row + 8, column : column + 8],
+                )
+            ]
+            assert len(matches) == 1
+            seen.add(matches[0][:2])
+            mirrored.add(matches[0][2])
+    assert len(seen) == 9
+    assert mirrored == {False, True}
+
+
+# Training
+
+
+def test_rates_of_the_papers_recipe():
+    recipe = training.Recipe()
+    rates = [recipe.rate(epoch) for epoch in (0, 249, 250, 374, 375, 499)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    deep = training.Recipe(depth=1202, epochs=300, warmup=10)
+    rates = [deep.rate(epoch) for epoch in (9, 10, 149, 150, 225)]
+    assert rates == pytest.approx([0.01, 0.1, 0.1, 0.01, 0.001])
+
+
+def test_training_learns_and_records(few):
+    recipe = replace(TINY, epochs=15, batch=32, p_last=0.8, milestones=())
+    trainer = training.Trainer(recipe, few, CPU)
+    record = trainer.run()
+    assert len(record["epochs"]) == 15
+    best = min(record["epochs"], key=lambda epoch: epoch["validation_error"])
+    assert record["test_error"] == best["test_error"]
+    assert all(epoch["gradient"] > 0 for epoch in record["epochs"])
+    assert mean(trainer.losses[-4:]) < mean(trainer.losses[:4]) - 0.1
+
+
+@pytest.mark.parametrize("options", [{"amp": "bf16"}, {"amp": "fp16"}, {"channels_last": True}])
+def test_other_formats(options, few):
+    recipe = replace(TINY, epochs=1, batch=64, **options)
+    trainer = training.Trainer(recipe, few, CPU)
+    plain = training.Trainer(replace(TINY, epochs=1, batch=64), few, CPU)
+    assert trainer.train_step() == pytest.approx(plain.train_step(), rel=0.02)
+
+
+def steps_in(folder):
+    with (folder / "steps.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+COMMAND = (
+    *(sys.executable, "-m", "benchmarks.paper", "train", "--device", "cpu", "--depth", "8"),
+    *("--epochs", "2", "--batch", "128", "--mode", "row", "--checkpoint-every", "3"),
+)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    """Killed in mid-epoch, between two checkpoints: the same losses to the last bit."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run([*COMMAND, "--out", str(whole)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [*COMMAND, "--out", str(killed)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (killed / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 20
+    # What a run that died just after it had logged more leaves behind.
+    with (killed / "steps.csv").open("a") as file:
+        file.write("15,1,0.1,99.0\r\n16,1")
+    again = subprocess.run(
+        [*COMMAND, "--out", str(killed)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert steps_in(killed) == steps_in(whole)
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (whole, killed)]
+    for run in runs:
+        for epoch in run["epochs"]:
+            del epoch["seconds"]
+    assert runs[0] == runs[1]
+
+
+def test_a_checkpoint_of_another_run_is_refused(few, tmp_path):
+    recipe = replace(TINY, epochs=1, batch=64)
+    training.train(recipe, few, CPU, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"is of another run: p_last 0\.5, now 0\.2;.*--out"):
+        training.Trainer(replace(recipe, p_last=0.2), few, CPU, tmp_path)
+    record = training.train(recipe, few, CPU, directory=tmp_path)
+    assert len(record["epochs"]) == 1  # finished before: nothing is run again
+
+
+def test_interruption_leaves_a_checkpoint(few, tmp_path):
+    recipe = replace(TINY, epochs=3, batch=64)
+
+    def stop(loss):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+
+    trainer = training.Trainer(recipe, few, CPU, tmp_path, advance=stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    again = training.Trainer(recipe, few, CPU, tmp_path)
+    assert again.step == 3
+    assert [row[0] for row in steps_in(tmp_path)[1:]] == ["0", "1", "2"]
+
+
+def test_two_processes_train_one_network(tmp_path):
+    """With a gate for the whole mini-batch; both processes end with the same weights."""
+    arguments = ("train", "--device", "cpu", "--depth", "8", "--epochs", "1", "--batch", "256")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
+        *("-m", "benchmarks.paper", *arguments, "--out", str(tmp_path)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert len(run["epochs"]) == 1
+    assert len(steps_in(tmp_path)) == 1 + 5
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["identity"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depth", "9"], "--depth: expected 6n + 2"),
+        (["--p-last", "0"], "--p-last: expected a probability above 0"),
+        (["--epochs", "0"], "--epochs: expected at least 1"),
+        (["--dataset", "cifar10"], "--data: expected the folder"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, tmp_path):
+    assert main(["train", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+# Claims
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="needs timm and torchvision")
+def test_every_claim_has_a_table_and_a_plot(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.paper.__main__.load", lambda *_: few)
+    effort = claims.EFFORTS["smoke"]
+    small = replace(effort.recipe, batch=64)
+    monkeypatch.setitem(claims.EFFORTS, "smoke", replace(effort, recipe=small, decay_recipe=small))
+    arguments = ["claim", "all", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "claims.json").read_text())
+    assert result["claims"].keys() == claims.CLAIMS.keys()
+    text = (tmp_path / "report.md").read_text()
+    for name, record in result["claims"].items():
+        assert f"## {record['title']}" in text
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    depth = result["claims"]["time"]["expected_depth"]
+    assert depth["plan"] == pytest.approx(depth["formula"], abs=0.3)
+    assert "about 75 %" in text
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "report.md" in capsys.readouterr().out
+
+
+def test_claims_share_their_runs(few, tmp_path):
+    lab = claims.Lab(claims.EFFORTS["smoke"], few, CPU, tmp_path)
+    recipe = replace(TINY, epochs=1, batch=64)
+    first = lab.train(recipe)
+    assert lab.train(recipe) == first
+    assert len(list(tmp_path.iterdir())) == 1
+    lab.train(replace(recipe, seed=1))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_ideal_pays_in_full_for_what_is_around_the_blocks():
+    from benchmarks.paper.timing import table
+
+    seconds = {"skeleton": [1.0], "constant": [5.0], "fused": [4.5, 4.3]}
+    constant, fused = table(seconds, {"fused": 0.75})
+    assert constant["of_constant"] == constant["ideal"] == 1.0
+    assert fused["ideal"] == pytest.approx((1 + 4 * 0.75) / 5)
+    assert fused["of_constant"] == pytest.approx(0.88)
+
+
+def test_report_of_another_schema_is_refused(tmp_path, capsys):
+    (tmp_path / "claims.json").write_text('{"schema": 0}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "expected schema 1, got 0" in capsys.readouterr().err
+
+
+def test_examples():
+    import doctest
+
+    for module in (networks, report):
+        assert doctest.testmod(module).failed == 0

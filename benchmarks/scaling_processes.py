@@ -28,11 +28,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.rank_plans import rounded_plan, total_rows
 from benchmarks.scaling_model import BranchClock, Net, Shape, make_batch, row_counts
 from benchmarks.simulation import KINDS
-from sdkernels import DepthPlan, uniform
+from sdkernels import DepthPlan, KeptRows, uniform
 
-SAMPLERS = ("bernoulli", "fixed", "rounded")
+SAMPLERS = ("bernoulli", "fixed", "rounded", "total")
 SWEEP = "sweep"  # all branches keep 0, 1, 2, 4, ... rows, one number a step
 WARM_UP = 2  # steps of each sampler: DDP builds its buckets anew after the first
 TIMEOUT = 300  # seconds for a launch
@@ -54,22 +55,7 @@ class ProcessCase:
         return uniform(KINDS * self.shape.depth, self.p)
 
 
-def rounded_plan(
-    seed: int, step: int, batch: int, drop_probs: Sequence[float], rank: int
-) -> DepthPlan:
-    """Rows of each rank's own, as many in a branch on all ranks: the count is rounded up or down at
-    random, alike on all ranks, so that it averages to ``batch * (1 - p)`` exactly.
-
-    Where that is below one row, one is kept all the same, as ``sampler="fixed"`` does.
-    """
-    shared = torch.Generator().manual_seed(seed + (step << 16))  # without the rank
-    uniforms = torch.rand(len(drop_probs), generator=shared, dtype=torch.float64).tolist()
-    counts = [int(batch * (1 - p) + 1e-9 + u) for p, u in zip(drop_probs, uniforms, strict=True)]
-    exact = [1 - min(k, batch) / batch for k in counts]  # of which sampler="fixed" keeps k
-    return DepthPlan.for_step(seed, step, batch, exact, sampler="fixed", rank=rank)
-
-
-def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> DepthPlan:
+def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> list[KeptRows]:
     """The rows of a rank in a step."""
     if sampler == SWEEP:
         counts = row_counts(case.batch)
@@ -79,7 +65,9 @@ def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> DepthPla
             case.batch, [1 - k / case.batch] * len(case.drop_probs), sampler=law
         )
     if sampler == "rounded":
-        return rounded_plan(case.seed, step, case.batch, case.drop_probs, rank)
+        return list(rounded_plan(case.seed, step, case.batch, case.drop_probs, rank))
+    if sampler == "total":
+        return total_rows(case.seed, step, case.batch, case.drop_probs, rank, KINDS)
     return DepthPlan.for_step(
         case.seed, step, case.batch, case.drop_probs, sampler=sampler, rank=rank
     )
@@ -100,7 +88,7 @@ def work(case: ProcessCase, rank: int) -> list[dict[str, Any]]:
             clock = BranchClock(time.thread_time)
             dist.barrier()
             wall, cpu = time.perf_counter(), time.thread_time()
-            F.cross_entropy(model(patches, list(plan), clock=clock), labels).backward()
+            F.cross_entropy(model(patches, plan, clock=clock), labels).backward()
             optimizer.step()
             cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
             optimizer.zero_grad()

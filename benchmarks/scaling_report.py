@@ -119,9 +119,9 @@ def simulated_section(results: dict[str, Any]) -> list[str]:
         "## Simulated: what the slowest rank adds",
         "",
         "Expected time of a step on R ranks over the ideal, in which every branch of every rank "
-        "keeps exactly `B (1 - p)` samples. Below zero, the rounded count keeps fewer than that, or "
-        "the measured times bend. p is that of the last branch (linear) or of all (uniform); the "
-        "JSON has every sampler in every case.",
+        "keeps exactly `B (1 - p)` samples. Below zero, the rounded count keeps fewer than that, "
+        "or the measured times bend. p is that of the last branch (linear) or of all (uniform). "
+        "The JSON has every sampler in every case.",
         "",
         *(f"- **{name}**: {text}." for name, text in SAMPLER_TEXT.items()),
         "",

@@ -241,7 +241,7 @@ def largest_of(values: Floats, probabilities: Floats, draws: float) -> Floats:
     >>> largest_of(np.array([0.0, 1.0]), np.array([0.5, 0.5]), draws=2).tolist()
     [0.25, 0.75]
     """
-    above = np.cumsum(probabilities[::-1])[::-1] - probabilities
+    above = np.append(np.cumsum(probabilities[:0:-1])[::-1], 0.0)
     with np.errstate(divide="ignore"):  # log(0) of a value that nothing lies below
         below = np.exp(draws * np.log1p(-np.clip(above, 0.0, 1.0)))
     return np.diff(below, prepend=0.0)

@@ -74,11 +74,11 @@ FULL = Preset(
     batches=(8, 32, 128),
     probabilities=(0.1, 0.3, 0.5),
     ranks=(1, 2, 4, 8, 16, 64, 256, 1024, 4096),
-    steps=32,
-    total_steps=4,
-    turns=5,
+    steps=16,
+    total_steps=2,
+    turns=9,
     processes=(2, 4),
-    process_case=ProcessCase(Shape(width=192, tokens=50, depth=12), batch=8, p=0.5, steps=24),
+    process_case=ProcessCase(Shape(width=192, tokens=50, depth=12), batch=8, p=0.5, steps=20),
     duration="about four minutes on two idle cores",
 )
 PRESETS = {
@@ -145,7 +145,7 @@ def measure(
     measured = {}
     for batch in batches:
         # Long steps spread less, and take long.
-        fewer = max(2, min(turns, turns * 48 // batch))
+        fewer = max(2, min(turns, turns * 32 // batch))
         branches = measure_branches(shape, batch, fewer, device)
         for branch in branches:
             branch["line"] = asdict(fit_line(branch["counts"], branch["seconds"]))
@@ -202,28 +202,26 @@ def simulate_case(
         "full_bytes": preset.shape.depth * saved.full,
         "samplers": {},
     }
+    tables = {"seconds": seconds.table, "line": seconds.line_table, "bytes": saved.table}
     for sampler in SAMPLERS:
         steps = preset.total_steps if sampler == "total" else preset.steps
-
-        def run(costs: Floats, sampler: str = sampler, steps: int = steps) -> Any:
-            generator = np.random.default_rng(0)  # the same rows for time, line and memory
-            return simulate(sampler, layers, costs, preset.ranks, steps, generator)
-
-        times, bytes_ = run(seconds.table), run(saved.table)["step"]
+        generator = np.random.default_rng(0)
+        found = simulate(sampler, layers, tables, preset.ranks, steps, generator)
         result: dict[str, Any] = {
             sync: {
-                "seconds": [seconds.rest + times[sync][r].mean for r in preset.ranks],
-                "errors": [times[sync][r].error / ideal for r in preset.ranks],
+                "seconds": [seconds.rest + each.mean for each in found["seconds"][sync]],
+                "errors": [each.error / ideal for each in found["seconds"][sync]],
             }
             for sync in SYNCS
         }
         for each in result.values():
             each["over_ideal"] = [value / ideal - 1 for value in each["seconds"]]
-        result["memory_over_ideal"] = [bytes_[r].mean / ideal_bytes - 1 for r in preset.ranks]
+        result["memory_over_ideal"] = [
+            each.mean / ideal_bytes - 1 for each in found["bytes"]["step"]
+        ]
         if sampler == "bernoulli":
-            line = run(seconds.line_table)["step"]
             result["line_over_ideal"] = [
-                (seconds.rest + line[r].mean) / ideal_of_line - 1 for r in preset.ranks
+                (seconds.rest + each.mean) / ideal_of_line - 1 for each in found["line"]["step"]
             ]
             result |= exact(layers, seconds, saved, preset.ranks)
         case["samplers"][sampler] = result
@@ -266,7 +264,7 @@ def rule_of_thumb(layers: Layers, ranks: int) -> float:
 
 
 def laws(batches: Sequence[int], p: float, branches: int, steps: int) -> list[dict[str, Any]]:
-    """What of Bernoulli's law every sampler keeps."""
+    """What is left of Bernoulli's law under every sampler."""
     found = []
     for batch in batches:
         layers = Layers(batch, tuple(uniform(branches, p)))
@@ -295,6 +293,8 @@ def run(preset: Preset, device: torch.device) -> dict[str, Any]:
     """Everything; ready for JSON."""
     start = time.perf_counter()
     machine = environment(device)
+    with tempfile.TemporaryDirectory() as folder:
+        validation = validate(preset, Path(folder))
     measured = measure(preset.shape, preset.batches, preset.turns, device)
     cases = []
     for batch in preset.batches:
@@ -303,8 +303,6 @@ def run(preset: Preset, device: torch.device) -> dict[str, Any]:
             for p in preset.probabilities:
                 cases.append(simulate_case(preset, batch, p, schedule, seconds, saved))
         print(f"simulated: B={batch}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        validation = validate(preset, Path(folder))
     branches = KINDS * preset.shape.depth
     return {
         "schema": SCHEMA,

@@ -26,7 +26,7 @@ from sdkernels import KeptRows, fused_stochastic_depth
 PATCH = 3 * 16 * 16  # values of a patch
 CLASSES = 1000
 KIND_NAMES = ("attention", "MLP")
-TIMED_BLOCKS = 2
+TIMED_BLOCKS = 1
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ def measure_branches(
     """Seconds and saved bytes of the branches of each kind, forward and backward, by number of kept
     rows; at half of the rows the other providers of the block benchmark beside it.
 
-    The branches are timed inside the steps of a training network of two blocks, AdamW included, so
+    The branches are timed inside the steps of a training network of one block, AdamW included, so
     that weights and gradients are as cold in the caches as they are in training. The variants take
-    turns, one step each.
+    turns.
 
     Raises:
         ProviderMismatch: the op or gather + index_add computes something else than naive masking.
@@ -210,18 +210,24 @@ def measure_branches(
     variants |= {**fused, "dense": Variant(BLOCK_PROVIDERS["dense"], few, rows[half])}
 
     optimizer = torch.optim.AdamW(net.parameters())
+
+    def train(variant: Variant) -> BranchClock:
+        clock = BranchClock(clock_of(device)[0])
+        patches, labels = variant.batch
+        every = [variant.rows] * KINDS * TIMED_BLOCKS
+        F.cross_entropy(net(patches, every, variant.residual, clock), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return clock
+
+    for key in ("naive", half):  # two are enough to warm up with
+        train(variants[key])
     seconds: dict[Any, list[list[float]]] = {key: [[] for _ in range(KINDS)] for key in variants}
-    for turn in range(turns + 1):
+    for _ in range(turns):
         for key, variant in variants.items():
-            if turn == 0 and key not in ("naive", half):  # two are enough to warm up with
-                continue
-            clock = BranchClock(clock_of(device)[0])
-            patches, labels = variant.batch
-            every = [variant.rows] * KINDS * TIMED_BLOCKS
-            F.cross_entropy(net(patches, every, variant.residual, clock), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if turn:
+            short = isinstance(key, int) and key <= batch // 4
+            for _ in range(3 if short else 1):  # steps that vary more and cost little
+                clock = train(variant)
                 for i, (ahead, back) in enumerate(zip(clock.forward, clock.backward, strict=True)):
                     seconds[key][i % KINDS].append(ahead + back)
 

@@ -55,22 +55,21 @@ class ProcessCase:
         return uniform(KINDS * self.shape.depth, self.p)
 
 
-def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> list[KeptRows]:
+def draw_plan(
+    case: ProcessCase, sampler: str, step: int, rank: int
+) -> DepthPlan | Sequence[KeptRows]:
     """The rows of a rank in a step."""
-    if sampler == SWEEP:
-        counts = row_counts(case.batch)
-        k = counts[step % len(counts)]
-        law = "fixed" if k else "bernoulli"  # the fixed count is at least one
-        return DepthPlan.sample(
-            case.batch, [1 - k / case.batch] * len(case.drop_probs), sampler=law
-        )
+    batch, drop_probs, seed = case.batch, case.drop_probs, case.seed
     if sampler == "rounded":
-        return list(rounded_plan(case.seed, step, case.batch, case.drop_probs, rank))
+        return rounded_plan(seed, step, batch, drop_probs, rank)
     if sampler == "total":
-        return total_rows(case.seed, step, case.batch, case.drop_probs, rank, KINDS)
-    return DepthPlan.for_step(
-        case.seed, step, case.batch, case.drop_probs, sampler=sampler, rank=rank
-    )
+        return total_rows(seed, step, batch, drop_probs, rank, KINDS)
+    if sampler == SWEEP:
+        counts = row_counts(batch)
+        k = counts[step % len(counts)]
+        sampler = "fixed" if k else "bernoulli"  # the fixed count is at least one
+        drop_probs = [1 - k / batch] * len(drop_probs)
+    return DepthPlan.for_step(seed, step, batch, drop_probs, sampler=sampler, rank=rank)
 
 
 def work(case: ProcessCase, rank: int) -> list[dict[str, Any]]:
@@ -84,7 +83,7 @@ def work(case: ProcessCase, rank: int) -> list[dict[str, Any]]:
     records = []
     for step in range(WARM_UP + case.steps):
         for sampler in case.samplers:
-            plan = draw_plan(case, sampler, step, rank)
+            plan = list(draw_plan(case, sampler, step, rank))
             clock = BranchClock(time.thread_time)
             dist.barrier()
             wall, cpu = time.perf_counter(), time.thread_time()

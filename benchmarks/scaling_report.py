@@ -174,21 +174,19 @@ def law_section(results: dict[str, Any]) -> list[str]:
             law["batch"],
             f"{law['p']:g}",
             law["sampler"],
-            percent(law["keep_error"]),
+            percent(law["keep_error"]) if law["sampler"] == "fixed" else "exact",
             percent(law["count_variance"], 0),
             percent(law["total_variance"], 0),
             f"{law['row_correlation'] + 0.0:.3f}",
         ]
         for law in results["laws"]
     ]
-    head = ["B", "p of every branch", "sampler", "largest error of keep"]
+    head = ["B", "p of every branch", "sampler", "error of keep"]
     head += ["variance of a branch's count", "of a rank's total", "correlation of two samples"]
     return [
         "## What is left of Bernoulli's law",
         "",
-        "Variances as shares of Bernoulli's. `keep` is exact for every sampler but `fixed`, which "
-        "rounds; what stands in that column for the others is the noise of the draw. Every sampler "
-        "but `dealt` and `total` decides for the branches of one sample independently, so that for "
+        "Variances as shares of Bernoulli's, from drawn counts. Every sampler but `dealt` and `total` decides for the branches of one sample independently, so that for "
         "one sample `rounded` is Bernoulli's law itself: only samples of one batch are coupled.",
         "",
         *table(head, rows),

@@ -8,7 +8,7 @@ step or once a block. :data:`SAMPLERS` holds the laws that the counts can follow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +125,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dealt": draw_dealt,
     "total": draw_total,
 }
+ALIKE = ("fixed", "rounded")  # all ranks have the same counts
 
 
 def costs_of(counts: Counts, table: Floats) -> Floats:
@@ -134,21 +135,29 @@ def costs_of(counts: Counts, table: Floats) -> Floats:
     return costs
 
 
-def slowest(costs: Floats, sync: str) -> Floats:
-    """[steps]: what the ranks wait for, when they wait for each other once a step or once a block.
+def parts_between(costs: Floats, sync: str) -> Floats:
+    """[steps, ranks, parts]: the sums of a step's branches from where the ranks wait for each other
+    to where they wait next: once a step, or once a block.
 
     >>> costs = np.array([[[3.0, 0.0, 1.0, 0.0], [1.0, 0.0, 2.0, 0.0]]])  # two ranks, two blocks
-    >>> slowest(costs, "step").tolist(), slowest(costs, "block").tolist()
-    ([4.0], [5.0])
+    >>> parts_between(costs, "step").tolist(), parts_between(costs, "block").tolist()
+    ([[[4.0], [3.0]]], [[[3.0, 1.0], [1.0, 2.0]]])
     """
     if sync not in SYNCS:
         raise ValueError(f"sync: expected one of {', '.join(SYNCS)}, got {sync!r}")
-    if sync == "step":
-        largest: Floats = costs.sum(2).max(1)
-        return largest
-    steps, ranks, _ = costs.shape
-    blocks: Floats = costs.reshape(steps, ranks, -1, KINDS).sum(3).max(1).sum(1)
-    return blocks
+    parts = 1 if sync == "step" else costs.shape[2] // KINDS
+    sums: Floats = costs.reshape(*costs.shape[:2], parts, -1).sum(3)
+    return sums
+
+
+def slowest(parts: Floats, ranks: int) -> Floats:
+    """[groups]: what the ranks wait for, where the ranks of each step are taken apart into groups.
+
+    >>> slowest(np.array([[[3.0, 1.0], [1.0, 2.0]]]), ranks=2).tolist()
+    [5.0]
+    """
+    waited: Floats = parts.reshape(-1, ranks, parts.shape[2]).max(1).sum(1)
+    return waited
 
 
 @dataclass(frozen=True)
@@ -171,17 +180,18 @@ def expectation(values: Floats) -> Expectation:
 def simulate(
     sampler: str,
     layers: Layers,
-    table: Floats,
+    tables: Mapping[str, Floats],
     ranks: Sequence[int],
     steps: int,
     generator: np.random.Generator,
-) -> dict[str, dict[int, Expectation]]:
-    """Expected cost of the slowest rank, by ``sync`` and by number of ranks.
+) -> dict[str, dict[str, list[Expectation]]]:
+    """Expected cost of the slowest rank, by name of the table and by ``sync``, for every number of
+    ranks.
 
     Args:
         sampler: a key of :data:`SAMPLERS`.
         layers: batch of a rank and drop probabilities.
-        table: [kinds, batch + 1], the cost of a branch that keeps k rows.
+        tables: each [kinds, batch + 1], the cost of a branch that keeps k rows.
         ranks: numbers of ranks, each a divisor of the largest.
         steps: steps of the largest number of ranks to draw. A smaller one takes the same draws
             apart into groups, so that its mean cannot lie above.
@@ -191,18 +201,24 @@ def simulate(
     if any(most % number for number in ranks):
         raise ValueError(f"ranks: expected divisors of the largest, {most}, got {list(ranks)}")
     draw = SAMPLERS[sampler]
-    everything = (
-        None if sampler == "dealt" else costs_of(draw(layers, steps, most, generator), table)
-    )
-    results: dict[str, dict[int, Expectation]] = {sync: {} for sync in SYNCS}
-    for number in ranks:
-        if everything is None:  # the law of a rank's counts depends on how many ranks there are
-            more = steps * min(most // number, 64)
-            costs = costs_of(draw(layers, more, number, generator), table)
-        else:
-            costs = everything.reshape(-1, number, everything.shape[2])
-        for sync in SYNCS:
-            results[sync][number] = expectation(slowest(costs, sync))
+    results: dict[str, dict[str, list[Expectation]]] = {
+        name: {sync: [] for sync in SYNCS} for name in tables
+    }
+
+    def add(counts: Counts, group_sizes: Sequence[int]) -> None:
+        for name, table in tables.items():
+            costs = costs_of(counts, table)
+            for sync in SYNCS:
+                parts = parts_between(costs, sync)
+                results[name][sync] += [expectation(slowest(parts, n)) for n in group_sizes]
+
+    if sampler in ALIKE:
+        add(draw(layers, steps, 1, generator), [1] * len(ranks))
+    elif sampler == "dealt":  # the law of a rank's counts depends on how many there are
+        for number in ranks:
+            add(draw(layers, steps * min(most // number, 8), number, generator), [number])
+    else:
+        add(draw(layers, steps, most, generator), ranks)
     return results
 
 
@@ -226,7 +242,7 @@ def bernoulli_distribution(layers: Layers, per_row: Sequence[float]) -> tuple[Fl
     values, probabilities = np.zeros(1), np.ones(1)
     for kind, slope in enumerate(per_row):
         total = total_distribution(layers.batch, layers.keep[kind :: len(per_row)].tolist())
-        possible = np.flatnonzero(total > 1e-30)  # the rest weighs nothing, whatever the ranks
+        possible = np.flatnonzero(total > 1e-18)  # the rest weighs nothing in 1e10 draws
         values = np.add.outer(values, slope * possible).ravel()
         probabilities = np.multiply.outer(probabilities, total[possible]).ravel()
     order = np.argsort(values)

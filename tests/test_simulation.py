@@ -23,7 +23,7 @@ from benchmarks import (  # noqa: E402
     scaling_validation,
     simulation,
 )
-from benchmarks.simulation import KINDS, SAMPLERS, SYNCS, Layers, simulate  # noqa: E402
+from benchmarks.simulation import KINDS, SAMPLERS, SYNCS, Layers  # noqa: E402
 from sdkernels import DepthPlan, KeptRows, linear_decay, uniform  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,13 @@ def generator(seed=0):
     return np.random.default_rng(seed)
 
 
+def simulate(sampler, layers, table, ranks, steps):
+    """Expectations by ``sync`` and number of ranks."""
+    tables = {"table": table}
+    found = simulation.simulate(sampler, layers, tables, ranks, steps, generator())["table"]
+    return {sync: dict(zip(ranks, each, strict=True)) for sync, each in found.items()}
+
+
 def rank_time(layers, table):
     """What a rank takes on average where costs are straight lines."""
     kinds = np.arange(len(layers.drop_probs)) % KINDS
@@ -51,7 +58,7 @@ def rank_time(layers, table):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_nothing_dropped_is_the_same_on_every_rank(sampler):
     layers = Layers(8, (0.0,) * BRANCHES)
-    results = simulate(sampler, layers, lines(8), RANKS, 2, generator())
+    results = simulate(sampler, layers, lines(8), RANKS, 2)
     full = BRANCHES * (0.5 + 8)
     assert {each.mean for of_sync in results.values() for each in of_sync.values()} == {full}
 
@@ -62,7 +69,7 @@ def test_one_rank_takes_the_mean(sampler, schedule):
     # 10 * (1 - p) is whole for the uniform schedule, so the fixed count has nothing to round.
     layers = Layers(10, tuple(schedule(BRANCHES, 0.5)))
     table = lines(10, per_row=(1.0, 2.0))
-    results = simulate(sampler, layers, table, (1, 64), 60, generator())
+    results = simulate(sampler, layers, table, (1, 64), 60)
     for sync in SYNCS:
         one = results[sync][1]
         mean = rank_time(layers, table)
@@ -74,7 +81,7 @@ def test_one_rank_takes_the_mean(sampler, schedule):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_more_ranks_never_take_less(sampler):
     layers = Layers(8, tuple(linear_decay(BRANCHES, 0.5)))
-    results = simulate(sampler, layers, lines(8), RANKS, 6, generator())
+    results = simulate(sampler, layers, lines(8), RANKS, 6)
     for sync in SYNCS:
         means = [results[sync][number].mean for number in RANKS]
         if sampler == "dealt":  # whose law depends on the number of ranks: more share more evenly
@@ -88,7 +95,7 @@ def test_more_ranks_never_take_less(sampler):
 @pytest.mark.parametrize("sampler", ["fixed", "rounded"])
 def test_equal_counts_cost_nothing_at_any_scale(sampler):
     layers = Layers(8, tuple(uniform(BRANCHES, 0.3)))
-    results = simulate(sampler, layers, lines(8), RANKS, 6, generator())
+    results = simulate(sampler, layers, lines(8), RANKS, 6)
     assert len({each.mean for of_sync in results.values() for each in of_sync.values()}) == 1
 
 
@@ -103,7 +110,7 @@ def expected_largest_normal(number):
 def test_bernoulli_follows_the_largest_of_normal_variables(number):
     batch, p = 32, 0.5
     layers = Layers(batch, (p,) * BRANCHES)
-    found = simulate("bernoulli", layers, lines(batch), (1, number), 60, generator())["step"]
+    found = simulate("bernoulli", layers, lines(batch), (1, number), 60)["step"]
     deviation = math.sqrt(batch * BRANCHES * p * (1 - p))
     excess = (found[number].mean - rank_time(layers, lines(batch))) / deviation
     error = found[number].error / deviation
@@ -119,9 +126,9 @@ def test_simulation_agrees_with_the_exact_law(number):
     layers = Layers(8, tuple(linear_decay(BRANCHES, 0.5)))
     per_row = (1.0, 1.7)
     table = lines(8, per_row=per_row)
-    found = simulate("bernoulli", layers, table, (1, 512), 40, generator())["step"]
+    found = simulate("bernoulli", layers, table, (1, 512), 40)["step"]
     if number == 8:
-        found = simulate("bernoulli", layers, table, (8,), 3000, generator())["step"]
+        found = simulate("bernoulli", layers, table, (8,), 3000)["step"]
     values, probabilities = simulation.bernoulli_distribution(layers, per_row)
     assert probabilities.sum() == pytest.approx(1)
     exact = BRANCHES * 0.5 + values @ simulation.largest_of(values, probabilities, number)
@@ -191,9 +198,9 @@ def test_law_is_summarised():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="ranks: expected divisors of the largest, 8, got"):
-        simulate("bernoulli", Layers(4, (0.5, 0.5)), lines(4), (3, 8), 2, generator())
+        simulate("bernoulli", Layers(4, (0.5, 0.5)), lines(4), (3, 8), 2)
     with pytest.raises(ValueError, match="sync: expected one of step, block, got 'layer'"):
-        simulation.slowest(np.zeros((1, 1, 2)), "layer")
+        simulation.parts_between(np.zeros((1, 1, 2)), "layer")
 
 
 def test_rounded_plan():

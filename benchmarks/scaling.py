@@ -145,7 +145,7 @@ def measure(
     measured = {}
     for batch in batches:
         # Long steps spread less, and take long.
-        fewer = max(2, min(turns, turns * 32 // batch))
+        fewer = max(2, min(turns, turns * 24 // batch))
         branches = measure_branches(shape, batch, fewer, device)
         for branch in branches:
             branch["line"] = asdict(fit_line(branch["counts"], branch["seconds"]))
@@ -326,24 +326,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="quick", help=listed)
     parser.add_argument("--device", default="cpu", help="where branches are timed (default cpu)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/scaling"))
+    parser.add_argument(
+        "--rebuild", action="store_true", help="report and plots of OUT/scaling.json; no run"
+    )
     options = parser.parse_args(arguments)
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: expected a device at hand, got {options.device!r} ({error})")
     from benchmarks.scaling_plots import save_plots
     from benchmarks.scaling_report import report
 
-    torch.set_num_threads(1)  # a rank's thread; its clock has to see all of the work
-    try:
-        results = run(PRESETS[options.preset], device)
-    except (ProviderMismatch, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    results = {"preset": options.preset, **results}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    written = options.out / "scaling.json"
+    if options.rebuild:
+        if not written.exists():
+            parser.error(f"--rebuild: expected a run in --out, got no {written}")
+        results = json.loads(written.read_text())
+    else:
+        try:
+            device = torch.device(options.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            message = f"expected a device at hand, got {options.device!r} ({error})"
+            parser.error(f"--device: {message}")
+        torch.set_num_threads(1)  # a rank's thread; its clock has to see all of the work
+        try:
+            results = run(PRESETS[options.preset], device)
+        except (ProviderMismatch, RuntimeError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        results = {"preset": options.preset, **results}
+        options.out.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "scaling.md").write_text(report(results))
     for path in save_plots(results, options.out):
         print(f"wrote {path}")

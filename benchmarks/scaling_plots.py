@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.plots import STYLE
 from benchmarks.scaling import SCHEDULES
@@ -63,7 +63,7 @@ def plot_ranks(results: dict[str, Any]) -> Figure:
             if row == len(SYNCS) - 1:
                 axes.set_xlabel("data-parallel ranks")
             if column == 0:
-                axes.set_ylabel(f"ranks wait {WHERE[sync]}\nstep time / ideal")
+                axes.set_ylabel(f"step time / ideal\n(ranks wait once a {sync})")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     shape = results["shape"]
@@ -93,18 +93,21 @@ def plot_distribution(results: dict[str, Any]) -> Figure:
         [1e-4, 1 - 1e-4], np.cumsum(largest_of(values, probabilities, 1)), values
     )
     last = max(last, float(values @ largest_of(values, probabilities, chosen[-1])) * 1.05)
-    edges = np.linspace(first, last, 120)
-    middles = (edges[1:] + edges[:-1]) / 2 / mean
+    grid = np.linspace(first, last, 400)
+    window = 0.01 * mean  # wide enough to smooth the single counts
     for number, colour in zip(chosen, colours, strict=True):
         largest = largest_of(values, probabilities, number)
-        share, _ = np.histogram(values, edges, weights=largest)
+        below = np.cumsum(largest)
+        inside = np.interp(grid + window / 2, values, below) - np.interp(
+            grid - window / 2, values, below
+        )
         label = "a single rank" if number == 1 else f"slowest of {number}"
-        axes.plot(middles, share / (edges[1] - edges[0]) * mean, color=colour, label=label)
-        axes.fill_between(middles, share / (edges[1] - edges[0]) * mean, color=colour, alpha=0.15)
+        axes.plot(grid / mean, 100 * inside, color=colour, label=label)
+        axes.fill_between(grid / mean, 100 * inside, color=colour, alpha=0.15)
     axes.axvline(1, color="black", linewidth=1, linestyle="--", label="mean rank")
     axes.set(
         xlabel="step time / mean rank's",
-        ylabel="probability density",
+        ylabel="steps within 0.5 % of it (%)",
         title=f"Bernoulli, B = {batch} a rank, p = {case['p']:g} ({case['schedule']}), "
         f"{case['branches']} branches",
     )
@@ -182,19 +185,19 @@ def plot_validation(results: dict[str, Any]) -> Figure:
         ("counts_and_noise", "simulated, counts and machine noise", "#0072B2"),
     )
     for axes, sync in zip(panels[0], SYNCS, strict=True):
-        measured = np.array([excess[sync]["measured"] for _, excess in groups])
-        interval = np.array([excess[sync]["interval"] for _, excess in groups]).T
+        measured = 100 * np.array([excess[sync]["measured"] for _, excess in groups])
+        interval = 100 * np.array([excess[sync]["interval"] for _, excess in groups]).T
         axes.bar(places - 0.27, measured, 0.25, color="#999999", label="measured, 90 % interval")
         errors = np.abs(interval - measured)
         axes.errorbar(places - 0.27, measured, errors, fmt="none", color="black", capsize=3)
         for i, (key, label, colour) in enumerate(bars):
-            heights = [excess[sync][key] for _, excess in groups]
+            heights = [100 * excess[sync][key] for _, excess in groups]
             axes.bar(places + 0.27 * i, heights, 0.25, color=colour, label=label)
         axes.set_xticks(places, [name for name, _ in groups], fontsize=8)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"ranks wait {WHERE[sync].partition(' (')[0]}")
         axes.grid(axis="x", visible=False)
-    panels[0][0].set_ylabel("slowest rank's time over the mean rank's")
+    panels[0][0].set_ylabel("slowest rank's time over the mean rank's (%)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     case = results["validation"][0]["case"]

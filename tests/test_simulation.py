@@ -244,6 +244,20 @@ def test_a_fixed_count_can_be_asked_for_by_probability(batch):
     assert KeptRows.sample(batch, 1.0).k == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "abacus"], "--device: expected a device at hand, got 'abacus'"),
+        (["--rebuild", "--out", "nowhere"], "--rebuild: expected a run in --out, got no nowhere"),
+    ],
+)
+def test_bad_command_lines(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        scaling.main(arguments)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
 def test_slowest_rank_over_the_mean():
     # Two ranks, two blocks: 1 + 3 forward, 1 + 1 backward, 4 outside; 2 + 1, 2 + 1, 2.
     blocks = np.array([[[[1.0, 3.0], [1.0, 1.0]], [[2.0, 1.0], [2.0, 1.0]]]])
@@ -291,7 +305,11 @@ def test_run_end_to_end(tmp_path):
     assert processes["ranks"] == 2
     assert processes["samplers"]["bernoulli"]["steps"] == 3
     assert processes["samplers"]["fixed"]["excess"]["step"]["measured"] >= 0
-    text = (tmp_path / "scaling.md").read_text()
+    report = tmp_path / "scaling.md"
+    text = report.read_text()
+    report.unlink()
+    assert scaling.main(["--rebuild", "--out", str(tmp_path)]) == 0
+    assert report.read_text() == text
     assert "What to use when" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "branches.png",

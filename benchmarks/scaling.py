@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -32,11 +31,14 @@ from benchmarks.scaling_model import (
     measure_branches,
     measure_rest,
 )
+from benchmarks.scaling_plots import save_plots
 from benchmarks.scaling_processes import SWEEP, ProcessCase, launch
+from benchmarks.scaling_report import report
 from benchmarks.scaling_validation import compare, table_of_sweep
 from benchmarks.simulation import (
     KINDS,
     SAMPLERS,
+    SCHEDULES,
     SYNCS,
     Floats,
     Layers,
@@ -45,10 +47,9 @@ from benchmarks.simulation import (
     simulate,
     summarise_law,
 )
-from sdkernels import linear_decay, uniform
+from sdkernels import uniform
 
 SCHEMA = 1
-SCHEDULES = {"linear": linear_decay, "uniform": uniform}
 RUN_STEPS = 100_000  # of a training run, for the memory that has to be there all along
 LAW_RANKS = 16
 
@@ -251,18 +252,6 @@ def exact(
     }
 
 
-def rule_of_thumb(layers: Layers, ranks: int) -> float:
-    """Bernoulli's cost over the ideal when the ranks meet once a step: of as many normal variables,
-    the largest lies ``sqrt(2 ln ranks)`` deviations above the mean, at most.
-
-    >>> round(rule_of_thumb(Layers(32, (0.5,) * 24), 4096), 3)
-    0.147
-    """
-    keep = layers.keep
-    deviation = math.sqrt(layers.batch * float((keep * (1 - keep)).sum()))
-    return math.sqrt(2 * math.log(ranks)) * deviation / (layers.batch * float(keep.sum()))
-
-
 def laws(batches: Sequence[int], p: float, branches: int, steps: int) -> list[dict[str, Any]]:
     """What is left of Bernoulli's law under every sampler."""
     found = []
@@ -330,9 +319,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rebuild", action="store_true", help="report and plots of OUT/scaling.json; no run"
     )
     options = parser.parse_args(arguments)
-    from benchmarks.scaling_plots import save_plots
-    from benchmarks.scaling_report import report
-
     written = options.out / "scaling.json"
     if options.rebuild:
         if not written.exists():

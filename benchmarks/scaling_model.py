@@ -170,8 +170,9 @@ def check(name: str, net: Net, variants: Mapping[Any, Variant], reference: Any) 
                 )
 
 
-def saved_bytes(block: Block, kind: int, x: Tensor, rows: KeptRows) -> int:
-    """What a branch's forward keeps for its backward."""
+def saved_bytes(net: Net, kind: int, x: Tensor, rows: KeptRows) -> int:
+    """What the forward of the first block's branch keeps for its backward."""
+    block: Any = net.blocks[0]
     branch, norm, scale = (
         (block.attention, block.norm1, block.scale1)
         if KIND_NAMES[kind] == "attention"
@@ -248,7 +249,7 @@ def measure_branches(
                     key: median[half if key == "fused" else key]
                     for key in ("naive", "index_add", "fused", "dense")
                 },
-                "saved_bytes": [saved_bytes(net.blocks[0], kind, x, rows[k]) for k in counts],
+                "saved_bytes": [saved_bytes(net, kind, x, rows[k]) for k in counts],
             }
         )
     return measured

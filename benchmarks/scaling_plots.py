@@ -11,9 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.plots import STYLE
-from benchmarks.scaling import SCHEDULES
 from benchmarks.scaling_report import WHERE, batches_of, hardest
-from benchmarks.simulation import KINDS, SYNCS, Layers, bernoulli_distribution, largest_of
+from benchmarks.simulation import (
+    KINDS,
+    SCHEDULES,
+    SYNCS,
+    Layers,
+    bernoulli_distribution,
+    largest_of,
+)
 
 # Okabe and Ito's palette; the markers tell curves apart that lie on each other.
 LOOKS = {

@@ -118,10 +118,10 @@ def launch(case: ProcessCase, world_size: int, folder: Path) -> list[list[dict[s
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     processes = []
     for rank in range(world_size):
-        with open(folder / f"output-{rank}.txt", "w") as output:
+        with open(folder / f"output-{rank}.txt", "w") as file:
             command = [sys.executable, "-m", __name__, str(rank), str(world_size), str(folder)]
             processes.append(
-                subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root)
+                subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=root)
             )
     deadline = time.monotonic() + TIMEOUT
     try:

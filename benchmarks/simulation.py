@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sdkernels import linear_decay, uniform
 from sdkernels.sampling import fixed_count
 
 Counts = NDArray[np.int64]  # [steps, ranks, branches]
@@ -22,6 +23,10 @@ Floats = NDArray[np.float64]
 # Branches of a block, which differ in cost: attention and MLP. Branch i is of kind i % KINDS.
 KINDS = 2
 SYNCS = ("step", "block")
+SCHEDULES: dict[str, Callable[[int, float], list[float]]] = {
+    "linear": linear_decay,
+    "uniform": uniform,
+}
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,18 @@ def largest_of(values: Floats, probabilities: Floats, draws: float) -> Floats:
     with np.errstate(divide="ignore"):  # log(0) of a value that nothing lies below
         below = np.exp(draws * np.log1p(-np.clip(above, 0.0, 1.0)))
     return np.diff(below, prepend=0.0)
+
+
+def rule_of_thumb(layers: Layers, ranks: int) -> float:
+    """Bernoulli's cost over the ideal when the ranks meet once a step: of as many normal variables,
+    the largest lies ``sqrt(2 ln ranks)`` deviations above the mean, at most.
+
+    >>> round(rule_of_thumb(Layers(32, (0.5,) * 24), 4096), 3)
+    0.147
+    """
+    keep = layers.keep
+    deviation = math.sqrt(layers.batch * float((keep * (1 - keep)).sum()))
+    return math.sqrt(2 * math.log(ranks)) * deviation / (layers.batch * float(keep.sum()))
 
 
 def summarise_law(counts: Counts, layers: Layers) -> dict[str, float]:

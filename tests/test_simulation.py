@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_bernoulli_follows_the_largest_of_normal_variables(number):
     error = found[number].error / deviation
     assert excess == pytest.approx(expected_largest_normal(number), abs=4 * error + 0.02)
     assert excess < math.sqrt(2 * math.log(number)) + 4 * error
-    assert scaling.rule_of_thumb(layers, number) == pytest.approx(
+    assert simulation.rule_of_thumb(layers, number) == pytest.approx(
         math.sqrt(2 * math.log(number)) * deviation / (batch * BRANCHES * (1 - p))
     )
 
@@ -266,6 +267,61 @@ def test_slowest_rank_over_the_mean():
     assert found["step"][0] == pytest.approx((10 - 9) / 9)
     # 2 + 3 + 2 + 1 in blocks and 3 outside on average
     assert found["block"][0] == pytest.approx((8 + 3 - 9) / 9)
+
+
+def recorded(case, sampler, steps, ranks, table, rest):
+    """Records of processes whose times are exactly the table's, two thirds of them backward."""
+    layers = Layers(case.batch, tuple(case.drop_probs))
+    counts = SAMPLERS[sampler](layers, steps, ranks, generator(7))
+    costs = simulation.costs_of(counts, table)
+    return [
+        [
+            {
+                "sampler": sampler,
+                "counts": counts[step, rank].tolist(),
+                "cpu": rest + costs[step, rank].sum(),
+                "wall": 1.0,
+                "forward": (costs[step, rank] / 3).tolist(),
+                "backward": (costs[step, rank] * 2 / 3).tolist(),
+            }
+            for step in range(steps)
+        ]
+        for rank in range(ranks)
+    ]
+
+
+def test_processes_that_do_as_simulated():
+    shape = scaling.PRESETS["smoke"].process_case.shape
+    samplers = ("bernoulli", "fixed", "total")
+    case = scaling_processes.ProcessCase(shape, 8, 0.5, steps=400, samplers=samplers)
+    table, rest = lines(8, fixed=(0.2, 0.1), per_row=(1.0, 1.5)), 3.0
+    of_each = [recorded(case, sampler, 400, 4, table, rest) for sampler in samplers]
+    records = [list(chain(*rank)) for rank in zip(*of_each, strict=True)]
+    found = scaling_validation.compare(case, records, table, rest)
+    for sync in SYNCS:
+        bernoulli = found["bernoulli"]["excess"][sync]
+        assert bernoulli["counts"] > 0.02
+        assert bernoulli["measured"] == pytest.approx(bernoulli["counts"], rel=0.1)
+        assert bernoulli["counts_and_noise"] == pytest.approx(bernoulli["counts"], abs=1e-9)
+        low, high = bernoulli["interval"]
+        assert low < bernoulli["measured"] < high
+        assert found["fixed"]["excess"][sync]["measured"] == pytest.approx(0, abs=1e-12)
+    assert found["total"]["excess"]["step"]["measured"] == pytest.approx(0, abs=1e-12)
+    assert found["total"]["excess"]["block"]["measured"] > 0.01
+    assert found["bernoulli"]["correlation"] == pytest.approx(1)
+    assert found["fixed"]["mean_seconds"] == pytest.approx(found["fixed"]["alone_seconds"])
+
+
+def test_table_of_a_sweep():
+    table = lines(4, fixed=(0.2, 0.1), per_row=(1.0, 1.5))
+    records = []
+    for k in [0, 1, 2, 4] * 3:
+        costs = simulation.costs_of(np.full((1, 1, 4), k), table)[0, 0]
+        times = {"cpu": 3 + costs.sum(), "forward": costs / 3, "backward": costs * 2 / 3}
+        records.append({"sampler": scaling_processes.SWEEP, "counts": [k] * 4, **times})
+    found, rest = scaling_validation.table_of_sweep([records], 4)
+    assert found == pytest.approx(table)  # 3 lies between 2 and 4
+    assert rest == pytest.approx(3)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
 from benchmarks.networks import LIBRARIES  # noqa: E402
-from benchmarks.paper import claims, data, networks, report, training  # noqa: E402
+from benchmarks.paper import claims, data, networks, report, timing, training  # noqa: E402
 from benchmarks.paper.__main__ import main  # noqa: E402
 from sdkernels import DepthPlan  # noqa: E402
 
@@ -432,13 +432,25 @@ def test_claims_share_their_runs(few, tmp_path):
 
 
 def test_ideal_pays_in_full_for_what_is_around_the_blocks():
-    from benchmarks.paper.timing import table
+    def samples(seconds, kept=1.0):
+        return [timing.Sample(each, kept, 0.0) for each in seconds]
 
-    seconds = {"skeleton": [1.0], "constant": [5.0], "fused": [4.5, 4.3]}
-    constant, fused = table(seconds, {"fused": 0.75})
+    nothing = torch.nn.Identity()
+    nets = {
+        timing.SKELETON: timing.Timed(nothing, []),
+        timing.CONSTANT: timing.Timed(nothing, []),
+        "fused": timing.Timed(nothing, [0.0, 0.5], "batch"),
+    }
+    measured = {
+        timing.SKELETON: samples([1.0, 1.0, 1.0]),
+        timing.CONSTANT: samples([5.0, 5.0, 50.0]),  # something else ran in the last repeat
+        "fused": samples([3.3, 3.3, 3.3], kept=0.5),  # the rows kept less than they do on average
+    }
+    constant, fused = timing.table(nets, measured)
     assert constant["of_constant"] == constant["ideal"] == 1.0
     assert fused["ideal"] == pytest.approx((1 + 4 * 0.75) / 5)
-    assert fused["of_constant"] == pytest.approx(0.88)
+    assert fused["over_ideal"] == pytest.approx(3.3 / (1 + 4 * 0.5))
+    assert fused["of_constant"] == pytest.approx(1.1 * 0.8)
 
 
 def test_report_of_another_schema_is_refused(tmp_path, capsys):

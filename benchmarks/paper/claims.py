@@ -23,7 +23,7 @@ from benchmarks.paper.networks import (
     expected_depth,
     seeded,
 )
-from benchmarks.paper.timing import in_turns, make_step, table
+from benchmarks.paper.timing import CONSTANT, SKELETON, Timed, in_turns, table
 from benchmarks.paper.training import Recipe, Trainer
 from benchmarks.workload import Workload
 from sdkernels import DepthPlan
@@ -183,29 +183,25 @@ def time_saved(lab: Lab) -> Record:
     lab.advance("step times")
     n = (effort.time_depth - 2) // 6
     images, labels = _batch(data, effort.time_batch, device)
-    networks: dict[str, nn.Module] = {
-        "skeleton": _network(n, data, [0.0] * 3 * n, "row", "skeleton"),
-        "constant": _network(n, data, [0.0] * 3 * n, "row", "constant"),
+    networks = {
+        SKELETON: Timed(_network(n, data, [0.0] * 3 * n, "row", "skeleton"), []),
+        CONSTANT: Timed(_network(n, data, [0.0] * 3 * n, "row", "constant"), []),
     }
-    keep: dict[str, float] = {}
     for p_last in (0.5, 0.2):
         drop = drop_probabilities("linear", 3 * n, p_last)
         for mode in ("row", "batch"):
             for implementation in ("naive", "fused"):
                 name = f"p_L = {p_last:g}, per {'sample' if mode == 'row' else 'mini-batch'}"
-                name = f"{name}, {implementation}"
-                networks[name] = _network(n, data, drop, mode, implementation)
-                keep[name] = _mean_keep(drop)
-    torch.manual_seed(0)
-    steps = {name: make_step(net.to(device), images, labels) for name, net in networks.items()}
-    seconds = in_turns(steps, effort.time_repeats, device)
+                net = _network(n, data, drop, mode, implementation)
+                networks[f"{name}, {implementation}"] = Timed(net, drop, mode)
+    samples = in_turns(networks, images, labels, effort.time_repeats)
     draws = 1000
     drop = drop_probabilities("linear", 3 * n, 0.5)
     depth = mean(sum(rows.k > 0 for rows in DepthPlan.sample(1, drop)) for _ in range(draws))
     return {
         "title": f"Training time, ResNet-{effort.time_depth}, batch {effort.time_batch}",
         "paper": {0.5: 0.75, 0.2: 0.6},
-        "rows": table(seconds, keep),
+        "rows": table(networks, samples),
         "expected_depth": {
             "formula": expected_depth(3 * n),
             "plan": depth,
@@ -330,39 +326,31 @@ def deep(lab: Lab) -> Record:
     drop = drop_probabilities("linear", 3 * n, 0.5)
     images, labels = _batch(data, effort.deep_batch, device)
     networks = {
-        "skeleton": _network(n, data, [0.0] * 3 * n, "row", "skeleton"),
-        "constant": _network(n, data, [0.0] * 3 * n, "row", "constant"),
-        "per sample, fused": _network(n, data, drop, "row", "fused"),
-        "per mini-batch, fused": _network(n, data, drop, "batch", "fused"),
+        SKELETON: Timed(_network(n, data, [0.0] * 3 * n, "row", "skeleton"), []),
+        CONSTANT: Timed(_network(n, data, [0.0] * 3 * n, "row", "constant"), []),
+        "per sample, fused": Timed(_network(n, data, drop, "row", "fused"), drop, "row"),
+        "per mini-batch, fused": Timed(_network(n, data, drop, "batch", "fused"), drop, "batch"),
     }
-    keep = dict.fromkeys(list(networks)[2:], _mean_keep(drop))
-    torch.manual_seed(0)
     memory = {}
-    for name, net in networks.items():
-        parameters = tuple(net.to(device).parameters())
-        forward = partial(net, images)
+    for name, timed in networks.items():
+        parameters = tuple(timed.model.to(device).train().parameters())
+        plan = None
+        if timed.drop_probs:
+            plan = DepthPlan.for_step(
+                0, 0, len(labels), drop, mode=timed.mode, rescale="eval", device=device
+            )
+        forward = partial(timed.model, images, plan)
         load = Workload(partial(_backward, forward, parameters), forward, parameters)
         memory[name] = measure_memory(load, device)
-    losses: dict[str, list[float]] = {name: [] for name in networks}
-
-    def noted(name: str, step: Callable[[], float]) -> Callable[[], float]:
-        def run() -> float:
-            losses[name].append(step())
-            return losses[name][-1]
-
-        return run
-
-    steps = {name: noted(name, make_step(net, images, labels)) for name, net in networks.items()}
-    rows = table(in_turns(steps, effort.deep_steps, device), keep)
+    rows = table(networks, in_turns(networks, images, labels, effort.deep_steps))
     for row in rows:
         name = row["variant"]
         used, constant = memory[name], memory["constant"]
         row["memory"] = used
         row["memory_of_constant"] = used["bytes"] / constant["bytes"] if used else None
-        row["losses"] = losses[name]
     return {
         "title": f"{effort.deep_depth} layers, batch {effort.deep_batch}, p_L = 0.5",
-        "parameters": sum(p.numel() for p in networks["constant"].parameters()),
+        "parameters": sum(p.numel() for p in networks[CONSTANT].model.parameters()),
         "rows": rows,
     }
 
@@ -386,14 +374,11 @@ def budget(lab: Lab) -> Record:
         return net.to(device).to(memory_format=torch.channels_last)
 
     networks = {
-        "constant": network("row", "constant"),
-        "per sample, fused": network("row", "fused"),
-        "per mini-batch, fused": network("batch", "fused"),
+        CONSTANT: Timed(network("row", "constant"), []),
+        "per sample, fused": Timed(network("row", "fused"), drop, "row"),
+        "per mini-batch, fused": Timed(network("batch", "fused"), drop, "batch"),
     }
-    keep = dict.fromkeys(list(networks)[1:], _mean_keep(drop))
-    torch.manual_seed(0)
-    steps = {name: make_step(net, images, labels) for name, net in networks.items()}
-    rows = table(in_turns(steps, effort.image_repeats, device), keep, skeleton=None)
+    rows = table(networks, in_turns(networks, images, labels, effort.image_repeats))
     for row in rows:
         row["epochs_for_90"] = 90 / row["of_constant"]
     return {

@@ -87,7 +87,9 @@ class Block(nn.Module):
             nn.Conv2d(width, width, 3, 1, 1, bias=False),
             nn.BatchNorm2d(width),
         )
-        self.residual = StochasticDepth(branch, p, mode, rescale=rescale)
+        # Per mini-batch most steps keep every sample, and there is nothing to compact then.
+        min_saving = 1e-6 if mode == "batch" else 0.0
+        self.residual = StochasticDepth(branch, p, mode, rescale=rescale, min_saving=min_saving)
         self.implementation = implementation
         self.shortcut: nn.Module | None = None
         if stride > 1 and projection:
@@ -102,14 +104,16 @@ class Block(nn.Module):
         shortcut = x if self.shortcut is None else self.shortcut(x)
         branch = self.residual.branch
         if self.implementation == "constant":
-            return F.relu(shortcut + branch(x))
+            return F.relu(shortcut + branch(x), inplace=True)
         if self.implementation == "skeleton":
             return F.relu(shortcut)
         if self.implementation == "naive" and rows is not None:
             y = reference.naive_masking(x, branch, 0.0, residual=shortcut, rows=rows)
         else:
-            y = self.residual(x, residual=shortcut, rows=rows)
-        return F.relu(y)
+            # None where it is x itself: the op then adds the two gradients of x in one pass.
+            residual = None if self.shortcut is None else shortcut
+            y = self.residual(x, residual=residual, rows=rows)
+        return F.relu(y, inplace=True)
 
 
 class PaperResNet(nn.Module):
@@ -196,12 +200,22 @@ class PaperResNet152(nn.Module):
         super().__init__()
         self.model = torchvision_model("resnet152", num_classes=classes)
         if implementation == "fused":
-            sdkernels.patch(self.model, drop_probs=list(drop_probs), mode=mode, rescale="eval")
+            self.report = sdkernels.patch(
+                self.model,
+                drop_probs=list(drop_probs),
+                mode=mode,
+                rescale="eval",
+                min_saving=1e-6 if mode == "batch" else 0.0,
+            )
         elif implementation != "constant":
             raise ValueError(f"implementation: expected fused or constant, got {implementation!r}")
 
     def forward(self, x: Tensor, plan: DepthPlan | None = None) -> Tensor:
-        return self.model(x)  # type: ignore[no-any-return]
+        """``plan`` holds the rows of every block; without one each block draws its own."""
+        if plan is None:
+            return self.model(x)  # type: ignore[no-any-return]
+        with self.report.use(list(plan)):
+            return self.model(x)  # type: ignore[no-any-return]
 
 
 Make = Callable[[], nn.Module]

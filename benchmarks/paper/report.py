@@ -63,6 +63,13 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
 
 
+def _share(row: Record) -> str:
+    """Of constant depth, with the range of the repeats."""
+    return (
+        f"{_percent(row['of_constant'])} ({_percent(row['low'], 0)} to {_percent(row['high'], 0)})"
+    )
+
+
 def _time_table(record: Record) -> str:
     paper = {float(key): value for key, value in record.get("paper", {}).items()}
 
@@ -75,13 +82,15 @@ def _time_table(record: Record) -> str:
         (
             row["variant"],
             _seconds(row["seconds"]),
-            f"{_percent(row['of_constant'])} ± {_percent(row['error'] / row['seconds'])}",
+            _share(row),
             _percent(row["ideal"]),
             of_paper(row["variant"]),
         )
         for row in record["rows"]
     ]
-    text = markdown_table(("variant", "mean step", "of constant depth", "ideal", "the paper"), rows)
+    text = markdown_table(
+        ("variant", "median step", "of constant depth", "ideal", "the paper"), rows
+    )
     depth = record["expected_depth"]
     return (
         f"{text}\n\nExpected depth at p_L = 0.5 with linear decay: (3L - 1) / 4 = "
@@ -156,14 +165,21 @@ def _deep_table(record: Record) -> str:
         (
             row["variant"],
             _seconds(row["seconds"]),
-            _percent(row["of_constant"]),
+            _share(row),
             _percent(row["ideal"]),
             memory(row),
             " -> ".join(f"{row['losses'][i]:.2f}" for i in (0, -1)),
         )
         for row in record["rows"]
     ]
-    header = ("variant", "mean step", "of constant depth", "ideal", "memory", "loss, first to last")
+    header = (
+        "variant",
+        "median step",
+        "of constant depth",
+        "ideal",
+        "memory",
+        "loss, first to last",
+    )
     return markdown_table(header, rows)
 
 
@@ -172,14 +188,14 @@ def _budget_table(record: Record) -> str:
         (
             row["variant"],
             _seconds(row["seconds"]),
-            f"{_percent(row['of_constant'])} ± {_percent(row['error'] / row['seconds'])}",
+            _share(row),
             _percent(row["ideal"]),
             f"{row['epochs_for_90']:.0f}",
             f"about {record['paper']}" if "mini-batch" in row["variant"] else "-",
         )
         for row in record["rows"]
     ]
-    header = ("variant", "mean step", "of constant depth", "ideal, all of it in blocks")
+    header = ("variant", "median step", "of constant depth", "ideal, all of it in blocks")
     return markdown_table((*header, "epochs in the time of 90", "the paper"), rows)
 
 
@@ -197,12 +213,15 @@ def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
     rows = record["rows"]
     places = range(len(rows))
     values = [100 * row["of_constant"] for row in rows]
-    errors = [100 * row["of_constant"] * row["error"] / row["seconds"] for row in rows]
+    ranges = [
+        [max(100 * (row["of_constant"] - row["low"]), 0) for row in rows],
+        [max(100 * (row["high"] - row["of_constant"]), 0) for row in rows],
+    ]
     colours = [
         GREY if row["variant"] == "constant" else RED if "naive" in row["variant"] else BLUE
         for row in rows
     ]
-    bars = axes.barh(places, values, 0.62, color=colours, xerr=errors, ecolor="#333333")
+    bars = axes.barh(places, values, 0.62, color=colours, xerr=ranges, ecolor="#333333")
     axes.bar_label(bars, fmt="%.0f", padding=4, fontsize=9)
     for place, row in zip(places, rows, strict=True):
         label = "ideal" if place == 1 else "_nolegend_"

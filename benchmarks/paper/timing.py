@@ -1,10 +1,10 @@
-"""Step times of several networks in one run: in turns, with spread and with what is ideal."""
+"""Step times of several networks in one run: in turns, against constant depth and what is ideal."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from statistics import mean
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,73 +12,131 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.figures import merge
+from sdkernels import DepthPlan
 
-Step = Callable[[], float]
+CONSTANT, SKELETON = "constant", "skeleton"
 
 
-def make_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """A training step with SGD; returns the loss."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-    model.train()
+@dataclass
+class Timed:
+    """A network's training step, and the law of its blocks.
 
-    def step() -> float:
-        loss = F.cross_entropy(model(images), labels)
+    Args:
+        drop_probs: of every block; empty where none is dropped.
+        mode: "row" or "batch".
+    """
+
+    model: nn.Module
+    drop_probs: list[float]
+    mode: str = "row"
+
+    @property
+    def keep(self) -> float:
+        """The mean survival probability."""
+        return 1 - sum(self.drop_probs) / len(self.drop_probs) if self.drop_probs else 1.0
+
+
+@dataclass
+class Sample:
+    """One step: its seconds, and the share of samples and blocks that its rows kept."""
+
+    seconds: float
+    kept: float
+    loss: float
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(
+    networks: dict[str, Timed], images: Tensor, labels: Tensor, repeats: int
+) -> dict[str, list[Sample]]:
+    """Training steps with SGD, the networks one after the other in each repeat; a first round
+    warms up. The rows of a repeat are the same for all networks of a law."""
+    device = images.device
+    optimizers = {}
+    for name, timed in networks.items():
+        timed.model.to(device).train()
+        optimizers[name] = torch.optim.SGD(
+            timed.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True
+        )
+
+    def step(name: str, number: int) -> Sample:
+        timed, optimizer = networks[name], optimizers[name]
+        _synchronize(device)
+        start = time.perf_counter()
+        plan = None
+        if timed.drop_probs:
+            plan = DepthPlan.for_step(
+                0,
+                number,
+                len(labels),
+                timed.drop_probs,
+                mode=timed.mode,
+                rescale="eval",
+                device=device,
+            )
+        loss = F.cross_entropy(timed.model(images, plan), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+        kept = 1.0
+        if plan is not None:
+            kept = sum(rows.k for rows in plan) / (len(labels) * len(plan))
+        return Sample(seconds, kept, loss.item())
 
-    return step
-
-
-def in_turns(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step, the variants one after the other in each repeat; a first round warms
-    up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[str, list[Sample]] = {name: [] for name in networks}
     for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for name in networks:
+            sample = step(name, repeat)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                samples[name].append(sample)
+    return samples
 
 
-def table(
-    seconds: dict[str, list[float]], keep: dict[str, float], skeleton: str | None = "skeleton"
-) -> list[dict[str, Any]]:
-    """Each variant against "constant" and against its ideal.
+def _quantiles(values: list[float]) -> tuple[float, float]:
+    merged = merge([values])
+    return merged.p20, merged.p80
 
-    The mean is compared, not the median: a gate for the whole mini-batch makes steps of all
-    lengths, and what training takes is their sum. The ideal pays in full for what is around the
-    blocks (``skeleton``) and for the mean kept share of the blocks.
 
-    Args:
-        seconds: of :func:`in_turns`.
-        keep: the mean survival probability of the variants that drop.
+def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
+    """Each network against "constant" and against its ideal.
+
+    A step's ideal pays in full for what is around the blocks ("skeleton", nothing where there is no
+    such network) and for the share of the blocks that its own rows kept. How far a network is from
+    it is the median over the repeats, within which all networks have run next to each other; its
+    time as a share of constant depth's is that factor times the ideal at the mean kept share. (A
+    gate for the whole mini-batch makes steps of all lengths: a few of them have no typical mean.)
     """
-    constant = mean(seconds["constant"])
-    around = mean(seconds[skeleton]) if skeleton else 0.0
     rows = []
-    for name, samples in seconds.items():
-        if name == skeleton:
+    around = [s.seconds for s in samples.get(SKELETON, [])] or [0.0] * len(samples[CONSTANT])
+    constants = [s.seconds for s in samples[CONSTANT]]
+    constant, rest = median(constants), median(around)
+    for name, timed in networks.items():
+        if name == SKELETON:
             continue
-        own, merged = mean(samples), merge([[s] for s in samples])
-        ideal = around + (constant - around) * keep.get(name, 1.0)
+        over_ideal = [
+            own.seconds / (outside + (whole - outside) * own.kept)
+            for own, whole, outside in zip(samples[name], constants, around, strict=True)
+        ]
+        ideal = (rest + (constant - rest) * timed.keep) / constant
+        low, high = _quantiles(over_ideal)
+        factor = median(over_ideal)
         rows.append(
             {
                 "variant": name,
-                "seconds": own,
-                "p20": merged.p20,
-                "p80": merged.p80,
-                # Of the mean: one standard deviation of it.
-                "error": (sum((s - own) ** 2 for s in samples) / len(samples) ** 2) ** 0.5,
-                "of_constant": own / constant,
-                "ideal": ideal / constant,
+                "seconds": median(s.seconds for s in samples[name]),
+                "kept": timed.keep,
+                "over_ideal": factor,
+                "ideal": ideal,
+                "of_constant": factor * ideal,
+                "low": low * ideal,
+                "high": high * ideal,
+                "losses": [s.loss for s in samples[name]],
             }
         )
     return rows

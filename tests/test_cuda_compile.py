@@ -22,9 +22,9 @@ KERNELS = sorted(path.stem for path in (CUDA / "kernels").glob("*.cu"))
 GLUE = sorted(path.stem for path in CUDA.glob("*.cpp"))
 ARCHITECTURES = ("80", "90", "100")
 
-# Registers that a kernel may take. With 128 two blocks of 256 threads fit on a multiprocessor. The
-# kernels that add up columns hold their sums in registers as well.
-MOST_REGISTERS = {"compact_norm_backward": 224, "scale_rows_and_sum": 208}
+# Registers that a kernel may take. With 128 two blocks of 256 threads fit on a multiprocessor, or
+# one of 512. The kernels that add up columns hold their sums in registers as well.
+MOST_REGISTERS = {"compact_norm_backward": 208, "scale_rows_and_sum": 208}
 MOST_REGISTERS_ELSEWHERE = 128
 
 # Narrow accesses to memory in the code of a kernel of the widest vectors, at most: what it reads
@@ -38,17 +38,17 @@ MOST_NARROW_WRITES = {
     "scale_rows_and_sum": 10,
 }
 
-# Elements in the vectors of each kernel, for 16-bit data. The norms' backward, slowest to compile,
-# does without one.
-ALL_WIDTHS = [1, 2, 4, 8]
-WIDTHS = {
-    "scatter_add": {"scatter_add": ALL_WIDTHS},
-    "scatter_add_backward": {"scale_rows": ALL_WIDTHS, "scale_rows_and_sum": ALL_WIDTHS},
-    "compact_norm": {"compact_norm": ALL_WIDTHS, "compact_long_norm": ALL_WIDTHS},
+# The kernels of each source that exist for vectors of every width: of 16-bit data 1, 2, 4 and 8
+# elements.
+WIDTHS = [1, 2, 4, 8]
+KERNELS_OF_WIDTHS = {
+    "scatter_add": {"scatter_add"},
+    "scatter_add_backward": {"scale_rows", "scale_rows_and_sum"},
+    "compact_norm": {"compact_norm", "compact_long_norm"},
     "compact_norm_backward": {
-        "compact_norm_backward": [1, 4, 8],
-        "compact_long_norm_backward": [1, 4, 8],
-        "sum_columns": [1, 4, 8],
+        "compact_norm_backward",
+        "compact_long_norm_backward",
+        "sum_columns",
     },
 }
 
@@ -202,7 +202,7 @@ def test_wide_accesses(name, objects, cuobjdump):
     assert {kernel.architecture for kernel in widest} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", KERNELS_OF_WIDTHS)
 def test_widths(name, objects, cuobjdump):
     """Rows that do not allow the widest vectors still get wider ones than single elements."""
     widths: dict[str, set[int]] = {}
@@ -210,7 +210,7 @@ def test_widths(name, objects, cuobjdump):
         if "__nv_bfloat16" in kernel.arguments:
             width = next(int(a) for a in kernel.arguments if a.isdigit())
             widths.setdefault(kernel.name, set()).add(width)
-    assert {name: sorted(found) for name, found in widths.items()} == WIDTHS[name]
+    assert widths == {kernel: set(WIDTHS) for kernel in KERNELS_OF_WIDTHS[name]}
 
 
 @pytest.fixture(scope="module")

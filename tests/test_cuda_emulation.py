@@ -101,6 +101,7 @@ def run_fault(faults: Path, name: str, order: str = "forward") -> subprocess.Com
     ("name", "expected"),
     [
         ("mirror", list(range(63, -1, -1))),
+        ("rounds", [64] * 64),
         ("sum_by_shuffles", [496] * 32 + [496 + 32 * 32] * 32),
         ("votes", [8] * 64),
         ("divide", [0] * 64),
@@ -113,9 +114,17 @@ def test_sound_kernel(name, expected, order, faults):
 
 
 @pytest.mark.parametrize("order", RUNS)
-def test_missing_barrier_shows(order, faults):
-    result = run_fault(faults, "missing_barrier", order)
-    assert [int(number) for number in result.stdout.split()] != list(range(63, -1, -1))
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("missing_barrier", list(range(63, -1, -1))),
+        ("missing_barrier_between_rounds", [64] * 64),
+    ],
+)
+def test_missing_barrier_shows(name, right, order, faults):
+    result = run_fault(faults, name, order)
+    assert result.returncode == 0, result.stderr
+    assert [int(number) for number in result.stdout.split()] != right
 
 
 @pytest.mark.parametrize(

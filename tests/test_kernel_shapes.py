@@ -33,12 +33,13 @@ def norm_arguments(
     batch: int, k: int, lines: int, width: int, dtype: torch.dtype, device: torch.device, offset=0
 ) -> tuple[Arguments, Arguments]:
     """Of compact_norm, and of its backward with everything wanted."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
     index, slot = kept_rows(batch, k, device)
     x = tensor(batch, lines, width, dtype=dtype, device=device, offset=offset)
-    weight, bias = (tensor(width, dtype=torch.float32, device=device) for _ in range(2))
+    weight, bias = (tensor(width, dtype=acc, device=device) for _ in range(2))
     forward = (x, index, [width], weight, bias, 0.1, False, dtype, True)
     kept = x[index]
-    wide = kept.float()
+    wide = kept.to(acc)
     mean = wide.mean(-1)
     rstd = ((wide - mean[..., None]).square().mean(-1) + 0.1).rsqrt()
     d_stream = tensor(batch, lines, width, dtype=dtype, device=device, offset=offset)
@@ -60,29 +61,10 @@ def check_backward(args: Arguments, wanted: list[bool]) -> None:
             assert a.shape == (0,)
 
 
-# A warp holds a line of up to 1024 elements in vectors, a block one of 8192; half of that one by
-# one. Beyond, lines are read again.
-WIDTHS = [
-    1,
-    2,
-    5,
-    8,
-    31,
-    33,
-    64,
-    96,
-    256,
-    768,
-    1000,
-    1024,
-    1032,
-    3000,
-    4095,
-    4097,
-    8192,
-    8200,
-    8193,
-]
+# A warp holds a line of up to 1024 elements in vectors of 16 bytes, of up to 512 in narrower ones,
+# and a block one of up to 8192. Beyond, lines are read again.
+WIDTHS = [1, 2, 5, 8, 31, 33, 64, 96, 256, 511, 512, 513, 514, 768, 1000, 1024, 1032, 3000, 4097]
+WIDTHS += [8190, 8191, 8192, 8193, 8194, 8200]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -94,17 +76,15 @@ def test_norm_widths(dtype, width, device):
 
 
 @pytest.mark.parametrize("k", [0, 2])
-@pytest.mark.parametrize("width", [4, 1024, 2048, 2050])
+@pytest.mark.parametrize("width", [4, 255, 258, 513, 4096, 4097, 4098, 8191, 8192, 8193, 8194])
 def test_norm_widths_in_double(width, k, device):
-    forward, backward = norm_arguments(3, k, 2, width, torch.float32, device)
-
-    def double(args: Arguments) -> Arguments:
-        args = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        return tuple(torch.float64 if a is torch.float32 else a for a in args)
-
-    check_arguments("compact_norm", double(forward), TOLERANCE[torch.float64])
-    # The statistics were rounded to float32.
-    check_arguments("compact_norm_backward", double(backward), TOLERANCE[torch.float32])
+    """A block holds 8192 doubles too, but beside the sums of the parameters' gradients 4096."""
+    for offset in (0, 1) if width == 8192 else (0,):
+        forward, backward = norm_arguments(3, k, 2, width, torch.float64, device, offset)
+        check_arguments("compact_norm", forward, TOLERANCE[torch.float64])
+        check_arguments("compact_norm_backward", backward, TOLERANCE[torch.float64])
+        for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+            check_backward(backward, wanted)
 
 
 @pytest.mark.parametrize("width", [64, 4097, 8192, 8193, 9000])
@@ -133,7 +113,7 @@ def test_norm_of_many_lines(width, device):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_PRECISION])
 def test_norm_of_misaligned_rows(dtype, offset, device):
     """Narrower vectors, down to single elements."""
-    for width in (96, 9000):
+    for width in (96, 8192, 9000):
         forward, backward = norm_arguments(4, 3, 2, width, dtype, device, offset)
         check_arguments("compact_norm", forward, TOLERANCE[dtype])
         check_arguments("compact_norm_backward", backward, TOLERANCE[dtype])

@@ -1,5 +1,7 @@
 // Blocks one after the other, their threads as fibers that change places at barriers, shuffles and
-// votes. SDKERNELS_EMULATION_ORDER says in which order: forward (default), reverse or shuffled.
+// votes. A warp runs on to the next barrier before another has its turn: what needs a barrier and
+// has none goes wrong. SDKERNELS_EMULATION_ORDER says in which order warps and lanes take turns:
+// forward (default), reverse or shuffled.
 #include <cuda_runtime.h>
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
@@ -105,19 +107,29 @@ class Scheduler {
     trapped_ = false;
     for (bool progress = true; progress;) {
       progress = false;
-      for (const unsigned i : permuted(threads)) {
-        if (fibers_[i]->state != State::kReady) continue;
-        progress = true;
-        switch_to(i);
-        if (trapped_) throw std::runtime_error("emulation: the kernel trapped");
-      }
-      for (unsigned first = 0; first < threads; first += kWarp)
-        progress |= release_warp(first, std::min(threads - first, kWarp));
+      for (const unsigned warp : permuted((threads + kWarp - 1) / kWarp))
+        progress |= run_warp(warp * kWarp, std::min(threads - warp * kWarp, kWarp));
       if (!progress) progress = release_barrier(threads);
     }
     for (unsigned i = 0; i < threads; ++i)
       if (fibers_[i]->state != State::kDone)
         throw std::runtime_error("emulation: threads wait for others that never come");
+  }
+
+  // As far as it gets by itself; false if that is nowhere.
+  bool run_warp(unsigned first, unsigned lanes) {
+    bool ran = false;
+    for (bool progress = true; progress; ran |= progress) {
+      progress = false;
+      for (const unsigned lane : permuted(lanes)) {
+        if (fibers_[first + lane]->state != State::kReady) continue;
+        progress = true;
+        switch_to(first + lane);
+        if (trapped_) throw std::runtime_error("emulation: the kernel trapped");
+      }
+      progress |= release_warp(first, lanes);
+    }
+    return ran;
   }
 
   static void prepare(ucontext_t& context, void* stack) {

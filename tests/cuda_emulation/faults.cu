@@ -27,6 +27,21 @@ __global__ void mirror(int* y) {
   y[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
 }
 
+// Every round adds up what both warps wrote in it; a barrier belongs before the next round writes.
+template <bool kBarrier>
+__global__ void rounds(int* y) {
+  __shared__ int shared[kThreads / 32];
+  int total = 0;
+  for (int round = 0; round < 2; ++round) {
+    const int votes = __popc(__ballot_sync(~0u, round == 1));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = votes;
+    __syncthreads();
+    total += shared[0] + shared[1];
+    if (kBarrier) __syncthreads();
+  }
+  y[threadIdx.x] = total;
+}
+
 __global__ void divergent_barrier(int* y) {
   if (threadIdx.x < 32) __syncthreads();
   y[threadIdx.x] = 0;
@@ -85,6 +100,8 @@ __global__ void divide(int* y) {
 const std::map<std::string, void (*)(int*)> kKernels = {
     {"mirror", mirror<true>},
     {"missing_barrier", mirror<false>},
+    {"rounds", rounds<true>},
+    {"missing_barrier_between_rounds", rounds<false>},
     {"divergent_barrier", divergent_barrier},
     {"shuffle_of_half_a_warp", shuffle_of_half_a_warp},
     {"shuffle_beyond_mask", shuffle_beyond_mask},

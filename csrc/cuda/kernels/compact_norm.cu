@@ -4,18 +4,19 @@
 namespace sdkernels::cuda {
 namespace {
 
+// For the vector that begins at element first + offset.
 template <class A, class N, int W>
 __device__ __forceinline__ Vec<N, W> normalized(const CompactNorm& p, Vec<A, W> values, A mean,
-                                                A rstd, int64_t element) {
+                                                A rstd, int64_t first, int offset = 0) {
 #pragma unroll
   for (int e = 0; e < W; ++e) values.v[e] = (values.v[e] - mean) * rstd;
   if (p.weight) {
-    const auto weight = load<W>(static_cast<const A*>(p.weight) + element);
+    const auto weight = load<W>(static_cast<const A*>(p.weight) + first + offset);
 #pragma unroll
     for (int e = 0; e < W; ++e) values.v[e] *= weight.v[e];
   }
   if (p.bias) {
-    const auto bias = load<W>(static_cast<const A*>(p.bias) + element);
+    const auto bias = load<W>(static_cast<const A*>(p.bias) + first + offset);
 #pragma unroll
     for (int e = 0; e < W; ++e) values.v[e] += bias.v[e];
   }
@@ -31,11 +32,13 @@ __device__ __forceinline__ void save(const CompactNorm& p, int64_t line, A mean,
 
 // Two passes (mean, then squares around it) over a line in registers.
 template <class X, class N, int W, int kItems>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 2 * kThreads / kLineThreads<Acc<X>, W>)
     compact_norm(const CompactNorm p, const Divisor lines) {
   using A = Acc<X>;
   __shared__ A shared[2 * kWarp];
   LineSum<A> line_sum(shared);
+  const LineItems<kItems, W> items(p.len);
+  const int first = items.first(threadIdx.x);
   const int64_t all = p.kept * p.lines;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < all;
        i += static_cast<int64_t>(gridDim.x) * blockDim.y) {
@@ -43,15 +46,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t row = checked(p.index[j], 0, p.batch);
     const X* const x = at(static_cast<const X*>(p.x), p.x_stride, row, i - j * p.lines);
     Vec<X, W> values[kItems];
-    for_items<kItems, W>(p.len, [&](int n, int element) { values[n] = load<W>(x + element); });
+    items.for_each([&](int n, int offset) { values[n] = load<W>(x + first + offset); });
     if (p.copy) {
       X* const copy = static_cast<X*>(p.copy) + i * p.len;
-      for_items<kItems, W>(p.len, [&](int n, int element) { store(copy + element, values[n]); });
+      items.for_each([&](int n, int offset) { store(copy + first + offset, values[n]); });
     }
     A mean = 0;
     if (p.mean) {
       A sum = 0;
-      for_items<kItems, W>(p.len, [&](int n, int) {
+      items.for_each([&](int n, int) {
         const auto wide = widen(values[n]);
 #pragma unroll
         for (int e = 0; e < W; ++e) sum += wide.v[e];
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       mean = line_sum(sum) / static_cast<A>(p.len);
     }
     A squares = 0;
-    for_items<kItems, W>(p.len, [&](int n, int) {
+    items.for_each([&](int n, int) {
       const auto wide = widen(values[n]);
 #pragma unroll
       for (int e = 0; e < W; ++e) squares += (wide.v[e] - mean) * (wide.v[e] - mean);
@@ -68,8 +71,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const A rstd = 1 / sqrt(variance + static_cast<A>(p.eps));
     save(p, i, mean, rstd);
     N* const normed = static_cast<N*>(p.normed) + i * p.len;
-    for_items<kItems, W>(p.len, [&](int n, int element) {
-      store(normed + element, normalized<A, N, W>(p, widen(values[n]), mean, rstd, element));
+    items.for_each([&](int n, int offset) {
+      store(normed + first + offset,
+            normalized<A, N, W>(p, widen(values[n]), mean, rstd, first, offset));
     });
   }
 }
@@ -129,7 +133,7 @@ cudaError_t launch_width(const CompactNorm& p, cudaStream_t stream) {
   constexpr int kItems = kHeld<A, W> / W;
   const int64_t all = p.kept * p.lines;
   const Divisor lines(p.lines);
-  if (p.len > kThreads * kHeld<A, W>)
+  if (p.len > kLongestHeld)
     return launch(compact_long_norm<X, N, W>, all, dim3(kLongThreads), stream, p, lines);
   const dim3 threads = line_threads(p.len / W, kItems);
   return launch(compact_norm<X, N, W, kItems>, ceil_div(all, threads.y), threads, stream, p, lines);

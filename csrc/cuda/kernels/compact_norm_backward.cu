@@ -12,16 +12,16 @@ __device__ __forceinline__ const X* stream_line(const CompactNormBackward& p, in
 }
 
 // rstd * (d_x_hat - mean of d_x_hat - x_hat * mean of d_x_hat * x_hat), plus the stream's gradient.
+// For the vector that begins at element first + offset.
 template <class X, class N, int W>
 __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, const Vec<X, W>& x,
                                               const Vec<N, W>& d_normed, Acc<X> mean, Acc<X> rstd,
                                               Acc<X> mean_d, Acc<X> mean_d_x_hat, const X* d_stream,
-                                              int64_t element) {
-  using A = Acc<X>;
+                                              int64_t first, int offset = 0) {
   const auto wide = widen(x);
   auto d = widen(d_normed);
   if (p.weight) {
-    const auto weight = load<W>(static_cast<const A*>(p.weight) + element);
+    const auto weight = load<W>(static_cast<const Acc<X>*>(p.weight) + first + offset);
 #pragma unroll
     for (int e = 0; e < W; ++e) d.v[e] *= weight.v[e];
   }
@@ -29,7 +29,7 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
   for (int e = 0; e < W; ++e)
     d.v[e] = rstd * (d.v[e] - mean_d - (wide.v[e] - mean) * rstd * mean_d_x_hat);
   if (d_stream) {
-    const auto passed = widen(load<W>(d_stream + element));
+    const auto passed = widen(load<W>(d_stream + first + offset));
 #pragma unroll
     for (int e = 0; e < W; ++e) d.v[e] += passed.v[e];
   }
@@ -39,20 +39,24 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
 // A line of a dropped row: the stream's gradient as it is, or zeros.
 template <class X, int W, class Each>
 __device__ __forceinline__ void pass_line(X* d_x, const X* d_stream, Each each) {
-  each([&](int64_t element) {
-    store(d_x + element, d_stream ? load<W>(d_stream + element) : narrow<X>(filled<Acc<X>, W>(0)));
+  each([&](int64_t first, int offset = 0) {
+    store(d_x + first + offset,
+          d_stream ? load<W>(d_stream + first + offset) : narrow<X>(filled<Acc<X>, W>(0)));
   });
 }
 
 // One pass over lines in registers. A thread owns the same columns of every line that its block
-// takes, and adds up their share of d_weight and d_bias in registers too; `sums` receives
-// [blocks, 2, len], d_weight's share and then d_bias's.
-template <class X, class N, int W, int kItems>
-__global__ void __launch_bounds__(kThreads, 1)
+// takes, and with kSums adds up their share of d_weight and d_bias in registers too; `sums`
+// receives [blocks, 2, len], d_weight's share and then d_bias's, and is null where they are not
+// wanted.
+template <class X, class N, int W, int kItems, bool kSums>
+__global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
     compact_norm_backward(const CompactNormBackward p, const Divisor lines, Acc<X>* sums) {
   using A = Acc<X>;
-  __shared__ A shared[kThreads * W];
+  __shared__ A shared[kLineThreads<A, W> * W];
   LineSum<A> line_sum(shared);
+  const LineItems<kItems, W> items(p.len);
+  const int first = items.first(threadIdx.x);
   const A inverse_len = static_cast<A>(p.inverse_len);
   Vec<A, W> weight_sums[kItems], bias_sums[kItems];
 #pragma unroll
@@ -69,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (slot < 0) {
       if (p.d_x)
         pass_line<X, W>(d_x, d_stream, [&](auto one) {
-          for_items<kItems, W>(p.len, [&](int, int element) { one(element); });
+          items.for_each([&](int, int offset) { one(first, offset); });
         });
       continue;
     }
@@ -80,16 +84,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     const A rstd = static_cast<const A*>(p.rstd)[kept_line];
     Vec<X, W> xs[kItems];
     Vec<N, W> ds[kItems];
-    for_items<kItems, W>(p.len, [&](int n, int element) {
-      xs[n] = load<W>(x + element);
-      ds[n] = load<W>(d_normed + element);
+    items.for_each([&](int n, int offset) {
+      xs[n] = load<W>(x + first + offset);
+      ds[n] = load<W>(d_normed + first + offset);
     });
     A sum_d = 0, sum_d_x_hat = 0;
-    for_items<kItems, W>(p.len, [&](int n, int element) {
+    items.for_each([&](int n, int offset) {
       const auto wide = widen(xs[n]);
       const auto d = widen(ds[n]);
       auto weight = filled<A, W>(1);
-      if (p.weight) weight = load<W>(static_cast<const A*>(p.weight) + element);
+      if (p.weight) weight = load<W>(static_cast<const A*>(p.weight) + first + offset);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         const A x_hat = (wide.v[e] - mean) * rstd;
@@ -102,12 +106,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!p.d_x) continue;
     const A mean_d_x_hat = line_sum(sum_d_x_hat) * inverse_len;
     const A mean_d = p.mean ? line_sum(sum_d) * inverse_len : A(0);
-    for_items<kItems, W>(p.len, [&](int n, int element) {
-      store(d_x + element, gradient<X, N, W>(p, xs[n], ds[n], mean, rstd, mean_d, mean_d_x_hat,
-                                             d_stream, element));
+    items.for_each([&](int n, int offset) {
+      store(d_x + first + offset, gradient<X, N, W>(p, xs[n], ds[n], mean, rstd, mean_d,
+                                                    mean_d_x_hat, d_stream, first, offset));
     });
   }
-  if (!sums) return;
+  if (!kSums || !sums) return;
 
   // The y rows of threads, one vector after the other, through shared memory.
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -120,13 +124,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int c = thread; c < width; c += blockDim.x * blockDim.y) {
       A sum = 0;
       for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += shared[y * width + c];
-      if (n * width + c < p.len) partials[n * width + c] = sum;
+      const int element = items.first(c / W) + items.offset(n) + c % W;
+      if (element < p.len) partials[element] = sum;
     }
   };
   A* const weight_partials = sums + static_cast<int64_t>(blockIdx.x) * 2 * p.len;
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
-    if (n * width >= p.len) break;
+    if (n == items.count()) break;
     leave(weight_sums[n], n, weight_partials);
     leave(bias_sums[n], n, weight_partials + p.len);
   }
@@ -258,6 +263,38 @@ SumPartials<A> parameter_sums(const CompactNormBackward& p, const Allocate& allo
   return sums;
 }
 
+// Elements of a line that one thread holds beside their sums, at most. Of 8192 doubles x, d_normed
+// and both sums would be 256 KiB: all registers of a multiprocessor.
+template <class A, int W>
+constexpr int kSummed = kHeld<A, W> / (sizeof(A) == 8 ? 2 : 1);
+
+// d_x of lines that are too long for the sums.
+template <class X, class N, int W>
+cudaError_t launch_d_x(const CompactNormBackward& p, int64_t all, const Divisor& lines,
+                       cudaStream_t stream) {
+  using A = Acc<X>;
+  if constexpr (kSummed<A, W> < kHeld<A, W>) {
+    constexpr int kItems = kHeld<A, W> / W;
+    A* const no_sums = nullptr;
+    if (p.len <= kLongestHeld)
+      return launch(compact_norm_backward<X, N, W, kItems, false>, all,
+                    line_threads(p.len / W, kItems), stream, p, lines, no_sums);
+  }
+  return launch(compact_long_norm_backward<X, N, W>, all, dim3(kLongThreads), stream, p, lines);
+}
+
+// d_weight and d_bias from another pass over the kept lines.
+template <class X, class N, int W>
+cudaError_t launch_sums(const CompactNormBackward& p, const Allocate& allocate,
+                        cudaStream_t stream) {
+  using A = Acc<X>;
+  const ColumnTiles tiles(p.kept * p.lines, p.len, W);
+  const auto sums = parameter_sums<A>(p, allocate, tiles.slices);
+  const cudaError_t error = launch(sum_columns<X, N, W>, tiles.tiles * tiles.slices,
+                                   dim3(kWarp, kThreads / kWarp), stream, p, tiles, sums.partials);
+  return error == cudaSuccess ? sums.launch_total(stream) : error;
+}
+
 template <class X, class N, int W>
 cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
                          cudaStream_t stream) {
@@ -268,27 +305,19 @@ cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
               {operand<X>(p.d_x, dense, 2), operand<X>(p.d_stream, p.d_stream_stride, p.lines),
                operand<N>(p.d_normed, dense, 2), operand<X>(p.x, dense, 2),
                operand<A>(p.weight, {}, 1)}))
-      // Not every width between: these kernels take longest to compile.
-      return launch_width<X, N, W == 8 ? 4 : 1>(p, allocate, stream);
+      return launch_width<X, N, W / 2>(p, allocate, stream);
   }
   const int64_t all = p.batch * p.lines;
   const Divisor lines(p.lines);
   const bool wants_sums = p.d_weight || p.d_bias;
 
-  if (p.len > kThreads * kHeld<A, W>) {
-    cudaError_t error = cudaSuccess;
-    if (p.d_x)
-      error =
-          launch(compact_long_norm_backward<X, N, W>, all, dim3(kLongThreads), stream, p, lines);
+  constexpr int kItems = kSummed<A, W> / W;
+  if (p.len > kLineThreads<A, W> * kSummed<A, W>) {
+    const cudaError_t error = p.d_x ? launch_d_x<X, N, W>(p, all, lines, stream) : cudaSuccess;
     if (!wants_sums || error != cudaSuccess) return error;
-    const ColumnTiles tiles(p.kept * p.lines, p.len, W);
-    const auto sums = parameter_sums<A>(p, allocate, tiles.slices);
-    error = launch(sum_columns<X, N, W>, tiles.tiles * tiles.slices, dim3(kWarp, kThreads / kWarp),
-                   stream, p, tiles, sums.partials);
-    return error == cudaSuccess ? sums.launch_total(stream) : error;
+    return launch_sums<X, N, W>(p, allocate, stream);
   }
 
-  constexpr int kItems = kHeld<A, W> / W;
   const dim3 threads = line_threads(p.len / W, kItems);
   int64_t blocks = ceil_div(all, threads.y);
   if (wants_sums) {
@@ -298,8 +327,8 @@ cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
     blocks = std::min<int64_t>(blocks, SDKERNELS_MOST_BLOCKS);
   }
   const auto sums = parameter_sums<A>(p, allocate, blocks);
-  const cudaError_t error = launch(compact_norm_backward<X, N, W, kItems>, blocks, threads, stream,
-                                   p, lines, sums.partials);
+  const cudaError_t error = launch(compact_norm_backward<X, N, W, kItems, true>, blocks, threads,
+                                   stream, p, lines, sums.partials);
   return error == cudaSuccess ? sums.launch_total(stream) : error;
 }
 

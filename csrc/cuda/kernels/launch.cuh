@@ -13,8 +13,9 @@
 
 namespace sdkernels::cuda {
 
-// A block, at most. The least number of blocks in every __launch_bounds__ keeps ptxas from spilling
-// registers for the sake of more: loads in flight come from unrolling here.
+// A block, at most, but for the long lines of norms. The least number of blocks in every
+// __launch_bounds__ keeps ptxas from spilling registers for the sake of more: loads in flight come
+// from unrolling here.
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 

@@ -6,11 +6,16 @@
 
 namespace sdkernels::cuda {
 
-// Elements of a line that one thread holds in registers, at most. In a block that makes lines of
-// 8192 elements; half of that where a vector's arithmetic takes less than 16 bytes (narrower
-// vectors take more of the other registers), and in double.
+// Lines of up to this many elements are held in the registers of a block's threads.
+constexpr int kLongestHeld = 8192;
+
+// Elements of a line that one thread holds, at most: 64 or 128 bytes of them in the type of the
+// arithmetic. Vectors whose arithmetic takes less than 16 bytes need more of the other registers,
+// and doubles two each: half as many elements then, in blocks of twice as many threads.
 template <class A, int W>
-constexpr int kHeld = 32 / (W * sizeof(A) < 16 ? 2 : 1) / (sizeof(A) == 8 ? 4 : 1);
+constexpr int kHeld = W * sizeof(A) < 16 || sizeof(A) == 8 ? 16 : 32;
+template <class A, int W>
+constexpr int kLineThreads = kLongestHeld / kHeld<A, W>;
 
 // Threads (x, y): x for each line, y lines in a block. x is a power of two up to a warp, or whole
 // warps.
@@ -48,18 +53,41 @@ class LineSum {
   bool even_ = true;
 };
 
-// f(n, element) for the vectors of `width` elements of a line that this thread owns: vector n
-// stands at `element`, and there are kItems of them at most.
-template <int kItems, int kWidth, class F>
-__device__ __forceinline__ void for_items(int64_t len, F f) {
-#pragma unroll
-  for (int n = 0; n < kItems; ++n) {
-    const int element = (n * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kWidth;
-    if (element < len) f(n, element);
-  }
-}
+// The vectors of `kWidth` elements of a line that each thread owns, kItems of them at most. Those
+// of a warp lie next to each other, so that a constant is between one item of a thread and the
+// next: their addresses take the registers of the first.
+template <int kItems, int kWidth>
+class LineItems {
+ public:
+  __device__ __forceinline__ explicit LineItems(int64_t len)
+      : len_(static_cast<int>(len)),
+        count_((len_ / kWidth + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x)) {}
 
-// The same without a limit, for lines that do not fit into registers.
+  // Items of a thread, at most.
+  __device__ __forceinline__ int count() const { return count_; }
+
+  // Where the items of a thread begin.
+  __device__ __forceinline__ int first(int thread) const {
+    return (thread / kWarp * kWarp * count_ + thread % kWarp) * kWidth;
+  }
+
+  // Where item n begins, from the thread's first one.
+  static __device__ __forceinline__ constexpr int offset(int n) { return n * kWarp * kWidth; }
+
+  // f(n, offset(n)) for the items of this thread.
+  template <class F>
+  __device__ __forceinline__ void for_each(F f) const {
+    const int end = min(len_ - first(threadIdx.x), offset(count_));
+#pragma unroll
+    for (int n = 0; n < kItems; ++n)
+      if (offset(n) < end) f(n, offset(n));
+  }
+
+ private:
+  int len_, count_;
+};
+
+// f(element) for this thread's vectors of a line that does not fit into registers.
 template <int kWidth, class F>
 __device__ __forceinline__ void for_line(int64_t len, F f) {
 #pragma unroll 2

@@ -93,7 +93,8 @@ struct CompactNorm {
 
 // d_x = d_stream, and d_x[kept] += the norm's gradient; d_weight = sum of d_normed * x_hat, d_bias
 // = sum of d_normed, over all lines. d_stream is null where nothing but the branch used x.
-// Everything but d_stream is contiguous. Reads B + 2k, writes B, in one pass for len up to 8192.
+// Everything but d_stream is contiguous. Reads B + 2k, writes B, in one pass for len up to 8192;
+// beyond, and for double beyond 4096, the sums take another one that reads 2k.
 struct CompactNormBackward {
   void* d_x;       // null: only the sums
   void* d_weight;  // acc [len], or null

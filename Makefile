@@ -20,12 +20,13 @@ BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -
 LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/requirements.txt
 endif
 
-.PHONY: help build test bench gpu-check lint clean
+.PHONY: help build test bench paper gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension'
 	@echo 'make test        run the tests and the examples in the docstrings'
 	@echo 'make bench       run the quick benchmarks'
+	@echo 'make paper       run the experiments of the paper, in their quick form'
 	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
 	@echo 'make lint        check style, types and formatting'
 	@echo 'make clean       remove what was built, but not $(VENV)'
@@ -37,6 +38,9 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick
+
+paper: $(BUILT)
+	$(RUN) -m benchmarks.paper claim all --preset quick
 
 gpu-check:
 	$(PYTHON) .ci/gpu_check.py
@@ -61,5 +65,5 @@ $(TOOLS): constraints.txt
 
 clean:
 	rm -rf build dist *.egg-info sdkernels/_C.*.so $(BUILT)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out benchmarks/paper/out
 	find sdkernels tests benchmarks -name __pycache__ -exec rm -rf {} +

@@ -39,7 +39,6 @@ from benchmarks import (
     figures,
     memory,
     rebuild,
-    report,
     targets,
     timeline,
 )
@@ -237,13 +236,13 @@ def measure(options: argparse.Namespace, progress: RunProgress) -> None:
 
 def assemble(
     options: argparse.Namespace, store: Store, env: dict[str, Any], complete: bool, seconds: float
-) -> tuple[dict[str, Any], list[targets.Outcome]]:
-    """The results of what the store holds, as ``SCHEMA.md`` describes them; and the targets."""
+) -> dict[str, Any]:
+    """The results of what the store holds, as ``SCHEMA.md`` describes them."""
     records = [store.load(c.name) for c in options.preset.cases if c.name in options.selected]
     cases = figures.collect(record for record in records if record is not None)
     training = store.load(TRAINING)
     outcomes = targets.outcomes(cases)
-    result = {
+    return {
         "schema": figures.SCHEMA,
         "preset": options.preset.name,
         "filter": options.filter,
@@ -259,7 +258,6 @@ def assemble(
             asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
         ],
     }
-    return result, outcomes
 
 
 def run(arguments: list[str]) -> int:
@@ -270,9 +268,7 @@ def run(arguments: list[str]) -> int:
     if options.list:
         print("\n".join(options.selected))
         return 0
-    # The file is named because sys.stdout belongs to pytest while the bars are drawn. In a log file
-    # the width is unknown: lines too long for a reader's window are better than broken tables.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, record=True)
+    console = rebuild.make_console()
     options.out.mkdir(parents=True, exist_ok=True)
     env = environment(options.device)
     settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
@@ -308,18 +304,16 @@ def run(arguments: list[str]) -> int:
 
     seconds = time.perf_counter() - start
     store.save(SECONDS, seconds)
-    result, outcomes = assemble(options, store, env, complete, seconds)
+    result = assemble(options, store, env, complete, seconds)
     if result["cases"] or result["training"]:
         write_json(options.out / "results.json", result)
         console.print()
-        report.print_report(console, result, outcomes)
-        written = [options.out / "results.json", options.out / "report.txt"]
-        written += rebuild.write(result, options.out)
+        written = rebuild.write(result, options.out, console)
         console.print(
-            f"\n{seconds:.0f} s. Written: {', '.join(map(str, written))}",
+            f"\n{seconds:.0f} s. Written: {options.out / 'results.json'}, "
+            + ", ".join(map(str, written)),
             highlight=False,
         )
-        (options.out / "report.txt").write_text(console.export_text())
     if not complete:
         return 130
     store.discard()

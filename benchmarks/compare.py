@@ -4,13 +4,15 @@ Of a noisy machine the seconds of two runs can't be compared, what each says of 
 can: by default every provider's time is taken relative to the case's baseline (naive masking,
 PyTorch, ...) in the same run. ``--seconds`` compares the times themselves, for one idle machine.
 
-A regression is a provider that became slower by more than the threshold and by more than both runs'
-spreads together, or needs more memory by more than the threshold.
+A regression is a provider that became slower by more than the threshold and by more than the
+spreads of both runs explain, that needs more memory by more than the threshold, or that was timed
+in A and could not run in B.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +23,36 @@ from rich.console import Console
 from benchmarks.presets import matches
 from benchmarks.report import BadResults, Section, read
 
-_MACHINE = ("cpu", "cores", "threads", "gpu", "torch", "cuda", "triton")
+_MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch", "cuda", "triton")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one provider in both runs; a ratio above 1 is worse."""
+    """One figure of one provider in both runs; a ratio above 1 is worse, None means lost."""
 
     case: str
     provider: str
-    figure: str  # "time" or "memory"
-    ratio: float  # B / A
+    figure: str  # "time", "host extra" or "memory"
+    ratio: float | None  # B / A
     noise: float  # what the spreads of both runs explain
     threshold: float
+    note: str = ""
 
     @property
     def verdict(self) -> str:
-        """Slower, faster (memory: more, less) or same."""
-        allowed = self.threshold + self.noise
+        """One of regression, improvement, same."""
+        if self.ratio is None:
+            return "regression"
+        allowed = max(self.threshold, self.noise)
         if self.ratio > 1 + allowed:
             return "regression"
         return "improvement" if self.ratio < 1 / (1 + allowed) else "same"
 
 
-def _time(case: dict[str, Any], provider: str, relative: bool) -> tuple[float, float] | None:
+Figure = tuple[float, float]
+
+
+def _time(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
     """A provider's time, or its share of the baseline's, and the spread of that."""
     own = case["providers"].get(provider)
     if own is None:
@@ -54,43 +62,60 @@ def _time(case: dict[str, Any], provider: str, relative: bool) -> tuple[float, f
     baseline = case["providers"].get(case["baseline"])
     if baseline is None:
         return None
-    return own["median"] / baseline["median"], own["spread"] + baseline["spread"]
+    # Independent: spreads of a quotient add up as squares.
+    return own["median"] / baseline["median"], math.hypot(own["spread"], baseline["spread"])
+
+
+def _extra(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
+    """What a call costs over ``x + branch(x)``, or its share of naive masking's."""
+    own = case["providers"].get(provider, {})
+    value = own.get("extra_of_baseline" if relative else "extra")
+    if not value or value < 0:
+        return None
+    # The extra is a difference of two times: the error of a time weighs more in it.
+    return value, own["spread"] * own["median"] / own["extra"]
+
+
+def _memory(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
+    used = case["providers"].get(provider, {}).get("memory")
+    # What draws its rows independently needs another amount in every call.
+    if not used or not used["bytes"] or provider.endswith("bernoulli"):
+        return None
+    return used["bytes"], 0.0
 
 
 def compare(
     a: dict[str, Any], b: dict[str, Any], threshold: float, relative: bool = True
 ) -> list[Change]:
-    """Every figure that both runs have.
+    """Every figure that both runs have, and every provider that only A could run.
 
     Args:
         a, b: results of two runs, the older one first.
         threshold: relative change that counts.
         relative: times as shares of the baseline in the same run, else in seconds.
     """
-    before = {case["name"]: case for case in a["cases"]}
+    after = {case["name"]: case for case in b["cases"]}
     changes = []
-    for case in b["cases"]:
-        old = before.get(case["name"])
-        for provider in case["providers"] if old else ():
-            if relative and provider == case["baseline"]:
+    for old in a["cases"]:
+        new = after.get(old["name"])
+        if new is None:
+            continue
+        for provider in old["providers"]:
+            if provider not in new["providers"]:
+                reasons = new["skipped"]
+                why = reasons.get(provider) or reasons.get("*") or "not among the providers"
+                changes.append(Change(old["name"], provider, "time", None, 0.0, threshold, why))
                 continue
-            then, now = (_time(each, provider, relative) for each in (old, case))
-            if then and now:
-                changes.append(
-                    Change(
-                        case["name"],
-                        provider,
-                        "time",
-                        now[0] / then[0],
-                        now[1] + then[1],
-                        threshold,
-                    )
-                )
-            memory = [each["providers"].get(provider, {}).get("memory") for each in (old, case)]
-            # What draws its rows independently needs another amount in every call.
-            if all(memory) and memory[0]["bytes"] and not provider.endswith("bernoulli"):
-                ratio = memory[1]["bytes"] / memory[0]["bytes"]
-                changes.append(Change(case["name"], provider, "memory", ratio, 0.0, threshold))
+            own_baseline = relative and provider in (old["baseline"], new["baseline"])
+            same_baseline = not relative or old["baseline"] == new["baseline"]
+            time = _extra if old["kind"] == "host" else _time
+            name = "host extra" if old["kind"] == "host" else "time"
+            measures = {} if own_baseline or not same_baseline else {name: time}
+            for figure, of in {**measures, "memory": _memory}.items():
+                then, now = of(old, provider, relative), of(new, provider, relative)
+                if then and now:
+                    ratio, noise = now[0] / then[0], math.hypot(now[1], then[1])
+                    changes.append(Change(old["name"], provider, figure, ratio, noise, threshold))
     return changes
 
 
@@ -101,7 +126,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         for name in _MACHINE
         if a["environment"].get(name) != b["environment"].get(name)
     ]
-    found += [f"{key}: {a[key]} and {b[key]}" for key in ("preset", "device") if a[key] != b[key]]
+    found += [
+        f"{key}: {a[key]} and {b[key]}"
+        for key in ("preset", "filter", "device")
+        if a[key] != b[key]
+    ]
     for result, name in ((a, "first"), (b, "second")):
         if not result["complete"]:
             found.append(f"the {name} run was stopped before its end")
@@ -117,9 +146,9 @@ def _section(changes: list[Change]) -> Section:
                 change.case,
                 change.provider,
                 change.figure,
-                f"{change.ratio:.3f}",
+                "-" if change.ratio is None else f"{change.ratio:.3f}",
                 f"\u00b1{100 * change.noise:.1f} %",
-                change.verdict,
+                f"{change.verdict}: {change.note}" if change.note else change.verdict,
             ]
         )
     section.groups += groups.values()

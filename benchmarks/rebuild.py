@@ -7,15 +7,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks import plots, report
 
 
-def write(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Plots and ``report.md``; returns the paths."""
+def write(result: dict[str, Any], directory: Path, console: Console) -> list[Path]:
+    """Prints the report; writes it as ``report.txt`` and ``report.md``, and the plots.
+
+    Args:
+        console: one that records what it prints.
+    """
+    report.print_report(console, result, report.outcomes_of(result))
     drawn = plots.save_plots(result, directory)
-    page = directory / "report.md"
+    text, page = directory / "report.txt", directory / "report.md"
+    text.write_text(console.export_text(clear=False))
     page.write_text(report.markdown(result, drawn))
-    return [page, *drawn]
+    return [text, page, *drawn]
+
+
+def make_console() -> Console:
+    """In a log file the width is unknown: lines too long for a reader's window are better than
+    broken tables."""
+    # The file is named because pytest takes sys.stdout away while the progress bars are drawn.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, record=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     except report.BadResults as error:
         print(f"python -m benchmarks report: {error}", file=sys.stderr)
         return 2
-    for path in write(result, options.directory):
-        print(path)
+    written = write(result, options.directory, make_console())
+    print(f"\nWritten: {', '.join(map(str, written))}")
     return 0

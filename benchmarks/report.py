@@ -61,9 +61,12 @@ class Section:
         return table
 
     def markdown(self) -> str:
+        def cell(text: str) -> str:
+            return text.replace("|", "\\|").replace("\n", " ")
+
         align = ["---" if i < self.names else "---:" for i in range(len(self.columns))]
         lines = [self.columns, align, *(row for group in self.groups for row in group)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
         return "\n\n".join([f"## {self.title}", table, *self.notes])
 
 
@@ -431,7 +434,8 @@ def print_report(console: Console, result: dict[str, Any], outcomes: list[Outcom
         console.print(f"\n[yellow]{warning}[/]", highlight=False)
 
 
-def _outcomes(result: dict[str, Any]) -> list[Outcome]:
+def outcomes_of(result: dict[str, Any]) -> list[Outcome]:
+    """The targets as the run has recorded them."""
     derived = ("met", "gap")
     return [
         Outcome(**{key: value for key, value in each.items() if key not in derived})
@@ -448,7 +452,7 @@ def markdown(result: dict[str, Any], plots: Sequence[Path]) -> str:
         environment_line(result["environment"]),
         *(f"**{warning}**" for warning in _warnings(result)),
     ]
-    tables = [section.markdown() for section in sections(result, _outcomes(result))]
+    tables = [section.markdown() for section in sections(result, outcomes_of(result))]
     images = [f"![{path.stem}]({path.name})" for path in plots]
     return "\n\n".join([*head, *images, *tables]) + "\n"
 
@@ -457,11 +461,17 @@ class BadResults(ValueError):
     """A file that is no results.json of this schema; the message says what it is."""
 
 
+_KEYS = (
+    *("preset", "filter", "device", "command", "complete", "environment", "seconds", "cases"),
+    *("training", "timeline", "reach"),
+)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The results of a run.
 
     Raises:
-        BadResults: the file cannot be read, is no JSON, or has another schema.
+        BadResults: the file cannot be read, is no JSON, has another schema, or is not whole.
     """
     try:
         result = json.loads(path.read_text())
@@ -475,4 +485,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: expected results.json of schema {SCHEMA} (benchmarks/SCHEMA.md), got "
             + (f"schema {schema}" if schema else "something else")
         )
+    missing = [key for key in _KEYS if key not in result]
+    if missing:
+        raise BadResults(f"{path}: not whole, without {', '.join(missing)}")
     return result

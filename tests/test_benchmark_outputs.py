@@ -27,6 +27,13 @@ def names_of(result, kind):
     return [case["name"] for case in result["cases"] if case["kind"] == kind]
 
 
+def written_of(result, folder):
+    """What a run writes, with report.txt left out of the list."""
+    paths = rebuild.write(result, folder, Console(width=200, record=True, quiet=True))
+    assert paths[0] == folder / "report.txt"
+    return paths[1:]
+
+
 def write(result, path):
     path.write_text(json.dumps(result))
     return str(path)
@@ -36,7 +43,7 @@ def test_report_holds_every_kind(everything, tmp_path):
     result = copy.deepcopy(everything)
     result["complete"] = False
     result["cases"][0]["skipped"]["fused"] = "out of memory: 8 GiB"
-    written = rebuild.write(result, tmp_path)
+    written = written_of(result, tmp_path)
     text = (tmp_path / "report.md").read_text()
     for heading in (
         *("Ops", "Blocks, forward", "Models, forward", "Stacks of many", "Blocks under torch"),
@@ -83,7 +90,7 @@ def test_one_case_alone_is_drawn_and_reported(everything, kind, tmp_path):
     names = names_of(result, kind)[:1]
     result["cases"] = [case for case in result["cases"] if case["name"] in names]
     result |= {"training": None, "timeline": None, "reach": []}
-    written = rebuild.write(result, tmp_path)
+    written = written_of(result, tmp_path)
     assert len(written) >= (1 if kind == "depth" else 2)  # a line takes three depths
 
 
@@ -91,7 +98,7 @@ def test_a_case_that_could_not_run_is_no_obstacle(everything, tmp_path):
     result = copy.deepcopy(everything)
     for case in result["cases"][::2]:
         case["providers"], case["skipped"] = {}, {"*": "out of memory: 1 TiB"}
-    rebuild.write(result, tmp_path)
+    written_of(result, tmp_path)
     assert "skipped: out of memory" in (tmp_path / "report.md").read_text()
 
 
@@ -165,7 +172,7 @@ def test_noise_is_no_regression(runs):
     a = benchmark_results.result(names=names)
     b = benchmark_results.result(names=names, slower=("fused",))
     assert runs(a, b) == 1
-    b["cases"][0]["providers"]["fused"]["spread"] = 0.08
+    b["cases"][0]["providers"]["fused"]["spread"] = 0.12
     assert runs(a, b) == 0
 
 
@@ -188,6 +195,43 @@ def test_what_differs_is_said(everything, runs, capsys):
     assert "another CPU" in text
     assert "the second run was stopped" in text
     assert f"only in the first run: {removed}" in text
+
+
+def test_a_provider_that_no_longer_runs_is_a_regression(runs, capsys):
+    names = names_of(benchmark_results.result(), "block")[:2]
+    a = benchmark_results.result(names=names)
+    b = copy.deepcopy(a)
+    del b["cases"][0]["providers"]["fused"]
+    b["cases"][0]["skipped"]["fused"] = "out of memory: 8 GiB"
+    assert runs(a, b) == 1
+    assert "out of memory" in capsys.readouterr().out
+    b = copy.deepcopy(a)
+    b["cases"][0] |= {"providers": {}, "skipped": {"*": "out of memory: 9 GiB"}}
+    assert runs(a, b) == 1
+    assert runs(b, a) == 0
+
+
+def test_host_cost_is_compared_by_its_extra(runs):
+    names = names_of(benchmark_results.result(), "host")
+    a = benchmark_results.result(names=names)
+    b = copy.deepcopy(a)
+    fused = b["cases"][0]["providers"]["fused"]
+    fused["extra"] *= 1.3
+    fused["extra_of_baseline"] *= 1.3
+    assert runs(a, b) == 1
+
+
+def test_other_baselines_are_not_compared(runs):
+    names = names_of(benchmark_results.result(), "op")[:1]
+    a = benchmark_results.result(names=names)
+    b = copy.deepcopy(a)
+    b["cases"][0]["baseline"] = "copy"
+    assert runs(a, b) == 2
+
+
+def test_cells_do_not_break_a_table():
+    section = report.Section("t", ("a", "b"), groups=[[["x|y", "two\nlines"]]])
+    assert "| x\\|y | two lines |" in section.markdown()
 
 
 def test_nothing_in_common(everything, runs, capsys):

@@ -10,9 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.plots.style import Case, colour, figure_of, grouped_bars, label
+from benchmarks.plots.style import Case, colour, figure_of, grouped_bars, label, legend
 
-PROVIDERS = ("naive", "dinov2", "fused", "fused-auto", "dense")
+# Lines: of the variants of naive masking and of the op one each, the others lie upon them.
+PROVIDERS = ("naive", "dinov2", "dinov3", "xformers", "fused", "fused-auto", "dense")
+BARS = (
+    *("naive-timm", "dinov2", "dinov3", "xformers", "fused-traceable", "fused-triton"),
+    *("fused", "fused-fixed", "dense"),
+)
 
 
 def _lines(
@@ -58,12 +63,6 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 3 if figure.get_figwidth() > 8 else 2
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-
 def _title(case: Case, over: str) -> str:
     fixed = f"B = {case['batch']}" if over == "keep" else f"keep {case['keep']:g}"
     return f"{case['label']} ({case['block']}), {fixed}, {case['dtype']}"
@@ -89,7 +88,7 @@ def plot_keep(cases: list[Case]) -> Figure | None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks([1, 2, 5, 10, 20])
-    _legend(figure, panels[0])
+    legend(figure, 3 if len(sweeps) > 1 else 2)
     return figure
 
 
@@ -113,7 +112,7 @@ def plot_memory(cases: list[Case]) -> Figure | None:
         axes.set(xlabel="keep (survival probability)", ylabel=f"{kind} (% of naive masking's)")
         axes.set_ylim(bottom=0)
         axes.set_title(_title(sweep[0], "keep"), fontsize=10)
-    _legend(figure, panels[0])
+    legend(figure, 3 if len(sweeps) > 1 else 2)
     return figure
 
 
@@ -151,7 +150,7 @@ def plot_batch(cases: list[Case]) -> Figure | None:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(_title(sweep[0], "batch"), fontsize=10)
         times.yaxis.set_major_formatter("{x:g}")
-    _legend(figure, all_panels[0][1])
+    legend(figure)
     return figure
 
 
@@ -164,7 +163,7 @@ def plot_blocks(cases: list[Case]) -> Figure | None:
     shown = [case for case in shown if case["name"] not in swept]
     if not shown:
         return None
-    providers = [p for p in PROVIDERS[1:] if any(p in case["providers"] for case in shown)]
+    providers = [p for p in BARS if any(p in case["providers"] for case in shown)]
     found, axes = plt.subplots(
         figsize=(8.4, 1.8 + 0.19 * (len(providers) + 1) * len(shown)), layout="constrained"
     )
@@ -180,5 +179,5 @@ def plot_blocks(cases: list[Case]) -> Figure | None:
         axes.vlines(1 / case["keep"], y - 0.45, y + 0.45, "black", linestyles="--", label=text)
     axes.axvline(1, color="#555555", linewidth=1, label="naive masking")
     axes.set(xlabel="speed-up over naive masking (x)", title="Blocks, forward + backward")
-    _legend(found, axes)
+    legend(found)
     return found

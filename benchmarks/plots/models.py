@@ -6,12 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.plots.style import Case, colour, figure_of, grouped_bars, label
-
-
-def _legend(figure: Figure, columns: int = 3) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+from benchmarks.plots.style import Case, colour, figure_of, grouped_bars, label, legend
 
 
 def plot_models(cases: list[Case]) -> Figure:
@@ -21,27 +16,29 @@ def plot_models(cases: list[Case]) -> Figure:
         figsize=(8.4, 1.9 + 0.2 * (len(providers) + 1) * len(cases)), layout="constrained"
     )
     names = [
-        f"{case['label']}\nB {case['batch']}, {case['image']} px, {case['dtype']}" for case in cases
+        f"{case['label']}, drop {case['drop']:g}\nB {case['batch']}, {case['image']} px, "
+        f"{case['dtype']}"
+        for case in cases
     ]
     series = [(p, [figure_of(case, p, "speedup") for case in cases]) for p in providers]
     grouped_bars(axes, names, series)
     for y, case in enumerate(cases):
         if case.get("ideal_speedup"):
-            text = "ideal" if y == 0 else "_nolegend_"
             ideal = case["ideal_speedup"]
-            axes.vlines(ideal, y - 0.45, y + 0.45, "black", linestyles="--", label=text)
+            axes.vlines(ideal, y - 0.45, y + 0.45, "black", linestyles="--", label="ideal")
     axes.axvline(1, color="#555555", linewidth=1, label="the library's own drop path")
-    drop = cases[0]["drop"]
     axes.set(
         xlabel="speed-up of a training step (x)",
-        title=f"Models, drop rate {drop:g} in every branch",
+        title="Models, the same drop rate in every branch",
     )
-    _legend(figure)
+    legend(figure)
     return figure
 
 
 def plot_depth(cases: list[Case]) -> Figure | None:
     """Time of a branch and speed-up from few branches to many."""
+    law = ("batch", "tokens", "width", "keep")
+    cases = [case for case in cases if all(case[key] == cases[0][key] for key in law)]
     cases = sorted(cases, key=lambda case: case["branches"])
     if len(cases) < 3:
         return None
@@ -49,6 +46,8 @@ def plot_depth(cases: list[Case]) -> Figure | None:
     providers = ("naive", "dinov2", "fused", "fused-fixed", "fused-bernoulli", "dense")
     for provider in providers:
         shown = [case for case in cases if provider in case["providers"]]
+        if not shown:
+            continue
         depths = [case["branches"] for case in shown]
         medians = [case["providers"][provider]["median"] for case in shown]
         style = {"linestyle": ":" if provider == "dense" else "-", "marker": "o", "markersize": 4}
@@ -83,13 +82,13 @@ def plot_depth(cases: list[Case]) -> Figure | None:
         f"Stacks of small branches on [{first['batch']}, {first['tokens']}, {first['width']}], "
         f"keep {first['keep']:g}"
     )
-    _legend(figure)
+    legend(figure)
     return figure
 
 
 def plot_host(cases: list[Case]) -> Figure:
     """What a call costs on the host over ``x + branch(x)``."""
-    (case,) = cases[:1]
+    case = cases[0]  # the presets have one
     providers = [p for p in case["providers"] if "extra" in case["providers"][p]]
     figure, axes = plt.subplots(figsize=(7, 1.4 + 0.5 * len(providers)), layout="constrained")
     texts = {
@@ -130,5 +129,5 @@ def plot_compiled(cases: list[Case]) -> Figure:
         xlabel="speed-up over the compiled DINOv3 style (x)",
         title="Blocks under torch.compile, forward + backward",
     )
-    _legend(figure)
+    legend(figure)
     return figure

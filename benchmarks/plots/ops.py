@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.plots.style import Case, figure_of, grouped_bars
+from benchmarks.plots.style import Case, figure_of, grouped_bars, legend
 
 PROVIDERS = ("fused", "torch", "xformers", "flash_attn")
 
@@ -39,6 +39,5 @@ def plot_ops(cases: list[Case]) -> Figure:
         f"Bandwidth for the bytes that have to be moved: {cases[0]['rows']}, [{shape}]{layout}, "
         f"k = {cases[0]['k']}"
     )
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    legend(figure, 4)
     return figure

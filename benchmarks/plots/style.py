@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display where benchmarks run
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart also by colour-blind readers; one colour per provider in every
 # plot.
@@ -33,7 +34,9 @@ COLOURS = {
     "fused-bernoulli": "#3d9bd6",
     "fused-auto": "#7fd0ff",
     "fused-fullgraph": SKY,
-    "eager": PINK,
+    "eager": "#7f3c8d",
+    "fused-triton": "#4b4b8f",
+    "fused-traceable": "#8c564b",
     "dense": GREEN,
     "plain": "#bbbbbb",
 }
@@ -70,7 +73,11 @@ Case = dict[str, Any]
 
 
 def colour(provider: str) -> str:
-    return COLOURS.get(provider, PINK)
+    """One for every provider; one that is not known gets a shade of its own by its name."""
+    if provider in COLOURS:
+        return COLOURS[provider]
+    others = ("#8c564b", "#17becf", "#bcbd22", "#7f3c8d", "#4b4b8f")
+    return others[sum(map(ord, provider)) % len(others)]
 
 
 def label(provider: str) -> str:
@@ -80,6 +87,22 @@ def label(provider: str) -> str:
 def figure_of(case: Case, provider: str, key: str) -> Any:
     """A figure of a provider; None where it has none."""
     return case["providers"].get(provider, {}).get(key)
+
+
+def legend(figure: Figure, columns: int = 3) -> None:
+    """Below the figure, of all its panels, every name once."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        for handle, name in zip(handles, names, strict=True):
+            entries.setdefault(name, handle)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )
 
 
 def grouped_bars(

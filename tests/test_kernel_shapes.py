@@ -98,10 +98,9 @@ def test_norm_of_no_row(dtype, width, device):
         check_backward(backward, wanted)
 
 
-@pytest.mark.parametrize("width", [24, 9000])
-def test_norm_of_many_lines(width, device):
-    """Parameter gradients from several blocks, and from one."""
-    lines = 2000 if width < 100 else 12
+@pytest.mark.parametrize(("width", "lines"), [(24, 2000), (24, 5600), (9000, 12)])
+def test_norm_of_many_lines(width, lines, device):
+    """Parameter gradients from several blocks, smaller and larger ones, and from one."""
     forward, backward = norm_arguments(3, 2, lines, width, torch.float32, device)
     check_arguments("compact_norm", forward, TOLERANCE[torch.float32])
     check_arguments("compact_norm_backward", backward, TOLERANCE[torch.float32])

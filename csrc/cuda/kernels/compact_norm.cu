@@ -135,7 +135,7 @@ cudaError_t launch_width(const CompactNorm& p, cudaStream_t stream) {
   const Divisor lines(p.lines);
   if (p.len > kLongestHeld)
     return launch(compact_long_norm<X, N, W>, all, dim3(kLongThreads), stream, p, lines);
-  const dim3 threads = line_threads(p.len / W, kItems);
+  const dim3 threads = line_threads(p.len / W, kItems, all, kEnoughBlocks);
   return launch(compact_norm<X, N, W, kItems>, ceil_div(all, threads.y), threads, stream, p, lines);
 }
 

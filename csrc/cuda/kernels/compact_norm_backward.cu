@@ -278,7 +278,7 @@ cudaError_t launch_d_x(const CompactNormBackward& p, int64_t all, const Divisor&
     A* const no_sums = nullptr;
     if (p.len <= kLongestHeld)
       return launch(compact_norm_backward<X, N, W, kItems, false>, all,
-                    line_threads(p.len / W, kItems), stream, p, lines, no_sums);
+                    line_threads(p.len / W, kItems, all, kEnoughBlocks), stream, p, lines, no_sums);
   }
   return launch(compact_long_norm_backward<X, N, W>, all, dim3(kLongThreads), stream, p, lines);
 }
@@ -318,14 +318,12 @@ cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
     return launch_sums<X, N, W>(p, allocate, stream);
   }
 
-  const dim3 threads = line_threads(p.len / W, kItems);
-  int64_t blocks = ceil_div(all, threads.y);
-  if (wants_sums) {
-    // Each block leaves two partial sums: few blocks, of many lines.
-    constexpr int64_t kMostSums = kEnoughBlocks / 2, kLeastLines = 4;
-    blocks = std::clamp<int64_t>(ceil_div(all, threads.y * kLeastLines), 1, kMostSums);
-    blocks = std::min<int64_t>(blocks, SDKERNELS_MOST_BLOCKS);
-  }
+  // Each block leaves two partial sums, where they are wanted: few blocks, of many lines.
+  constexpr int64_t kMostSums = kEnoughBlocks / 2;
+  const int64_t least_lines = wants_sums ? 4 : 1;
+  const dim3 threads = line_threads(p.len / W, kItems, ceil_div(all, least_lines), kMostSums / 2);
+  int64_t blocks = ceil_div(all, threads.y * least_lines);
+  if (wants_sums) blocks = std::min<int64_t>({blocks, kMostSums, SDKERNELS_MOST_BLOCKS});
   const auto sums = parameter_sums<A>(p, allocate, blocks);
   const cudaError_t error = launch(compact_norm_backward<X, N, W, kItems, true>, blocks, threads,
                                    stream, p, lines, sums.partials);

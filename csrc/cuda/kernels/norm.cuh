@@ -18,11 +18,14 @@ template <class A, int W>
 constexpr int kLineThreads = kLongestHeld / kHeld<A, W>;
 
 // Threads (x, y): x for each line, y lines in a block. x is a power of two up to a warp, or whole
-// warps.
-inline dim3 line_threads(int64_t line_vectors, int vectors_held) {
+// warps. Where `lines` make few blocks, they are smaller, for more of them.
+inline dim3 line_threads(int64_t line_vectors, int vectors_held, int64_t lines,
+                         int64_t enough_blocks) {
   if (line_vectors <= kWarp * vectors_held) {
     const int x = power_of_two(line_vectors, kWarp);
-    return dim3(x, kThreads / x);
+    int y = kThreads / x;
+    while (ceil_div(lines, y) < enough_blocks && x * y > 2 * kWarp) y /= 2;
+    return dim3(x, y);
   }
   return dim3(static_cast<unsigned>(ceil_div(ceil_div(line_vectors, vectors_held), kWarp) * kWarp));
 }

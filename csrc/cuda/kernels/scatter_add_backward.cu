@@ -79,7 +79,12 @@ struct SumTiles {
     // Every row of threads adds up some lines before it leaves partial sums, which are read again.
     constexpr int64_t kLeastLines = 4;
     const int64_t work = p.kept * lines;
-    slices = std::max<int64_t>(1, std::min(kEnoughBlocks / tiles, work / (kLeastLines * y)));
+    const auto count = [&] {
+      return std::max<int64_t>(1, std::min(kEnoughBlocks / tiles, work / (kLeastLines * y)));
+    };
+    // Little work: smaller blocks, for more of them.
+    while (tiles * count() < kEnoughBlocks / 4 && x * y > 2 * kWarp) y /= 2;
+    slices = count();
     parts = std::min(lines, ceil_div(slices * y, p.kept));
     items = p.kept * parts;
     items_per_slice = ceil_div(items, slices);
@@ -101,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
   const A scale = static_cast<A>(p.scale);
   const A* const layer_scale = static_cast<const A*>(p.layer_scale);
   const A* const row_weight = static_cast<const A*>(p.row_weight);
+  const int threads = blockDim.x * blockDim.y;  // two warps at least
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int64_t block = blockIdx.x; block < tiles.blocks; block += gridDim.x) {
     const int64_t slice = tiles.block_tiles.quotient(block);
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
       for (int e = 0; e < N; ++e) shared[thread * N + e] = total.v[e];
       __syncthreads();
       const int width = blockDim.x * N;
-      for (int c = thread; c < width; c += kThreads) {
+      for (int c = thread; c < width; c += threads) {
         A sum = 0;
         for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += shared[y * width + c];
         const int64_t column = line_tile * width + c;
@@ -189,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
       __syncthreads();
       if (thread == 0) {
         sum = 0;
-        for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += shared[warp];
+        for (int warp = 0; warp < threads / kWarp; ++warp) sum += shared[warp];
         layer_scale_sums[(slice * tiles.line_tiles.value() + line_tile) * p.layer_scale_size +
                          gamma_offset] = scale * sum;
       }

@@ -254,7 +254,7 @@ PRESETS = {
         Preset(
             name="gpu",
             summary="the full set at the sizes of a GPU, in bf16 and mixed; with --device cuda",
-            duration="not yet timed",
+            duration="an estimated hour on one GPU, not yet run",
             cases=(
                 *(case for rows in ROWS for case in _op_cases(rows)),
                 *MIXED,

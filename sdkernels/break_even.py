@@ -18,7 +18,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BreakEven:
-    """What was measured on one kind of device by ``python -m benchmarks.break_even``.
+    """What was measured on one kind of device by ``python -m benchmarks --preset break-even``.
 
     ``min_saving`` is the smallest break-even of the blocks: below it, running the branch on every
     row was faster in each of them. (It always takes more memory.)
@@ -26,7 +26,7 @@ class BreakEven:
 
     min_saving: float
     machine: str
-    # block: (share of rows dropped, time with compaction / time of running the branch on every row)
+    # block and batch: (share of rows dropped, time with compaction / of the branch on every row)
     ratios: dict[str, tuple[tuple[float, float], ...]]
 
 
@@ -36,29 +36,62 @@ class BreakEven:
 MEASURED: dict[str, BreakEven] = {
     "cpu": BreakEven(
         min_saving=0.0,
-        machine="one thread of an AMD EPYC (its CPU time, beside other work), torch 2.13.0",
+        machine="2 threads of AMD EPYC, torch 2.13.0+cpu, commit 4fd04c970572",
         ratios={
-            "vit-D192-N197": (
-                (0.0, 1.0379),
-                (0.03125, 0.9884),
-                (0.0625, 0.9044),
-                (0.125, 0.8308),
-                (0.25, 0.7374),
-            ),
-            "vit-D384-N50": (
-                (0.0, 0.9829),
-                (0.03125, 0.9873),
-                (0.0625, 0.9329),
-                (0.125, 0.8682),
-                (0.25, 0.7728),
-            ),
-            "conv-C96-14x14": (
-                (0.0, 0.9957),
-                (0.03125, 0.9343),
-                (0.0625, 0.9424),
-                (0.125, 0.8928),
-                (0.25, 0.7663),
-            ),
+            "vit-D32-N16-B8": ((0.0, 0.9629), (0.125, 0.9139), (0.25, 0.8958)),  # break-even 0.000
+            "vit-D32-N16-B32": (
+                (0.0, 1.0327),
+                (0.0312, 0.9387),
+                (0.0625, 0.9454),
+                (0.125, 0.8901),
+                (0.25, 0.8577),
+            ),  # break-even 0.000
+            "vit-D192-N50-B8": ((0.0, 1.0236), (0.125, 0.903), (0.25, 0.7812)),  # break-even 0.025
+            "vit-D192-N50-B32": (
+                (0.0, 0.9406),
+                (0.0312, 0.9561),
+                (0.0625, 0.9035),
+                (0.125, 0.8461),
+                (0.25, 0.7043),
+            ),  # break-even 0.000
+            "vit-D192-N197-B8": (
+                (0.0, 0.9805),
+                (0.125, 0.8534),
+                (0.25, 0.7358),
+            ),  # break-even 0.000
+            "vit-D192-N197-B32": (
+                (0.0, 0.9915),
+                (0.0312, 0.9122),
+                (0.0625, 0.8886),
+                (0.125, 0.8137),
+                (0.25, 0.7128),
+            ),  # break-even 0.000
+            "convnext-D384-14x14-B8": (
+                (0.0, 1.0031),
+                (0.125, 0.8783),
+                (0.25, 0.7415),
+            ),  # break-even 0.005
+            "convnext-D384-14x14-B32": (
+                (0.0, 0.9866),
+                (0.0312, 0.9204),
+                (0.0625, 0.8669),
+                (0.125, 0.8428),
+                (0.25, 0.6995),
+            ),  # break-even 0.000
+            "vit-D32-N16-B128": (
+                (0.0, 1.0024),
+                (0.0312, 0.9116),
+                (0.0625, 0.9239),
+                (0.125, 0.8984),
+                (0.25, 0.7817),
+            ),  # break-even 0.000
+            "vit-D192-N50-B128": (
+                (0.0, 0.9955),
+                (0.0312, 0.9768),
+                (0.0625, 0.9469),
+                (0.125, 0.8605),
+                (0.25, 0.725),
+            ),  # break-even 0.005
         },
     ),
 }

@@ -440,17 +440,21 @@ def test_ideal_pays_in_full_for_what_is_around_the_blocks():
         timing.SKELETON: timing.Timed(nothing, []),
         timing.CONSTANT: timing.Timed(nothing, []),
         "fused": timing.Timed(nothing, [0.0, 0.5], "batch"),
+        "naive": timing.Timed(nothing, [0.0, 0.5], "batch", masked=True),
     }
     measured = {
         timing.SKELETON: samples([1.0, 1.0, 1.0]),
         timing.CONSTANT: samples([5.0, 5.0, 50.0]),  # something else ran in the last repeat
         "fused": samples([3.3, 3.3, 3.3], kept=0.5),  # the rows kept less than they do on average
+        "naive": samples([5.5, 5.5, 5.5]),
     }
-    constant, fused = timing.table(nets, measured)
+    constant, fused, naive = timing.table(nets, measured)
     assert constant["of_constant"] == constant["ideal"] == 1.0
     assert fused["ideal"] == pytest.approx((1 + 4 * 0.75) / 5)
     assert fused["over_ideal"] == pytest.approx(3.3 / (1 + 4 * 0.5))
     assert fused["of_constant"] == pytest.approx(1.1 * 0.8)
+    assert naive["of_constant"] == pytest.approx(1.1)
+    assert naive["ideal"] == fused["ideal"]
 
 
 def test_report_of_another_schema_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ class Runner:
     def _begin(self, case: Case) -> None:
         """Every provider is checked before the first clock of its case starts."""
         self._workloads = {}  # free the old tensors before the new ones are made
+        gc.collect()  # pytest-benchmark switches it off; modules and closures refer to each other
         reasons = case.providers(self.device)
         self._case = case
         self._record = {

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,20 @@ def test_timeline_names_what_a_step_does():
     assert starts == sorted(starts)
     busy = sum(duration for _, duration, *_ in drawn["lanes"])
     assert 0 < busy <= drawn["seconds"] * 1.01
+
+
+def test_measuring_memory_keeps_nothing():
+    """An op that saves its own output (exp does) must not hold itself for ever."""
+    x = torch.ones(8, 4, requires_grad=True)
+    made = []
+
+    def forward():
+        y = x.exp()
+        made.append(weakref.ref(y))
+        return y.sum()
+
+    memory.saved_activation_bytes(forward, [])
+    assert made[0]() is None
 
 
 def test_out_of_memory_is_known_by_its_message():

@@ -39,7 +39,8 @@ def plot_timeline(timeline: dict[str, Any]) -> Figure:
             axes.vlines(at, y - 0.42, y + 0.42, "black", linewidth=1.5)
             axes.annotate("backward", (at, y - 0.42), (3, 1), "data", "offset points", fontsize=8)
         total = 1e3 * record["seconds"]
-        axes.annotate(f"{total:.3g} ms", (total, y), (4, -3), "data", "offset points", fontsize=9)
+        text = f"{total:,.0f} ms" if total >= 10 else f"{total:.3g} ms"
+        axes.annotate(text, (total, y), (4, -3), "data", "offset points", fontsize=9)
     axes.set_yticks(range(len(providers)), [label(name) for name in providers])
     axes.set_ylim(len(providers) - 0.4, -0.6)
     axes.margins(x=0.06)

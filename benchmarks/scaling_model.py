@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.correctness import TOLERANCE, ProviderMismatch, largest_error
 from benchmarks.memory import saved_activation_bytes
-from benchmarks.providers import BLOCK_PROVIDERS
+from benchmarks.residuals import Rule, dense, dinov3, naive
 from benchmarks.simulation import KINDS
-from benchmarks.vit import Block, Residual
+from benchmarks.vit import Block
 from sdkernels import KeptRows, fused_stochastic_depth
 
 PATCH = 3 * 16 * 16  # values of a patch
@@ -58,7 +58,7 @@ class Net(nn.Module):
         self,
         patches: Tensor,
         rows: Sequence[KeptRows],
-        residual: Residual = fused_stochastic_depth,
+        residual: Rule = fused_stochastic_depth,
         clock: BranchClock | None = None,
     ) -> Tensor:
         def residual_and_clock(*args: Any, **kwargs: Any) -> Tensor:
@@ -141,7 +141,7 @@ def spread_rows(k: int, batch: int, device: torch.device) -> KeptRows:
 class Variant:
     """One way to take a training step; ``batch`` is its patches and labels."""
 
-    residual: Residual
+    residual: Rule
     batch: tuple[Tensor, Tensor]
     rows: KeptRows  # of every branch
 
@@ -203,12 +203,13 @@ def measure_branches(
     counts, half = row_counts(batch), batch // 2
     rows = {k: spread_rows(k, batch, device) for k in {*counts, half}}
     variants: dict[Any, Variant] = {
-        name: Variant(BLOCK_PROVIDERS[name], whole, rows[half]) for name in ("naive", "index_add")
+        "naive": Variant(naive, whole, rows[half]),
+        "index_add": Variant(dinov3, whole, rows[half]),
     }
     fused = {k: Variant(fused_stochastic_depth, whole, each) for k, each in rows.items()}
     check(f"{shape.name}, B={batch}", net, {**variants, "fused": fused[half]}, "naive")
     few = (whole[0][:half], whole[1][:half])
-    variants |= {**fused, "dense": Variant(BLOCK_PROVIDERS["dense"], few, rows[half])}
+    variants |= {**fused, "dense": Variant(dense, few, rows[half])}
 
     optimizer = torch.optim.AdamW(net.parameters())
 

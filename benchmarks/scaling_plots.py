@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from benchmarks.plots import STYLE
+from benchmarks.plots.style import STYLE
 from benchmarks.scaling_report import WHERE, batches_of, hardest
 from benchmarks.simulation import (
     KINDS,

@@ -22,11 +22,12 @@ from benchmarks.residuals import Rule
 from sdkernels import KeptRows
 from sdkernels.models import blocks
 
-LIBRARIES = is_installed("timm") and is_installed("torchvision")
+HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
 
 
 @contextmanager
-def _in_place_of_the_op(rule: Rule) -> Iterator[None]:
+def in_place_of_the_op(rule: Rule) -> Iterator[None]:
+    """Patched blocks add by this rule."""
     op = blocks.fused_stochastic_depth
     blocks.fused_stochastic_depth = rule  # type: ignore[assignment]
     try:
@@ -59,7 +60,7 @@ class Ruled(nn.Module):
     ) -> Tensor:
         """``p`` was given to the constructor; ``rows`` are all given, or all drawn by the rule."""
         given = None not in rows
-        with _in_place_of_the_op(rule), self.report.use(rows) if given else nullcontext():
+        with in_place_of_the_op(rule), self.report.use(rows) if given else nullcontext():
             y: Tensor = self.module(x)
         return y
 
@@ -102,10 +103,10 @@ def unit_layer_scale(module: nn.Module) -> nn.Module:
     return module
 
 
-def seeded_module(make: Callable[[], nn.Module]) -> nn.Module:
-    """The same weights in every call, and the generator left as it was."""
+def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The same weights for the same seed, and the generator left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return unit_layer_scale(make())
 
 

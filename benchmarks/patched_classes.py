@@ -32,14 +32,15 @@ import sdkernels
 from benchmarks.environment import environment, environment_line
 from benchmarks.libraries import LIBRARIES, is_installed
 from benchmarks.memory import saved_activation_bytes
+from benchmarks.networks import in_place_of_the_op
 from benchmarks.patched_subjects import (
     DROP,
     Subject,
     drop_path_of,
     give_drop_paths,
+    index_add,
     masked,
     subjects,
-    with_index_add,
 )
 from benchmarks.zoo import TINY, WIDE, Net, nets, output_of
 from sdkernels import KeptRows
@@ -79,7 +80,7 @@ def check(subject: Subject, x: Tensor) -> None:
     largest = max(g.abs().max() for g in expected[1:] if g is not None and g.numel())
     with report.use(plan):
         found = {"fused": gradients(patched, x)}
-        with with_index_add():
+        with in_place_of_the_op(index_add):
             found["index_add"] = gradients(patched, x)
     for provider, tensors in found.items():
         for number, (got, wanted) in enumerate(zip(tensors, expected, strict=True)):
@@ -106,7 +107,7 @@ class Step:
     def forward(self) -> Tensor:
         if self.replacing:
             assert self.report is not None
-            with with_index_add(), self.report.use(self.plan):
+            with in_place_of_the_op(index_add), self.report.use(self.plan):
                 return output_of(self.model(self.x)).square().mean()
         return output_of(self.model(self.x)).square().mean()
 

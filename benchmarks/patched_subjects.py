@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.libraries import import_module, is_installed
+from benchmarks.residuals import dense
 from benchmarks.zoo import Net
 from sdkernels import KeptRows, Shared, reference
-from sdkernels.models import PatchedEntry, PatchReport, blocks
+from sdkernels.models import PatchedEntry, PatchReport
 from sdkernels.models.parts import looks_like_drop_path
 from sdkernels.models.registry import original_class
 
@@ -44,29 +44,16 @@ def index_add(
     x: Tensor, branch: Callable[..., Tensor], p: float, mode: str, training: bool, **options: Any
 ) -> Tensor:
     """fused_stochastic_depth with given rows in PyTorch's ops."""
-    rows, norm, scale = options["rows"], options["norm"], options["layer_scale"]
-    args = [arg.value if isinstance(arg, Shared) else arg for arg in options["args"]]
+    rows = options["rows"]
     if rows is None:  # nothing is dropped
-        out = branch(x if norm is None else norm(x), *args)
-        residual = x if options["residual"] is None else options["residual"]
-        return residual + (out if scale is None else out * scale)
+        return dense(x, branch, p, **options)
+    args = [arg.value if isinstance(arg, Shared) else arg for arg in options["args"]]
     kept = [
         arg[rows.index] if isinstance(arg, Tensor) and not isinstance(given, Shared) else arg
         for arg, given in zip(args, options["args"], strict=True)
     ]
     used = {name: options[name] for name in ("norm", "layer_scale", "residual", "rows")}
     return reference.index_add(x, lambda rows_of_x: branch(rows_of_x, *kept), **used)
-
-
-@contextmanager
-def with_index_add() -> Iterator[None]:
-    """Patched blocks use it in the place of the op."""
-    op = blocks.fused_stochastic_depth
-    blocks.fused_stochastic_depth = index_add
-    try:
-        yield
-    finally:
-        blocks.fused_stochastic_depth = op
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from benchmarks.compiled import BERNOULLI, DYNAMIC, STATIC, CompileCase
 from benchmarks.depth import DepthCase
 from benchmarks.host import HostCase
 from benchmarks.models import ModelCase
-from benchmarks.networks import LIBRARIES
+from benchmarks.networks import HAS_LIBRARIES
 from benchmarks.ops import OPS, OpCase
 from benchmarks.training import TrainingCase
 from benchmarks.workload import Case
@@ -82,7 +82,7 @@ MIXED = _op_cases(dtypes=("mixed",), names=("scatter_add", "scatter_add_layer_sc
 
 def _library(*nets: Net) -> tuple[Net, ...]:
     """Blocks of timm and torchvision, which are left out where one of them is missing."""
-    return tuple(net for net in nets if LIBRARIES or net.family == "vit")
+    return tuple(net for net in nets if HAS_LIBRARIES or net.family == "vit")
 
 
 def _blocks(
@@ -92,7 +92,7 @@ def _blocks(
 
 
 def _models(*cases: ModelCase) -> tuple[ModelCase, ...]:
-    return cases if LIBRARIES else ()
+    return cases if HAS_LIBRARIES else ()
 
 
 TINY = Net("vit", 32, 16, "tiny")
@@ -175,7 +175,7 @@ PRESETS = {
             ),
             rounds=_QUICK_ROUNDS,
             training=TrainingCase(epochs=8),
-            timeline=SHORT_VIT.name if LIBRARIES else None,
+            timeline=SHORT_VIT.name if HAS_LIBRARIES else None,
         ),
         Preset(
             name="standard",
@@ -200,7 +200,7 @@ PRESETS = {
             rounds=_QUICK_ROUNDS
             | {"block": Rounds(5, 1), "model": Rounds(4, 1), "op": Rounds(8, 10)},
             training=TrainingCase(),
-            timeline=VIT_S.name if LIBRARIES else None,
+            timeline=VIT_S.name if HAS_LIBRARIES else None,
         ),
         Preset(
             name="full",
@@ -249,7 +249,7 @@ PRESETS = {
             rounds=_QUICK_ROUNDS
             | {"block": Rounds(9, 2), "model": Rounds(9, 1), "op": Rounds(12, 12)},
             training=TrainingCase(epochs=40),
-            timeline=VIT_S.name if LIBRARIES else None,
+            timeline=VIT_S.name if HAS_LIBRARIES else None,
         ),
         Preset(
             name="gpu",
@@ -309,7 +309,7 @@ PRESETS = {
                 "break_even": Rounds(9, 10),
             },
             training=TrainingCase(),
-            timeline="model-timm-vit_large_patch16_224-B100-drop0.4-amp" if LIBRARIES else None,
+            timeline="model-timm-vit_large_patch16_224-B100-drop0.4-amp" if HAS_LIBRARIES else None,
         ),
         Preset(
             name="compile",

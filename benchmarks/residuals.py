@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,67 +23,60 @@ from sdkernels import KeptRows, ops, reference, traceable
 Rule = Callable[..., Tensor]
 
 
+def _run(
+    kept: Tensor,
+    branch: Callable[..., Tensor],
+    norm: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
+    args: Sequence[Any] = (),
+    **_: Any,
+) -> Tensor:
+    """``layer_scale * branch(norm(kept), *args)``."""
+    out = branch(kept if norm is None else norm(kept), *_arguments(args))
+    return out if layer_scale is None else out * layer_scale
+
+
 def _arguments(args: Sequence[Any]) -> list[Any]:
     """The further inputs of a branch, all of them shared by the samples (here: masks)."""
     return [arg.value if isinstance(arg, sdkernels.Shared) else arg for arg in args]
 
 
-def _run(
-    kept: Tensor,
-    branch: Callable[..., Tensor],
-    norm: nn.Module | None,
-    layer_scale: Tensor | None,
-    args: Sequence[Any],
-) -> Tensor:
-    out = branch(kept if norm is None else norm(kept), *_arguments(args))
-    return out if layer_scale is None else out * layer_scale
+def _index_and_alpha(x: Tensor, p: float, rows: KeptRows | None) -> tuple[Tensor, float]:
+    """Of the given rows; else DINOv2's and DINOv3's fixed count, and the factor that makes up for
+    it."""
+    if rows is not None:
+        return rows.index, rows.scale
+    kept = max(int(x.shape[0] * (1 - p)), 1)
+    return torch.randperm(x.shape[0], device=x.device)[:kept], x.shape[0] / kept
 
 
 def naive(
     x: Tensor,
     branch: Callable[..., Tensor],
     p: float,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
+    *_: Any,
     residual: Tensor | None = None,
-    args: Sequence[Any] = (),
     rows: KeptRows | None = None,
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """torchvision: a mask of Bernoulli values, divided by the survival probability."""
-    return reference.naive_masking(
-        x,
-        branch,
-        p,
-        norm=norm,
-        layer_scale=layer_scale,
-        residual=residual,
-        args=_arguments(args),
-        rows=rows,
-    )
+    run = partial(_run, branch=branch, **given)
+    return reference.naive_masking(x, run, p, residual=residual, rows=rows)
 
 
 def naive_timm(
     x: Tensor,
     branch: Callable[..., Tensor],
     p: float,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
+    *_: Any,
     residual: Tensor | None = None,
-    args: Sequence[Any] = (),
     rows: KeptRows | None = None,
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """timm: the same, drawn into a new tensor of the branch's dtype."""
     if p == 0 and rows is None:
-        return dense(x, branch, norm=norm, layer_scale=layer_scale, residual=residual, args=args)
-    out = _run(x, branch, norm, layer_scale, args)
+        return dense(x, branch, residual=residual, **given)
+    out = _run(x, branch, **given)
     size = (out.shape[0],) + (1,) * (out.ndim - 1)
     if rows is None:
         mask = out.new_empty(size).bernoulli_(1 - p)
@@ -93,40 +87,24 @@ def naive_timm(
     return (x if residual is None else residual) + out * mask
 
 
-def _draw_fixed(batch: int, p: float, device: torch.device) -> tuple[Tensor, float]:
-    """DINOv2's and DINOv3's fixed count, and the factor that makes up for it."""
-    kept = max(int(batch * (1 - p)), 1)
-    return torch.randperm(batch, device=device)[:kept], batch / kept
-
-
 def dinov2(
     x: Tensor,
     branch: Callable[..., Tensor],
     p: float,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
+    *_: Any,
     residual: Tensor | None = None,
-    args: Sequence[Any] = (),
     rows: KeptRows | None = None,
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """Gather, branch, ``index_add`` of flattened rows with alpha; masking up to p = 0.1."""
     if p <= 0.1:
-        options = {"norm": norm, "layer_scale": layer_scale, "residual": residual}
-        return naive_timm(x, branch, p, args=args, rows=rows, **options)
-    index, alpha = (
-        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
-    )
-    out = _run(x[index], branch, norm, layer_scale, args)
+        return naive_timm(x, branch, p, residual=residual, rows=rows, **given)
+    index, alpha = _index_and_alpha(x, p, rows)
     stream = x if residual is None else residual
+    out = _run(x[index], branch, **given).to(stream.dtype)
     if not stream.is_contiguous():  # of images, channels last: flattening would copy them
-        return torch.index_add(stream, 0, index, out.to(stream.dtype), alpha=alpha)
-    added = torch.index_add(
-        stream.flatten(1), 0, index, out.flatten(1).to(stream.dtype), alpha=alpha
-    )
+        return torch.index_add(stream, 0, index, out, alpha=alpha)
+    added = torch.index_add(stream.flatten(1), 0, index, out.flatten(1), alpha=alpha)
     return added.view_as(stream)
 
 
@@ -134,23 +112,16 @@ def dinov3(
     x: Tensor,
     branch: Callable[..., Tensor],
     p: float,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
+    *_: Any,
     residual: Tensor | None = None,
-    args: Sequence[Any] = (),
     rows: KeptRows | None = None,
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """The same at every p > 0, on rows as they are: for a stream and a branch of one dtype."""
     if p == 0 and rows is None:
-        return dense(x, branch, norm=norm, layer_scale=layer_scale, residual=residual, args=args)
-    index, alpha = (
-        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
-    )
-    out = _run(x[index], branch, norm, layer_scale, args)
+        return dense(x, branch, residual=residual, **given)
+    index, alpha = _index_and_alpha(x, p, rows)
+    out = _run(x[index], branch, **given)
     return torch.index_add(x if residual is None else residual, 0, index, out, alpha=alpha)
 
 
@@ -158,22 +129,16 @@ def xformers(
     x: Tensor,
     branch: Callable[..., Tensor],
     p: float,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
+    *_: Any,
     layer_scale: Tensor | None = None,
     rows: KeptRows | None = None,
-    args: Sequence[Any] = (),
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """DINOv2 with xFormers: its gather, and its fused layer scale and addition in place."""
     operators = importlib.import_module("xformers.ops")
-    index, alpha = (
-        _draw_fixed(x.shape[0], p, x.device) if rows is None else (rows.index, rows.scale)
-    )
+    index, alpha = _index_and_alpha(x, p, rows)
     kept = operators.index_select_cat([x.flatten(1)], [index]).view(len(index), *x.shape[1:])
-    out = branch(kept if norm is None else norm(kept), *_arguments(args))
+    out = _run(kept, branch, **given)
     # A leaf can't be written into; in a model the stream of the first block is none.
     stream = x.clone() if x.is_leaf else x
     total: Tensor = operators.scaled_index_add(
@@ -185,18 +150,12 @@ def xformers(
 def dense(
     x: Tensor,
     branch: Callable[..., Tensor],
-    p: float = 0.0,
-    mode: str = "row",
-    training: bool = True,
-    *,
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
+    *_: Any,
     residual: Tensor | None = None,
-    args: Sequence[Any] = (),
-    **_: Any,
+    **given: Any,
 ) -> Tensor:
     """Nothing dropped. On a batch of only the kept rows it is the floor for every provider."""
-    return (x if residual is None else residual) + _run(x, branch, norm, layer_scale, args)
+    return (x if residual is None else residual) + _run(x, branch, **given)
 
 
 def skipped(x: Tensor, branch: Callable[..., Tensor], p: float, *_: Any, **options: Any) -> Tensor:
@@ -245,9 +204,6 @@ def backend(name: str, device: torch.device) -> Iterator[None]:
     finally:
         library._destroy()
 
-
-Rows = Sequence[KeptRows] | None
-"""The kept rows of every branch, or None for a provider that draws its own."""
 
 # name: (rule, whether it draws for itself while it is timed)
 RULES: dict[str, tuple[Rule, bool]] = {

@@ -350,7 +350,7 @@ def test_another_backend_serves_only_its_turns():
         assert len(calls) == 1
 
 
-@pytest.mark.skipif(not networks.LIBRARIES, reason="needs timm and torchvision")
+@pytest.mark.skipif(not networks.HAS_LIBRARIES, reason="needs timm and torchvision")
 def test_library_models_keep_their_own_drop_path():
     (case,) = [case for case in presets.PRESETS["smoke"].cases if case.kind == "model"]
     patched = networks.Ruled(case.make(), case.drop)

@@ -19,7 +19,7 @@ import torch
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks.networks import LIBRARIES  # noqa: E402
+from benchmarks.networks import HAS_LIBRARIES, seeded_module  # noqa: E402
 from benchmarks.paper import claims, data, networks, report, timing, training  # noqa: E402
 from benchmarks.paper.__main__ import main  # noqa: E402
 from sdkernels import DepthPlan  # noqa: E402
@@ -95,8 +95,7 @@ def test_fused_and_naive_are_the_same_function(mode):
     x = torch.randn(16, 3, 32, 32)
     results = []
     for implementation in ("naive", "fused"):
-        net = networks.seeded(
-            0,
+        net = seeded_module(
             lambda name=implementation: networks.PaperResNet(
                 2, drop, mode=mode, implementation=name
             ),
@@ -114,9 +113,7 @@ def test_fused_and_naive_are_the_same_function(mode):
 def test_constant_depth_is_all_blocks():
     x = torch.randn(4, 3, 32, 32)
     nets = [
-        networks.seeded(
-            0, lambda name=name: networks.PaperResNet(1, [0.0] * 3, implementation=name)
-        )
+        seeded_module(lambda name=name: networks.PaperResNet(1, [0.0] * 3, implementation=name))
         for name in ("constant", "fused")
     ]
     torch.testing.assert_close(*(net.train()(x) for net in nets))
@@ -151,7 +148,7 @@ def test_schedules():
         networks.drop_probabilities("steep", 3, 0.5)
 
 
-@pytest.mark.skipif(not LIBRARIES, reason="needs timm and torchvision")
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
 def test_resnet_152_has_fifty_gates():
     with torch.device("meta"):
         net = networks.PaperResNet152(networks.drop_probabilities("linear", 50, 0.5))
@@ -399,7 +396,7 @@ def test_bad_arguments(arguments, message, capsys, tmp_path):
 # Claims
 
 
-@pytest.mark.skipif(not LIBRARIES, reason="needs timm and torchvision")
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
 def test_every_claim_has_a_table_and_a_plot(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.paper.__main__.load", lambda *_: few)
     effort = claims.EFFORTS["smoke"]

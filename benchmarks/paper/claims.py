@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from benchmarks.memory import measure as measure_memory
+from benchmarks.networks import seeded_module
 from benchmarks.paper.data import Data
 from benchmarks.paper.networks import (
     PaperResNet,
     PaperResNet152,
     drop_probabilities,
     expected_depth,
-    seeded,
 )
 from benchmarks.paper.timing import CONSTANT, SKELETON, Timed, in_turns, table
 from benchmarks.paper.training import Recipe, Trainer
@@ -163,8 +163,7 @@ def _spread(values: list[float]) -> float:
 
 
 def _network(n: int, data: Data, drop: list[float], mode: str, implementation: str) -> nn.Module:
-    return seeded(
-        0,
+    return seeded_module(
         lambda: PaperResNet(
             n, drop, data.classes, data.channels, mode=mode, implementation=implementation
         ),
@@ -371,7 +370,7 @@ def budget(lab: Lab) -> Record:
     labels = torch.randint(1000, (effort.image_batch,), generator=generator).to(device)
 
     def network(mode: str, implementation: str) -> nn.Module:
-        net = seeded(0, lambda: PaperResNet152(drop, 1000, mode, implementation))
+        net = seeded_module(lambda: PaperResNet152(drop, 1000, mode, implementation))
         return net.to(device).to(memory_format=torch.channels_last)
 
     networks = {

@@ -9,9 +9,8 @@ convolutions have biases, which batch norm takes out again; ours have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -216,13 +215,3 @@ class PaperResNet152(nn.Module):
             return self.model(x)  # type: ignore[no-any-return]
         with self.report.use(list(plan)):
             return self.model(x)  # type: ignore[no-any-return]
-
-
-Make = Callable[[], nn.Module]
-
-
-def seeded(seed: int, make: Make) -> nn.Module:
-    """The same weights for the same seed; the generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()

@@ -6,21 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display where benchmarks run
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.environment import environment_line
+from benchmarks.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 Record = dict[str, Any]
-# Okabe and Ito's palette.
-GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    *("#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
-)
 COLOURS = {
     "constant depth": GREY,
     "per mini-batch": ORANGE,
@@ -28,17 +21,6 @@ COLOURS = {
     "per sample, masking": RED,
     "linear": BLUE,
     "uniform": ORANGE,
-}
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "savefig.facecolor": "white",
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 10,
 }
 
 

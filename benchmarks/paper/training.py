@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.networks import seeded_module
 from benchmarks.paper.data import Data, augment
-from benchmarks.paper.networks import PaperResNet, drop_probabilities, seeded
+from benchmarks.paper.networks import PaperResNet, drop_probabilities
 from benchmarks.store import write_json
 from sdkernels import DepthPlan
 
@@ -89,8 +90,7 @@ class Recipe:
 
     def model(self, data: Data) -> PaperResNet:
         """The network with the recipe's seed."""
-        model = seeded(
-            self.seed,
+        model = seeded_module(
             lambda: PaperResNet(
                 self.n,
                 self.drop_probs,
@@ -101,6 +101,7 @@ class Recipe:
                 self.implementation,
                 self.projection,
             ),
+            self.seed,
         )
         assert isinstance(model, PaperResNet)
         return model

@@ -189,8 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     names = [{case["name"] for case in result["cases"]} for result in (a, b)]
     for only, other, which in ((*names, "first"), (*names[::-1], "second")):
-        for name in sorted(only - other):
+        alone = sorted(only - other)
+        for name in alone[:5]:
             console.print(f"only in the {which} run: {name}", highlight=False)
+        if alone[5:]:
+            console.print(f"only in the {which} run: {len(alone) - 5} more", highlight=False)
     if not changes:
         print("python -m benchmarks compare: the runs share no figure", file=sys.stderr)
         return 2

@@ -92,8 +92,8 @@ EFFORTS = {
         ),
         Effort(
             name="standard",
-            duration="about 30 minutes on 2 cores",
-            recipe=_DIGITS,
+            duration="about 45 minutes on 2 cores",
+            recipe=replace(_DIGITS, epochs=40),
             seeds=5,
             time_depth=110,
             time_batch=64,

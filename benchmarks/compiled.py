@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.blocks import BlockCase, Net
-from benchmarks.residuals import Rule, dense, naive
+from benchmarks.residuals import Rule, dense, dinov2, naive
 from benchmarks.workload import Comparison, Workload, gradients, kept_rows
 from sdkernels import KeptRows
 
@@ -56,6 +56,16 @@ def _dinov3(
     return _index_add(x, branch, index, x.shape[0] / kept, **options)
 
 
+def _dinov2(
+    x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows, **options: Any
+) -> Tensor:
+    """DINOv2's flattened rows; as above, the scale is no ``alpha`` where it changes."""
+
+    out = branch(options["norm"](x[rows.index])) * options["layer_scale"]
+    out = out.to(x.dtype).flatten(1) * rows.scale
+    return torch.index_add(x.flatten(1), 0, rows.index, out).view_as(x)
+
+
 def _dinov3_bernoulli(
     x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows | None, **options: Any
 ) -> Tensor:
@@ -83,8 +93,8 @@ _GIVEN = {
     "fused": Provider(_fused, {}),
 }
 PROVIDERS: dict[str, dict[str, Provider]] = {
-    STATIC: {**_GIVEN, "dense": Provider(dense, {})},
-    DYNAMIC: _GIVEN,
+    STATIC: {**_GIVEN, "dinov2": Provider(dinov2, {}), "dense": Provider(dense, {})},
+    DYNAMIC: {**_GIVEN, "dinov2": Provider(_dinov2, {})},
     BERNOULLI: {
         "naive": Provider(naive, {}),
         "dinov3": Provider(_dinov3_bernoulli, {}),
@@ -181,7 +191,9 @@ class CompileCase:
             if name == "dense":
                 k = rows[0][0].k
                 leaf, d_y = x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
-            draws = self.counts == BERNOULLI or (self.counts == STATIC and name == "dinov3")
+            draws = self.counts == BERNOULLI or (
+                self.counts == STATIC and name in ("dinov2", "dinov3")
+            )
             steps: Iterator[Rows] = cycle([none] if draws else rows)
 
             def run() -> None:

@@ -436,16 +436,20 @@ def test_ideal_pays_in_full_for_what_is_around_the_blocks():
     nets = {
         timing.SKELETON: timing.Timed(nothing, []),
         timing.CONSTANT: timing.Timed(nothing, []),
-        "fused": timing.Timed(nothing, [0.0, 0.5], "batch"),
+        "fused": timing.Timed(nothing, [0.0, 0.5], "batch", floor="floor"),
+        "floor": timing.Timed(nothing, [0.0, 0.5], "batch"),
         "naive": timing.Timed(nothing, [0.0, 0.5], "batch", masked=True),
     }
     measured = {
         timing.SKELETON: samples([1.0, 1.0, 1.0]),
         timing.CONSTANT: samples([5.0, 5.0, 50.0]),  # something else ran in the last repeat
         "fused": samples([3.3, 3.3, 3.3], kept=0.5),  # the rows kept less than they do on average
+        "floor": samples([3.0, 1.1, 3.0], kept=0.5),
         "naive": samples([5.5, 5.5, 5.5]),
     }
-    constant, fused, naive = timing.table(nets, measured)
+    constant, fused, floor, naive = timing.table(nets, measured)
+    assert fused["over_floor"] == pytest.approx(1.1)
+    assert floor["over_floor"] is None
     assert constant["of_constant"] == constant["ideal"] == 1.0
     assert fused["ideal"] == pytest.approx((1 + 4 * 0.75) / 5)
     assert fused["over_ideal"] == pytest.approx(3.3 / (1 + 4 * 0.5))
@@ -454,10 +458,37 @@ def test_ideal_pays_in_full_for_what_is_around_the_blocks():
     assert naive["ideal"] == fused["ideal"]
 
 
+def test_floor_computes_the_branches_of_the_kept_samples_and_nothing_of_the_stream():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    drop = networks.drop_probabilities("linear", 3, 0.5)
+    plan = DepthPlan.sample(8, drop, mode="row", rescale="eval")
+    images = torch.randn(8, 3, 32, 32)
+
+    def count(implementation):
+        net = networks.PaperResNet(1, drop, implementation=implementation)
+        with FlopCounterMode(display=False) as counter:
+            y = net(images, plan)
+            y.sum().backward()
+        branches = [p for block in net.blocks for p in block.residual.branch.parameters()]
+        return counter.get_total_flops(), y, branches
+
+    fused, _, _ = count("fused")
+    floor, y, branches = count("floor")
+    # The gradient of the input of the first stage's branch is computed in both.
+    assert floor == fused
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in branches)
+    torch.manual_seed(0)
+    skeleton = networks.PaperResNet(1, drop, implementation="skeleton")
+    torch.manual_seed(0)
+    beside = networks.PaperResNet(1, drop, implementation="floor")
+    torch.testing.assert_close(beside(images, plan), skeleton(images), rtol=0, atol=0)
+
+
 def test_report_of_another_schema_is_refused(tmp_path, capsys):
     (tmp_path / "claims.json").write_text('{"schema": 0}')
     assert main(["report", str(tmp_path)]) == 2
-    assert "expected schema 1, got 0" in capsys.readouterr().err
+    assert "expected schema 2, got 0" in capsys.readouterr().err
 
 
 def test_examples():

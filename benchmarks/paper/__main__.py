@@ -22,7 +22,7 @@ from benchmarks.paper.data import SETS, DataError, load
 from benchmarks.paper.training import Recipe, Trainer
 from benchmarks.store import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 OUT = Path(__file__).parent / "out"
 CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": ("linear", "uniform"),

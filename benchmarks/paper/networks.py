@@ -10,7 +10,9 @@ convolutions have biases, which batch norm takes out again; ours have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ import sdkernels
 from benchmarks.networks import torchvision_model
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, linear_decay, reference, uniform
 
-IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton")
+IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton", "floor")
 
 
 def drop_probabilities(schedule: str, depth: int, p_last: float) -> list[float]:
@@ -54,6 +56,19 @@ class Shortcut(nn.Module):
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, channels))
 
 
+class _Beside(torch.autograd.Function):
+    """The stream as it is; what was computed beside it gets the gradient of its first rows."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, beside: Tensor) -> Tensor:
+        ctx.k = len(beside)
+        return stream.view_as(stream)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad[: ctx.k]
+
+
 class Block(nn.Module):
     """``ReLU(shortcut(x) + b * f(x))``.
 
@@ -63,7 +78,8 @@ class Block(nn.Module):
         p: drop probability.
         mode, rescale: as in :class:`sdkernels.StochasticDepth`.
         implementation: "fused" computes f for the kept rows; "naive" for all rows, and multiplies
-            by a mask; "constant" never drops; "skeleton" leaves f out, to time what is around it.
+            by a mask; "constant" never drops. Two are for timing only, and learn nothing: "skeleton"
+            leaves f out, and "floor" computes f beside the stream, for as many samples as are kept.
         projection: a 1x1 convolution for a shortcut that changes shape ("option B").
     """
 
@@ -105,6 +121,12 @@ class Block(nn.Module):
         if self.implementation == "constant":
             return F.relu(shortcut + branch(x), inplace=True)
         if self.implementation == "skeleton":
+            return F.relu(shortcut)
+        if self.implementation == "floor" and rows is not None:
+            if rows.k:
+                # Views of the first rows: nothing is gathered, added or merged with a gradient.
+                out = branch(x[: rows.k].detach().requires_grad_())
+                shortcut = _Beside.apply(shortcut, out)
             return F.relu(shortcut)
         if self.implementation == "naive" and rows is not None:
             y = reference.naive_masking(x, branch, 0.0, residual=shortcut, rows=rows)
@@ -149,7 +171,7 @@ class PaperResNet(nn.Module):
             raise ValueError(f"drop_probs: expected {3 * n} entries, got {len(drop_probs)}")
         self.drop_probs = list(drop_probs)
         self.law = {"mode": mode, "rescale": rescale}
-        self.draws = implementation in ("fused", "naive")
+        self.draws = implementation in ("fused", "naive", "floor")
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
         )

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.environment import environment_line
+from benchmarks.paper.timing import CONSTANT, FLOOR
 from benchmarks.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 Record = dict[str, Any]
@@ -52,6 +53,17 @@ def _share(row: Record) -> str:
     )
 
 
+def _over_floor(row: Record) -> str:
+    return "-" if row["over_floor"] is None else f"{row['over_floor']:.3f}"
+
+
+FLOOR_TEXT = (
+    "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A floor "
+    "is measured in the same run: the step without branches, and the branches beside it for as many "
+    "samples as were kept, with nothing gathered or added."
+)
+
+
 def _time_table(record: Record) -> str:
     paper = {float(key): value for key, value in record.get("paper", {}).items()}
 
@@ -66,16 +78,17 @@ def _time_table(record: Record) -> str:
             _seconds(row["seconds"]),
             _share(row),
             _percent(row["ideal"]),
+            _over_floor(row),
             of_paper(row["variant"]),
         )
         for row in record["rows"]
     ]
     text = markdown_table(
-        ("variant", "median step", "of constant depth", "ideal", "the paper"), rows
+        ("variant", "median step", "of constant depth", "ideal", "over its floor", "the paper"), rows
     )
     depth = record["expected_depth"]
     return (
-        f"{text}\n\nExpected depth at p_L = 0.5 with linear decay: (3L - 1) / 4 = "
+        f"{text}\n\n{FLOOR_TEXT}\n\nExpected depth at p_L = 0.5 with linear decay: (3L - 1) / 4 = "
         f"{depth['formula']:.2f} of {depth['blocks']} blocks; mean of {depth['draws']} plans: "
         f"{depth['plan']:.2f}."
     )
@@ -143,14 +156,20 @@ def _deep_table(record: Record) -> str:
         share = _percent(row["memory_of_constant"], 0)
         return f"{used['bytes'] / 2**20:.0f} MiB of {used['kind']} ({share})"
 
+    def losses(row: Record) -> str:
+        if row["variant"].endswith(FLOOR):  # it learns nothing
+            return "-"
+        return " -> ".join(f"{row['losses'][i]:.2f}" for i in (0, -1))
+
     rows = [
         (
             row["variant"],
             _seconds(row["seconds"]),
             _share(row),
             _percent(row["ideal"]),
+            _over_floor(row),
             memory(row),
-            " -> ".join(f"{row['losses'][i]:.2f}" for i in (0, -1)),
+            losses(row),
         )
         for row in record["rows"]
     ]
@@ -159,10 +178,11 @@ def _deep_table(record: Record) -> str:
         "median step",
         "of constant depth",
         "ideal",
+        "over its floor",
         "memory",
         "loss, first to last",
     )
-    return markdown_table(header, rows)
+    return f"{markdown_table(header, rows)}\n\n{FLOOR_TEXT}"
 
 
 def _budget_table(record: Record) -> str:
@@ -200,7 +220,11 @@ def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
         [max(100 * (row["high"] - row["of_constant"]), 0) for row in rows],
     ]
     colours = [
-        GREY if row["variant"] == "constant" else RED if "naive" in row["variant"] else BLUE
+        GREY
+        if row["variant"].endswith((CONSTANT, FLOOR))
+        else RED
+        if "naive" in row["variant"]
+        else BLUE
         for row in rows
     ]
     bars = axes.barh(places, values, 0.62, color=colours, xerr=ranges, ecolor="#333333")
@@ -221,7 +245,7 @@ def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
 
 
 def _plot_time(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 6.4), layout="constrained")
     paper = {
         f"p_L = {float(p):g}, per mini-batch, fused": share for p, share in record["paper"].items()
     }
@@ -236,7 +260,7 @@ def _plot_budget(record: Record) -> Figure:
 
 
 def _plot_deep(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 3.8), layout="constrained")
     _bars(axes, record, {})
     return figure
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.figures import merge
 from sdkernels import DepthPlan
 
-CONSTANT, SKELETON = "constant", "skeleton"
+CONSTANT, SKELETON, FLOOR = "constant", "skeleton", "floor"
 
 
 @dataclass
@@ -25,12 +25,14 @@ class Timed:
         drop_probs: of every block; empty where none is dropped.
         mode: "row" or "batch".
         masked: every sample runs every block, and what is dropped is multiplied by zero.
+        floor: name of the network that does this one's necessary work, and nothing else.
     """
 
     model: nn.Module
     drop_probs: list[float]
     mode: str = "row"
     masked: bool = False
+    floor: str | None = None
 
     @property
     def keep(self) -> float:
@@ -113,6 +115,9 @@ def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[
     it is the median over the repeats, within which all networks have run next to each other; its
     time as a share of constant depth's is that factor times the ideal at the mean kept share. (A
     gate for the whole mini-batch makes steps of all lengths: a few of them have no typical mean.)
+
+    The ideal takes every block for equally dear and its time for proportional to its rows. A floor
+    is measured instead: what stands around the blocks, and their branches for as many rows.
     """
     rows = []
     around = [s.seconds for s in samples.get(SKELETON, [])] or [0.0] * len(samples[CONSTANT])
@@ -128,6 +133,10 @@ def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[
         ideal = (rest + (constant - rest) * timed.keep) / constant
         computed = 1.0 if timed.masked else ideal
         low, high = _quantiles(over_ideal)
+        over_floor = None
+        if timed.floor is not None:
+            pairs = zip(samples[name], samples[timed.floor], strict=True)
+            over_floor = median(own.seconds / least.seconds for own, least in pairs)
         factor = median(over_ideal)
         rows.append(
             {
@@ -135,6 +144,7 @@ def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[
                 "seconds": median(s.seconds for s in samples[name]),
                 "kept": timed.keep,
                 "over_ideal": factor * computed / ideal,
+                "over_floor": over_floor,
                 "ideal": ideal,
                 "of_constant": factor * computed,
                 "low": low * computed,

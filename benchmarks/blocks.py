@@ -228,9 +228,9 @@ class BlockCase:
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """Each provider against naive masking with the same kept rows.
 
-        The dense floor computes something else when the branches keep different rows. It is
-        compared where all keep the same rows at scale 1: there it must equal the kept rows of naive
-        masking.
+        The floors compute something else. ``dense`` is compared where all branches keep the same
+        rows at scale 1: there it must equal the kept rows of naive masking. The output of
+        ``beside`` must be the stream.
         """
         usable = self._usable(device)
         block, x, grad = self.setting(device)
@@ -251,12 +251,15 @@ class BlockCase:
         naive = RULES["naive"][0]
         expected = evaluate(naive, rows)
         for provider, (rule, _, context) in usable.items():
-            if provider not in ("naive", "dense"):
+            if provider not in ("naive", "dense", "beside"):
                 with context():
                     yield Comparison(provider, evaluate(rule, rows), expected, self._arithmetic)
 
-        if "dense" not in usable:
-            return
+        # The branches of this floor reach nothing but their own parameters.
+        nothing = KeptRows.from_mask(torch.zeros(self.batch, dtype=torch.bool)).to(device)
+        output = evaluate(RULES["beside"][0], rows)["output"]
+        stream = evaluate(naive, [nothing] * len(rows))["output"]
+        yield Comparison("beside", {"output": output}, {"output": stream}, self._arithmetic)
         shared = KeptRows.from_index(rows[0].index, self.batch, scale=1.0)
         # Rows outside are left out of the loss, so that the parameters' gradients come from the
         # kept rows alone.

@@ -24,7 +24,7 @@ from benchmarks.networks import (
     timm_model,
     torchvision_model,
 )
-from benchmarks.residuals import Rule, dense, dinov2, fused, naive, skipped
+from benchmarks.residuals import Rule, beside, dense, dinov2, fused, naive, skipped
 from benchmarks.workload import Comparison, Workload, gradients, seeded
 from sdkernels import DepthPlan, KeptRows
 
@@ -37,8 +37,8 @@ PROVIDERS: dict[str, tuple[Rule | None, bool]] = {
     "fused": (fused(sampler="fixed"), False),
     "fused-plan": (fused(), True),
     "fused-bernoulli": (fused(), False),
-    "dense": (dense, False),  # on a batch of only the kept rows
-    "undropped": (dense, False),  # on the whole batch
+    "beside": (beside, True),
+    "undropped": (dense, False),
     "skeleton": (skipped, False),
 }
 
@@ -47,10 +47,10 @@ PROVIDERS: dict[str, tuple[Rule | None, bool]] = {
 class ModelCase:
     """A model with the same drop rate in every branch.
 
-    ``dense`` is the model without drop path on a batch of only the kept rows: less than the floor
-    where stem and head run on the whole batch. The ideal is computed from ``undropped`` (no drop
-    path) and ``skeleton`` (no branches): what is not in a branch is paid for in full, a branch for
-    its kept rows.
+    The floor is ``beside``: the stream of all rows, and every branch for as many rows as it keeps.
+    The ideal is computed from ``undropped`` (no drop path) and ``skeleton`` (no branches): what is
+    not in a branch is paid for in full, a branch for its kept rows. It takes a branch's time for
+    proportional to its rows; the floor does not.
 
     Args:
         library: timm or torchvision.
@@ -70,7 +70,7 @@ class ModelCase:
 
     kind: ClassVar[str] = "model"
     baseline: ClassVar[str] = "naive"
-    floor: ClassVar[str | None] = "dense"
+    floor: ClassVar[str | None] = "beside"
 
     @property
     def name(self) -> str:
@@ -164,7 +164,6 @@ class ModelCase:
         own = self._with_drop_path(patched, device)
 
         def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
-            size = self.kept if name == "dense" else self.batch
             model: nn.Module = patched if own is None or rule is not None else own
             parameters = tuple(model.parameters())
             rows = plan if from_plan else [None]
@@ -172,10 +171,10 @@ class ModelCase:
             def forward() -> Tensor:
                 with self.autocast(device):
                     if rule is None and own is not None:
-                        logits = own(images[:size])
+                        logits = own(images)
                     else:
-                        logits = patched(images[:size], rule or naive, rows=rows)
-                    return F.cross_entropy(logits.float(), labels[:size])
+                        logits = patched(images, rule or naive, rows=rows)
+                    return F.cross_entropy(logits.float(), labels)
 
             def run() -> None:
                 torch.autograd.grad(forward(), parameters, allow_unused=name == "skeleton")
@@ -189,8 +188,9 @@ class ModelCase:
         library's own evaluation.
 
         In float64 and on a few images: what errors of rounding a net of fifty layers amplifies is
-        none of the provider's. ``dense`` and ``skeleton`` compute something else: ``dense`` is
-        compared with naive masking where all rows are kept, ``skeleton`` where none is.
+        none of the provider's. Three compute something else. ``undropped`` is compared with naive
+        masking where all rows are kept, ``skeleton`` where none is; and so is the output of
+        ``beside``, whose branches reach nothing but their own parameters.
         """
         convolutional = self.model.startswith(("convnext", "resnet"))
         image = 64 if convolutional else self.image  # the others are built for one size
@@ -213,10 +213,12 @@ class ModelCase:
         everything = KeptRows.from_mask(torch.ones(small.batch, dtype=torch.bool)).to(device)
         scaled = [KeptRows(everything.index, everything.slot, 1.0)] * patched.branches
         expected = evaluate(naive, scaled)
-        yield Comparison("dense", evaluate(dense, [None]), expected)
+        yield Comparison("undropped", evaluate(dense, [None]), expected)
         nothing = KeptRows.from_mask(torch.zeros(small.batch, dtype=torch.bool)).to(device)
         expected = evaluate(naive, [nothing] * patched.branches)
         yield Comparison("skeleton", evaluate(skipped, [None]), expected)
+        output = evaluate(beside, plan)["output"]
+        yield Comparison("beside", {"output": output}, {"output": expected["output"]})
 
         own = self.make().to(device).double().eval()
         patched.eval()

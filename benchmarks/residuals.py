@@ -158,6 +158,41 @@ def dense(
     return (x if residual is None else residual) + _run(x, branch, **given)
 
 
+class _Beside(torch.autograd.Function):
+    """A copy of the stream; what was computed beside it gets the gradient of its first rows."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, out: Tensor) -> Tensor:
+        ctx.k = len(out)
+        return stream.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad[: ctx.k]
+
+
+def beside(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    p: float,
+    *_: Any,
+    residual: Tensor | None = None,
+    rows: KeptRows,
+    **given: Any,
+) -> Tensor:
+    """The floor of a net whose stream holds all rows: the stream is passed on as a copy, and the
+    branch runs beside it, on as many rows as are kept.
+
+    These are the first ones, as views: nothing is gathered, added or merged with a gradient. What
+    the net computes is worth nothing.
+    """
+    if rows.k == 0:
+        return skipped(x, branch, p, residual=residual)
+    out = _run(x[: rows.k].detach().requires_grad_(), branch, **given)
+    stream: Tensor = _Beside.apply(x if residual is None else residual, out)
+    return stream
+
+
 def skipped(x: Tensor, branch: Callable[..., Tensor], p: float, *_: Any, **options: Any) -> Tensor:
     """No branch at all: what is left of a model is its stem, its shortcuts and its head.
 
@@ -217,4 +252,5 @@ RULES: dict[str, tuple[Rule, bool]] = {
     "fused-bernoulli": (fused(), True),
     "fused-auto": (fused(sampler="fixed", min_saving="auto"), True),
     "dense": (dense, False),
+    "beside": (beside, False),
 }

@@ -16,6 +16,7 @@ LAWS = {
     "dinov2": lambda keep: keep + 0.06,
     "dinov3": lambda keep: keep + 0.05,
     "dense": lambda keep: keep + 0.001,
+    "beside": lambda keep: keep + 0.005,
     "undropped": lambda keep: 1.0,
     "skeleton": lambda keep: 0.1,
     "whole": lambda keep: 1.01,

@@ -159,14 +159,17 @@ def test_targets_of_a_block():
         "naive": [[4.0]],
         "dinov2": [[1.9]],
         "dense": [[2.0]],
+        "beside": [[2.08]],
         "fused": [[2.1]],
         "fused-fixed": [[2.0]],
         "fused-auto": [[2.0]],
     }
-    described = {"keep": 0.5, "block": "vit-D8-N4"}
+    described = {"keep": 0.5, "block": "vit-D8-N4", "k": 2, "batch": 4}
     cases = figures.collect([record("block", turns, "naive", "dense", **described)])
-    met = {outcome.target: outcome.met for outcome in targets.outcomes(cases)}
-    assert met == {
+    outcomes = {outcome.target: outcome for outcome in targets.outcomes(cases)}
+    assert outcomes[targets.FLOOR].floor == pytest.approx(1.04)
+    assert outcomes[targets.SPEEDUP].floor == pytest.approx(2.0)
+    assert {target: outcome.met for target, outcome in outcomes.items()} == {
         targets.FLOOR: False,
         targets.SPEEDUP: False,
         targets.NEVER_SLOWER: True,
@@ -174,6 +177,33 @@ def test_targets_of_a_block():
         targets.MEMORY: None,
     }
     assert targets.outcomes([{"kind": "block", "name": "c", "keep": 0.5, "providers": {}}]) == []
+
+
+def test_targets_of_few_rows_go_by_the_rows_that_are_kept():
+    # Of one row, half are one.
+    turns = {name: [[1.0]] for name in ("naive", "dense", "fused")}
+    described = {"keep": 0.5, "block": "vit-D8-N4", "k": 1, "batch": 1}
+    cases = figures.collect([record("block", turns, "naive", "dense", **described)])
+    outcomes = {outcome.target: outcome for outcome in targets.outcomes(cases)}
+    assert outcomes[targets.SPEEDUP].bound == pytest.approx(0.97)
+    assert outcomes[targets.MEMORY].bound == pytest.approx(1.05)
+
+
+def test_targets_of_a_model():
+    turns = {
+        "naive": [[11.0]],
+        "undropped": [[10.0]],
+        "skeleton": [[2.0]],
+        "beside": [[6.1]],
+        "fused": [[6.25]],
+    }
+    cases = figures.collect([record("model", turns, "naive", "beside", k=2, batch=4)])
+    ideal, floor = targets.outcomes(cases)
+    assert (ideal.target, floor.target) == (targets.IDEAL, targets.MODEL_FLOOR)
+    assert not ideal.met
+    assert ideal.floor == pytest.approx(6 / 6.1)
+    assert floor.met
+    assert floor.measured == pytest.approx(6.25 / 6.1)
 
 
 # Presets

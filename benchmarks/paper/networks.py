@@ -10,14 +10,13 @@ convolutions have biases, which batch norm takes out again; ours have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.networks import torchvision_model
+from benchmarks.residuals import beside
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, linear_decay, reference, uniform
 
 IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton", "floor")
@@ -56,19 +55,6 @@ class Shortcut(nn.Module):
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, channels))
 
 
-class _Beside(torch.autograd.Function):
-    """The stream as it is; what was computed beside it gets the gradient of its first rows."""
-
-    @staticmethod
-    def forward(ctx: Any, stream: Tensor, beside: Tensor) -> Tensor:
-        ctx.k = len(beside)
-        return stream.view_as(stream)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad[: ctx.k]
-
-
 class Block(nn.Module):
     """``ReLU(shortcut(x) + b * f(x))``.
 
@@ -78,8 +64,9 @@ class Block(nn.Module):
         p: drop probability.
         mode, rescale: as in :class:`sdkernels.StochasticDepth`.
         implementation: "fused" computes f for the kept rows; "naive" for all rows, and multiplies
-            by a mask; "constant" never drops. Two are for timing only, and learn nothing: "skeleton"
-            leaves f out, and "floor" computes f beside the stream, for as many samples as are kept.
+            by a mask; "constant" never drops. Two are for timing only, and learn nothing:
+            "skeleton" leaves f out, "floor" computes f beside the stream, for as many samples as
+            are kept.
         projection: a 1x1 convolution for a shortcut that changes shape ("option B").
     """
 
@@ -122,14 +109,10 @@ class Block(nn.Module):
             return F.relu(shortcut + branch(x), inplace=True)
         if self.implementation == "skeleton":
             return F.relu(shortcut)
-        if self.implementation == "floor" and rows is not None:
-            if rows.k:
-                # Views of the first rows: nothing is gathered, added or merged with a gradient.
-                out = branch(x[: rows.k].detach().requires_grad_())
-                shortcut = _Beside.apply(shortcut, out)
-            return F.relu(shortcut)
         if self.implementation == "naive" and rows is not None:
             y = reference.naive_masking(x, branch, 0.0, residual=shortcut, rows=rows)
+        elif self.implementation == "floor" and rows is not None:
+            y = beside(x, branch, 0.0, residual=shortcut, rows=rows)
         else:
             # None where it is x itself: the op then adds the two gradients of x in one pass.
             residual = None if self.shortcut is None else shortcut

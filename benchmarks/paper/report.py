@@ -58,9 +58,9 @@ def _over_floor(row: Record) -> str:
 
 
 FLOOR_TEXT = (
-    "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A floor "
-    "is measured in the same run: the step without branches, and the branches beside it for as many "
-    "samples as were kept, with nothing gathered or added."
+    "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A "
+    "floor is measured in the same run: the step without branches, and the branches beside it for "
+    "as many samples as were kept, with nothing gathered or added."
 )
 
 
@@ -84,7 +84,8 @@ def _time_table(record: Record) -> str:
         for row in record["rows"]
     ]
     text = markdown_table(
-        ("variant", "median step", "of constant depth", "ideal", "over its floor", "the paper"), rows
+        ("variant", "median step", "of constant depth", "ideal", "over its floor", "the paper"),
+        rows,
     )
     depth = record["expected_depth"]
     return (

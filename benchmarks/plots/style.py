@@ -38,6 +38,7 @@ COLOURS = {
     "fused-triton": "#4b4b8f",
     "fused-traceable": "#8c564b",
     "dense": GREEN,
+    "beside": "#00543d",
     "plain": "#bbbbbb",
 }
 LABELS = {
@@ -51,6 +52,7 @@ LABELS = {
     "fused-plan": "sdkernels, rows from a plan",
     "fused-auto": 'sdkernels, min_saving="auto"',
     "dense": "dense on k samples (floor)",
+    "beside": "branches on k samples beside the stream (floor)",
     "eager": "sdkernels, not compiled",
     "dinov3-fullgraph": "DINOv3 style, one graph",
     "fused-fullgraph": "sdkernels, one graph",

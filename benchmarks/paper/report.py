@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.environment import environment_line
 from benchmarks.paper.timing import CONSTANT, FLOOR
@@ -279,12 +280,18 @@ def _curves(axes: Axes, rows: list[Record], factor: float) -> None:
     axes.legend(frameon=False)
 
 
+def _plain_percents(axes: Axes) -> None:
+    """1, 2, 5, 10 and so on: all the digits of a logarithmic axis would touch each other."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
 def _plot_error(record: Record) -> Figure:
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     _curves(axes, record["rows"], 100)
     axes.set(ylabel="test error (%)", yscale="log", title=record["title"])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    _plain_percents(axes)
     return figure
 
 
@@ -319,8 +326,7 @@ def _plot_decay(record: Record) -> Figure:
         title=record["title"],
         yscale="log",
     )
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    _plain_percents(axes)
     axes.legend(frameon=False)
     return figure
 

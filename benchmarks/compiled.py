@@ -60,7 +60,6 @@ def _dinov2(
     x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows, **options: Any
 ) -> Tensor:
     """DINOv2's flattened rows; as above, the scale is no ``alpha`` where it changes."""
-
     out = branch(options["norm"](x[rows.index])) * options["layer_scale"]
     out = out.to(x.dtype).flatten(1) * rows.scale
     return torch.index_add(x.flatten(1), 0, rows.index, out).view_as(x)

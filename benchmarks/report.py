@@ -201,14 +201,15 @@ def model_section(cases: list[Case]) -> Section:
     on_gpu = _clocks(cases)
 
     def row(case: Case, provider: str, f: dict[str, Any]) -> list[str]:
-        drops = provider not in ("undropped", "skeleton", "naive")
+        drops = provider not in ("undropped", "skeleton", "dense", "naive")
         return [
             seconds(f["median"]),
             *([seconds(f["device"]), seconds(f["host"])] if on_gpu else []),
             _spread(f["spread"]),
             _ratio(f.get("speedup")),
             _percent(f.get("of_ideal") if drops else None),
-            _ratio(f.get("over_floor") if drops else None),
+            # Runs of old had another floor.
+            _ratio(f.get("over_floor") if drops and case["floor"] == "beside" else None),
             _bytes(f["memory"]),
             _percent(f.get("memory_of_baseline")),
         ]
@@ -352,7 +353,8 @@ def reach_section(outcomes: list[Outcome]) -> Section:
     missing = sum(outcome.measured is None for outcome in outcomes)
     notes = [
         "Medians of this run; in brackets the smallest and largest ratio of a single repeat. "
-        "Floor's: the same figure for the floor itself, which no provider can be far ahead of."
+        "Floor's: the same figure for a floor, which no provider can be far ahead of: for dense on "
+        "k where naive is divided by it, else for the branches on k beside the stream."
     ]
     if missing:
         notes.append(f"Not measured, a provider was skipped: {missing} targets.")

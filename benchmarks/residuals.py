@@ -158,6 +158,19 @@ def dense(
     return (x if residual is None else residual) + _run(x, branch, **given)
 
 
+class _FirstRows(torch.autograd.Function):
+    """The first k rows of x, as a view. They take part in the graph, so that a branch computes the
+    gradient of its input as it must, and that gradient is then dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        return x[:k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class _Beside(torch.autograd.Function):
     """A copy of the stream; what was computed beside it gets the gradient of its first rows."""
 
@@ -183,12 +196,12 @@ def beside(
     """The floor of a net whose stream holds all rows: the stream is passed on as a copy, and the
     branch runs beside it, on as many rows as are kept.
 
-    These are the first ones, as views: nothing is gathered, added or merged with a gradient. What
-    the net computes is worth nothing.
+    These are the first ones, as views: nothing is gathered, added or merged with a gradient. A
+    branch without kept rows is left out. What the net computes is worth nothing.
     """
     if rows.k == 0:
         return skipped(x, branch, p, residual=residual)
-    out = _run(x[: rows.k].detach().requires_grad_(), branch, **given)
+    out = _run(_FirstRows.apply(x, rows.k), branch, **given)
     stream: Tensor = _Beside.apply(x if residual is None else residual, out)
     return stream
 

@@ -277,6 +277,14 @@ def test_compiled_providers_compute_the_same():
     assert correctness.check(case, CPU) > 0
 
 
+@pytest.mark.skipif(not networks.HAS_LIBRARIES, reason="blocks of timm and torchvision")
+@pytest.mark.parametrize("net", presets.TINY_NETS, ids=lambda net: net.family)
+def test_floor_beside_the_stream_computes_all_of_a_branch(net):
+    # As it is timed: where no gradient of the branch's input is asked for by name.
+    loads = blocks.BlockCase(net, 8, keep=0.5).workloads(CPU)
+    assert flops.count(loads["beside"].run) == flops.count(loads["fused"].run) > 0
+
+
 def wrong_scale(x, branch, p, *, norm, layer_scale, rows):
     out = layer_scale * branch(norm(x[rows.index]))
     return x.index_add(0, rows.index, out, alpha=1.01 * rows.scale)

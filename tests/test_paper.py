@@ -475,7 +475,6 @@ def test_floor_computes_the_branches_of_the_kept_samples_and_nothing_of_the_stre
 
     fused, _ = count("fused")
     floor, branches = count("floor")
-    # The gradient of the input of the first stage's branch is computed in both.
     assert floor == fused
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in branches)
     torch.manual_seed(0)

@@ -61,7 +61,8 @@ def _over_floor(row: Record) -> str:
 FLOOR_TEXT = (
     "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A "
     "floor is measured in the same run: the step without branches, and the branches beside it for "
-    "as many samples as were kept, with nothing gathered or added."
+    "as many samples as were kept, with nothing gathered or added; a branch of none is left out. "
+    "Over its floor: the median over the repeats, step by step with the same numbers of samples."
 )
 
 

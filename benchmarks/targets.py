@@ -58,11 +58,6 @@ def _ratio(case: dict[str, Any], numerator: str, denominator: str) -> tuple[Any,
     return a["median"] / b["median"], min(turns), max(turns)
 
 
-def _median_ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | None:
-    ratio: float | None = _ratio(case, numerator, denominator)[0]
-    return ratio
-
-
 def _figure(case: dict[str, Any], provider: str, key: str) -> Any:
     return case["providers"].get(provider, {}).get(key)
 
@@ -103,7 +98,7 @@ def _block(case: dict[str, Any]) -> list[Outcome]:
             True,
             "x",
             *_ratio(case, "fused", "dense"),
-            floor=_median_ratio(case, "beside", "dense"),
+            floor=_ratio(case, "beside", "dense")[0],
         ),
         Outcome(
             SPEEDUP,
@@ -112,7 +107,7 @@ def _block(case: dict[str, Any]) -> list[Outcome]:
             False,
             "x",
             *_ratio(case, "naive", "fused"),
-            floor=_median_ratio(case, "naive", "dense"),
+            floor=_ratio(case, "naive", "dense")[0],
         ),
         never,
         Outcome(DINO, name, 1.0, False, "x", *_ratio(case, "dinov2", "fused-fixed"), noise=True),

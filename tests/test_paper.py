@@ -19,6 +19,7 @@ import torch
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
+from benchmarks import flops  # noqa: E402
 from benchmarks.networks import HAS_LIBRARIES, seeded_module  # noqa: E402
 from benchmarks.paper import claims, data, networks, report, timing, training  # noqa: E402
 from benchmarks.paper.__main__ import main  # noqa: E402
@@ -459,29 +460,20 @@ def test_ideal_pays_in_full_for_what_is_around_the_blocks():
 
 
 def test_floor_computes_the_branches_of_the_kept_samples_and_nothing_of_the_stream():
-    from torch.utils.flop_counter import FlopCounterMode
-
     drop = networks.drop_probabilities("linear", 3, 0.5)
-    plan = DepthPlan.sample(8, drop, mode="row", rescale="eval")
+    generator = torch.Generator().manual_seed(0)
+    plan = DepthPlan.sample(8, drop, mode="row", rescale="eval", generator=generator)
+    assert all(0 < rows.k < 8 for rows in plan)
     images = torch.randn(8, 3, 32, 32)
-
-    def count(implementation):
-        net = networks.PaperResNet(1, drop, implementation=implementation)
-        with FlopCounterMode(display=False) as counter:
-            y = net(images, plan)
-            y.sum().backward()
-        branches = [p for block in net.blocks for p in block.residual.branch.parameters()]
-        return counter.get_total_flops(), branches
-
-    fused, _ = count("fused")
-    floor, branches = count("floor")
-    assert floor == fused
+    fused, floor, skeleton = (
+        seeded_module(lambda name=name: networks.PaperResNet(1, drop, implementation=name))
+        for name in ("fused", "floor", "skeleton")
+    )
+    needed = flops.count(lambda: fused(images, plan).sum().backward())
+    assert flops.count(lambda: floor(images, plan).sum().backward()) == needed
+    branches = [p for block in floor.blocks for p in block.residual.branch.parameters()]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in branches)
-    torch.manual_seed(0)
-    skeleton = networks.PaperResNet(1, drop, implementation="skeleton")
-    torch.manual_seed(0)
-    beside = networks.PaperResNet(1, drop, implementation="floor")
-    torch.testing.assert_close(beside(images, plan), skeleton(images), rtol=0, atol=0)
+    torch.testing.assert_close(floor(images, plan), skeleton(images), rtol=0, atol=0)
 
 
 def test_report_of_another_schema_is_refused(tmp_path, capsys):

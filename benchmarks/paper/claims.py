@@ -170,6 +170,23 @@ def _network(n: int, data: Data, drop: list[float], mode: str, implementation: s
     )
 
 
+def _timed(
+    n: int, data: Data, drop: list[float], mode: str, how: tuple[str, ...], law: str = ""
+) -> dict[str, Timed]:
+    """The networks of one law, by name; the fused one is set beside the floor."""
+    name = f"{law}per {'sample' if mode == 'row' else 'mini-batch'}"
+    return {
+        f"{name}, {implementation}": Timed(
+            _network(n, data, drop, mode, implementation),
+            drop,
+            mode,
+            masked=implementation == "naive",
+            floor=f"{name}, {FLOOR}" if implementation == "fused" else None,
+        )
+        for implementation in how
+    }
+
+
 def _batch(data: Data, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Training images, from the beginning again where there are fewer."""
     chosen = torch.arange(size) % len(data.train[1])
@@ -189,15 +206,8 @@ def time_saved(lab: Lab) -> Record:
     for p_last in (0.5, 0.2):
         drop = drop_probabilities("linear", 3 * n, p_last)
         for mode in ("row", "batch"):
-            name = f"p_L = {p_last:g}, per {'sample' if mode == 'row' else 'mini-batch'}"
-            for implementation in ("naive", "fused", FLOOR):
-                networks[f"{name}, {implementation}"] = Timed(
-                    _network(n, data, drop, mode, implementation),
-                    drop,
-                    mode,
-                    masked=implementation == "naive",
-                    floor=f"{name}, {FLOOR}" if implementation == "fused" else None,
-                )
+            how = ("naive", "fused", FLOOR)
+            networks |= _timed(n, data, drop, mode, how, f"p_L = {p_last:g}, ")
     samples = in_turns(networks, images, labels, effort.time_repeats)
     draws = 1000
     drop = drop_probabilities("linear", 3 * n, 0.5)
@@ -333,14 +343,8 @@ def deep(lab: Lab) -> Record:
         SKELETON: Timed(_network(n, data, [0.0] * 3 * n, "row", "skeleton"), []),
         CONSTANT: Timed(_network(n, data, [0.0] * 3 * n, "row", "constant"), []),
     }
-    for mode, name in (("row", "per sample"), ("batch", "per mini-batch")):
-        for implementation in ("fused", FLOOR):
-            networks[f"{name}, {implementation}"] = Timed(
-                _network(n, data, drop, mode, implementation),
-                drop,
-                mode,
-                floor=f"{name}, {FLOOR}" if implementation == "fused" else None,
-            )
+    for mode in ("row", "batch"):
+        networks |= _timed(n, data, drop, mode, ("fused", FLOOR))
     memory = {}
     for name, timed in networks.items():
         parameters = tuple(timed.model.to(device).train().parameters())

@@ -25,6 +25,9 @@ COLOURS = {
     "uniform": ORANGE,
 }
 
+# By the end of a variant's name; the op's own are blue.
+BARS = {CONSTANT: GREY, FLOOR: GREY, "naive": RED}
+
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table of strings.
@@ -223,12 +226,7 @@ def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
         [max(100 * (row["high"] - row["of_constant"]), 0) for row in rows],
     ]
     colours = [
-        GREY
-        if row["variant"].endswith((CONSTANT, FLOOR))
-        else RED
-        if "naive" in row["variant"]
-        else BLUE
-        for row in rows
+        next((c for end, c in BARS.items() if row["variant"].endswith(end)), BLUE) for row in rows
     ]
     bars = axes.barh(places, values, 0.62, color=colours, xerr=ranges, ecolor="#333333")
     axes.bar_label(bars, fmt="%.0f", padding=4, fontsize=9)

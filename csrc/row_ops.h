@@ -55,6 +55,11 @@ inline void check_kept_rows(const at::Tensor& x, const at::Tensor& index, const 
                     " kept rows of a batch of ", slot.size(0));
 }
 
+// Bytes that hold a bit for every element of one row.
+inline int64_t bytes_of_bits(const at::Tensor& x) {
+  return (c10::multiply_integers(x.sizes().slice(1)) + 7) / 8;
+}
+
 // `out` must hold the kept rows of something shaped like `residual`.
 inline void check_out(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index) {
   check_floating(residual, "residual");
@@ -135,6 +140,33 @@ inline void check_scatter_add_backward(const at::Tensor& grad, const std::option
                    out->scalar_type());
 }
 
+// `positive` holds a bit for every element of `grad`, counted in a format that grad can have.
+inline void check_scatter_add_relu_backward(const at::Tensor& grad, const at::Tensor& positive,
+                                            const at::Tensor& index, const at::Tensor& slot,
+                                            const std::optional<at::Tensor>& layer_scale,
+                                            const std::optional<at::Tensor>& row_weight,
+                                            at::ScalarType dtype, at::MemoryFormat format) {
+  check_rows_tensor(grad, "grad");
+  check_floating(grad, "grad");
+  check_kept_rows(grad, index, slot);
+  TORCH_CHECK_TYPE(is_supported(dtype), "dtype: expected a floating point type, got ", dtype);
+  if (layer_scale) check_layer_scale(*layer_scale, grad.sizes().slice(1), grad.device());
+  if (row_weight) check_row_weight(*row_weight, index);
+  check_same_device(positive, "positive", grad.device(), "grad");
+  TORCH_CHECK_TYPE(positive.scalar_type() == at::kByte, "positive: expected uint8, got ",
+                   positive.scalar_type());
+  const int64_t bytes = bytes_of_bits(grad);
+  TORCH_CHECK_VALUE(positive.dim() == 2 && positive.size(0) == grad.size(0) &&
+                        positive.size(1) == bytes && positive.is_contiguous(),
+                    "positive: expected a contiguous tensor of shape [", grad.size(0), ", ", bytes,
+                    "], one bit an element of grad, got shape ", positive.sizes());
+  const bool fits = format == at::MemoryFormat::Contiguous ||
+                    (format == at::MemoryFormat::ChannelsLast && grad.dim() == 4) ||
+                    (format == at::MemoryFormat::ChannelsLast3d && grad.dim() == 5);
+  TORCH_CHECK_VALUE(fits, "memory_format: ", format, " is none of a tensor of shape ",
+                    grad.sizes());
+}
+
 inline void check_norm(const at::Tensor& x, at::IntArrayRef normalized_shape,
                        const std::optional<at::Tensor>& weight,
                        const std::optional<at::Tensor>& bias) {
@@ -161,6 +193,15 @@ inline at::ScalarType acc_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The dtype of residual + layer_scale * out.
+inline at::ScalarType scatter_add_dtype(const at::Tensor& residual, const at::Tensor& out,
+                                        const std::optional<at::Tensor>& layer_scale) {
+  const auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  // As for any operand, one without dimensions is left out.
+  if (!layer_scale || layer_scale->dim() == 0) return dtype;
+  return c10::promoteTypes(dtype, layer_scale->scalar_type());
+}
+
 // A batch like `x` with `rows` rows: the order of x's strides is kept (channels_last stays so).
 inline at::Tensor empty_rows(const at::Tensor& x, int64_t rows, at::ScalarType dtype) {
   const auto options = x.options().dtype(dtype);
@@ -172,6 +213,19 @@ inline at::Tensor empty_rows(const at::Tensor& x, int64_t rows, at::ScalarType d
   // PyTorch's rule for the order of dimensions, asked without allocating anything.
   const at::Tensor like = at::empty_strided(sizes, x.strides(), options.device(at::kMeta));
   return at::empty_strided(sizes, at::empty_like(like).strides(), options);
+}
+
+// The format that x has; contiguous where it has none, of which a dense copy is made.
+inline at::MemoryFormat row_format(const at::Tensor& x) {
+  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
+  for (const auto format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d})
+    if (x.is_contiguous(format)) return format;
+  return at::MemoryFormat::Contiguous;
+}
+
+// Room for a bit for every element of y's rows.
+inline at::Tensor empty_bits(const at::Tensor& y) {
+  return at::empty({y.size(0), bytes_of_bits(y)}, y.options().dtype(at::kByte));
 }
 
 // How several tensors with the same row shape are walked together: `lines` runs of `len` elements,
@@ -253,6 +307,13 @@ inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> 
   return geometry;
 }
 
+// The layer scale written out for one row of y, in the type of the arithmetic.
+inline at::Tensor layer_scale_of_row(const at::Tensor& layer_scale, const at::Tensor& y,
+                                     at::ScalarType acc) {
+  const at::Tensor row = y.select(0, 0);
+  return at::empty_like(row, row.options().dtype(acc)).copy_(layer_scale.expand(row.sizes()));
+}
+
 // The layer scale in the type of the arithmetic, and the geometry that it shares with `tensors`.
 // A shape that two levels cannot express (say [C, 1, W]) is written out for one whole row, as is
 // one that is constant along lines shorter than `least_line`.
@@ -269,8 +330,7 @@ inline ScaledGeometry scaled_geometry(c10::ArrayRef<const at::Tensor*> tensors,
   const auto rows = row_geometry(tensors, &gamma);
   if (rows && (rows->lines == 1 || rows->layer_scale_element || rows->len >= least_line))
     return {rows, gamma};
-  const at::Tensor row = tensors[0]->select(0, 0);
-  gamma = at::empty_like(row, row.options().dtype(acc)).copy_(gamma.expand(row.sizes()));
+  gamma = layer_scale_of_row(gamma, *tensors[0], acc);
   return {row_geometry(tensors, &gamma), gamma};
 }
 

@@ -233,6 +233,40 @@ def _(
     )
 
 
+@torch.library.register_fake("sdkernels::scatter_add_relu_rows")
+def _(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = traceable.scatter_add_dtype(residual, out, layer_scale)
+    y = traceable.empty_rows(residual, residual.shape[0], dtype)
+    return y, traceable.empty_bits(y)
+
+
+@torch.library.register_fake("sdkernels::scatter_add_relu_rows_backward")
+def _(
+    grad: Tensor,
+    positive: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    wants_out: bool,
+) -> tuple[Tensor, Tensor]:
+    d_residual = torch.empty_like(grad, memory_format=memory_format)
+    if not wants_out:
+        return d_residual, grad.new_empty(0, dtype=dtype)
+    return d_residual, traceable.empty_rows(d_residual, index.shape[0], dtype)
+
+
 @torch.library.register_fake("sdkernels::compact_norm")
 def _(
     x: Tensor,

@@ -6,9 +6,11 @@ float32 (float64 for float64 data) with one rounding at the end, as in the kerne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -147,6 +149,78 @@ def scatter_add_rows_backward(
     return _in_order_of(out, d_out), d_layer_scale, d_row_weight
 
 
+def row_format(x: Tensor) -> torch.memory_format:
+    """The format that `x` has; contiguous where it has none (as in ``csrc/row_ops.h``)."""
+    if not x.is_contiguous():
+        for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+def empty_bits(x: Tensor) -> Tensor:
+    """Room for a bit for every element of the rows of `x`."""
+    return x.new_empty((x.shape[0], -(-math.prod(x.shape[1:]) // 8)), dtype=torch.uint8)
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """Bools [B, n] as bits: uint8 [B, ceil(n / 8)], the first in the lowest bit."""
+    batch, n = flags.shape
+    bytes_of_row = -(-n // 8)
+    padded = F.pad(flags, (0, 8 * bytes_of_row - n)).view(batch, bytes_of_row, 8)
+    value = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded * value).sum(2, dtype=torch.uint8)
+
+
+def _unpacked(bits: Tensor, n: int) -> Tensor:
+    """The inverse of _packed."""
+    value = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, :, None] & value).flatten(1)[:, :n] != 0
+
+
+def scatter_add_relu_rows(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    y = scatter_add_rows(residual, out, index, slot, layer_scale, row_weight, scale).relu_()
+    ordered = y if row_format(y) is torch.contiguous_format else y.movedim(1, -1)
+    passes = ~(ordered <= 0)  # the gradient of a NaN too, as in PyTorch
+    return y, _packed(passes.reshape(y.shape[0], math.prod(y.shape[1:])))
+
+
+def scatter_add_relu_rows_backward(
+    grad: Tensor,
+    positive: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    wants_out: bool,
+) -> tuple[Tensor, Tensor]:
+    passes = _unpacked(positive, math.prod(grad.shape[1:]))
+    if memory_format is torch.contiguous_format:
+        passes = passes.reshape(grad.shape)
+    else:
+        passes = passes.reshape(grad.movedim(1, -1).shape).movedim(-1, 1)
+    d_residual = torch.empty_like(grad, memory_format=memory_format)
+    d_residual.copy_(grad).masked_fill_(~passes, 0.0)
+    if not wants_out:
+        return d_residual, grad.new_empty(0, dtype=dtype)
+    acc = acc_type(grad.dtype, dtype)
+    d_out = _scaled(compact_rows(grad, index), layer_scale, row_weight, scale, acc).to(dtype)
+    # Masked last: an infinite factor must not make a zero NaN.
+    d_out = d_out.masked_fill(~passes.index_select(0, index), 0.0)
+    return d_residual, empty_rows(d_residual, index.shape[0], dtype).copy_(d_out)
+
+
 def compact_mask(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     slot = torch.where(mask, mask.cumsum(0) - 1, -1)
     if k is None:
@@ -244,6 +318,8 @@ OPS: dict[str, Callable[..., object]] = {
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,
+        scatter_add_relu_rows,
+        scatter_add_relu_rows_backward,
         compact_norm,
         compact_norm_backward,
         compact_mask,

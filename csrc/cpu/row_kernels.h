@@ -46,6 +46,35 @@ struct ScatterAddBackward {
   int64_t layer_scale_line, layer_scale_element;
 };
 
+// y = relu(residual), with scale * row_weight * layer_scale * out added to the kept rows before; and
+// a bit for every element of y, set where the ReLU passes its gradient. A row is one line.
+struct ScatterAddRelu {
+  void* y;            // contiguous
+  uint8_t* positive;  // [rows, ceil(len / 8)]
+  const void* residual;
+  const void* out;
+  const void* layer_scale;  // acc [len], or null
+  const void* row_weight;   // acc, one a kept row, or null
+  const int64_t* slot;
+  double scale;
+  int64_t len;
+  int64_t residual_row, out_row;  // strides
+};
+
+// d_residual = grad where `positive` has a bit, zero elsewhere, and d_out = scale * row_weight *
+// layer_scale * d_residual[kept] beside it. A row is one line, and all tensors are contiguous.
+struct ScatterAddReluBackward {
+  void* d_residual;
+  void* d_out;  // null where it is not wanted
+  const void* grad;
+  const uint8_t* positive;
+  const void* layer_scale;  // acc [len], or null
+  const void* row_weight;   // acc, or null
+  const int64_t* slot;
+  double scale;
+  int64_t len;
+};
+
 // normed = norm(x[kept]) over each line, and the kept rows of x beside it when `kept` is set.
 // mean is null for RMSNorm. normed and kept are contiguous.
 struct CompactNorm {
@@ -78,13 +107,19 @@ struct CompactNormBackward {
   Stride d_x_stride, d_stream_stride;
 };
 
-// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, and
-// lines of [rows, lines] in the norms. The sums belong to the calling thread alone; they are arrays
+// Elements that two bytes of bits belong to: threads share no byte.
+constexpr int64_t kBitsOfWord = 16;
+
+// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, words of
+// [rows, ceil(len / kBitsOfWord)] where there are bits, and lines of [rows, lines] in the norms. The sums belong to the calling thread alone; they are arrays
 // of acc, but row_weight_sum, of double, has one entry for each row that [begin, end) touches. One
 // that is not wanted is null.
 using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
 using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
                                           void* layer_scale_sum, double* row_weight_sum);
+using ScatterAddReluKernel = void (*)(const ScatterAddRelu&, int64_t begin, int64_t end);
+using ScatterAddReluBackwardKernel = void (*)(const ScatterAddReluBackward&, int64_t begin,
+                                              int64_t end);
 using CompactNormKernel = void (*)(const CompactNorm&, int64_t begin, int64_t end);
 using CompactNormBackwardKernel = void (*)(const CompactNormBackward&, int64_t begin, int64_t end,
                                            void* weight_sum, void* bias_sum);
@@ -94,6 +129,8 @@ struct Kernels {
   const char* capability;
   ScatterAddKernel (*scatter_add)(Dtype y, Dtype residual, Dtype out);
   ScatterAddBackwardKernel (*scatter_add_backward)(Dtype grad, Dtype out);
+  ScatterAddReluKernel (*scatter_add_relu)(Dtype y, Dtype residual, Dtype out);
+  ScatterAddReluBackwardKernel (*scatter_add_relu_backward)(Dtype grad, Dtype out);
   CompactNormKernel (*compact_norm)(Dtype x, Dtype normed);
   CompactNormBackwardKernel (*compact_norm_backward)(Dtype x, Dtype normed);
 };

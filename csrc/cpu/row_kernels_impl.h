@@ -79,6 +79,97 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
       });
 }
 
+// f(row, first, count) for the pieces of rows that belong to words [begin, end).
+template <class F>
+SDKERNELS_INLINE void for_words(int64_t len, int64_t begin, int64_t end, F f) {
+  const int64_t words = (len + kBitsOfWord - 1) / kBitsOfWord;
+  int64_t first = begin % words * kBitsOfWord;
+  for (int64_t row = begin / words; row * words < end; ++row, first = 0) {
+    const int64_t last = (end - row * words) * kBitsOfWord;
+    f(row, first, (last < len ? last : len) - first);
+  }
+}
+
+// The bits of the elements from `first` on.
+template <class Bits>
+SDKERNELS_INLINE Bits* bits_at(Bits* positive, int64_t len, int64_t row, int64_t first) {
+  return positive + row * ((len + 7) / 8) + first / 8;
+}
+
+template <class Y, class R, class O>
+void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
+  static_assert(kLanes == kBitsOfWord);
+  using A = Acc<Y>;
+  const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  const A* row_weight = static_cast<const A*>(p.row_weight);
+  for_words(p.len, begin, end, [&](int64_t row, int64_t first, int64_t count) {
+    const int64_t slot = p.slot[row];
+    Y* y = static_cast<Y*>(p.y) + row * p.len + first;
+    uint8_t* positive = bits_at(p.positive, p.len, row, first);
+    const R* residual = static_cast<const R*>(p.residual) + row * p.residual_row + first;
+    const auto finish = [&](int64_t c, const Vec<A>& sum, auto n) {
+      store(y + c, masked(sum, passes(sum)), n);
+      // Of what was stored: a positive sum may have been rounded to zero.
+      const uint16_t bits = bits_of(passes(load(y + c, n)));
+      __builtin_memcpy(positive + c / 8, &bits, n > 8 ? 2 : 1);
+    };
+    if (slot < 0) {
+      for_vectors(count, [&](int64_t c, auto n) { finish(c, load(residual + c, n), n); });
+      return;
+    }
+    const O* out = static_cast<const O*>(p.out) + slot * p.out_row + first;
+    const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
+    if (layer_scale) {
+      for_vectors(count, [&](int64_t c, auto n) {
+        const Vec<A> factor = scale * load(layer_scale + first + c, n);
+        finish(c, load(residual + c, n) + factor * load(out + c, n), n);
+      });
+    } else {
+      for_vectors(count, [&](int64_t c, auto n) {
+        finish(c, load(residual + c, n) + scale * load(out + c, n), n);
+      });
+    }
+  });
+}
+
+template <class G, class O>
+void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, int64_t end) {
+  using A = Acc<G>;
+  using T = std::conditional_t<sizeof(G) == 2, uint16_t,
+                               std::conditional_t<sizeof(G) == 4, uint32_t, uint64_t>>;
+  const A* layer_scale = static_cast<const A*>(p.layer_scale);
+  const A* row_weight = static_cast<const A*>(p.row_weight);
+  for_words(p.len, begin, end, [&](int64_t row, int64_t first, int64_t count) {
+    const G* grad = static_cast<const G*>(p.grad) + row * p.len + first;
+    G* d_residual = static_cast<G*>(p.d_residual) + row * p.len + first;
+    const uint8_t* positive = bits_at(p.positive, p.len, row, first);
+    // A copy of what passes, bit by bit; gives the mask of the lanes that do.
+    const auto pass = [&](int64_t c, auto n) {
+      uint16_t bits = 0;
+      __builtin_memcpy(&bits, positive + c / 8, n > 8 ? 2 : 1);
+      Words<T> words = {};
+      __builtin_memcpy(&words, grad + c, n * sizeof(T));
+      words &= mask_of<T>(bits);
+      __builtin_memcpy(d_residual + c, &words, n * sizeof(T));
+      return bits_as<Ints>(mask_of<uint32_t>(bits));
+    };
+    const int64_t slot = p.d_out ? p.slot[row] : -1;
+    if (slot < 0) {
+      for_vectors(count, [&](int64_t c, auto n) { pass(c, n); });
+      return;
+    }
+    O* d_out = static_cast<O*>(p.d_out) + slot * p.len + first;
+    const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
+    for_vectors(count, [&](int64_t c, auto n) {
+      const Ints mask = pass(c, n);
+      Vec<A> d = scale * load(grad + c, n);
+      if (layer_scale) d *= load(layer_scale + first + c, n);
+      // Masked last: an infinite factor must not make a zero NaN.
+      store(d_out + c, masked(d, mask), n);
+    });
+  });
+}
+
 // The sum of layer_scale * grad * out over elements that have a layer scale each, one for all of
 // them (stride 0), or none (null). Lanes are emptied into a double before float loses digits.
 template <class G, class O, class A>
@@ -270,6 +361,30 @@ ScatterAddKernel find_scatter_add(Dtype y, Dtype residual, Dtype out) {
   });
 }
 
+ScatterAddReluKernel find_scatter_add_relu(Dtype y, Dtype residual, Dtype out) {
+  if (y == Dtype::f64 || residual == Dtype::f64 || out == Dtype::f64)
+    return y == residual && y == out ? scatter_add_relu<double, double, double> : nullptr;
+  return with_dtype(residual, [&](auto* r) {
+    return with_dtype(out, [&](auto* o) -> ScatterAddReluKernel {
+      using R = std::remove_pointer_t<decltype(r)>;
+      using O = std::remove_pointer_t<decltype(o)>;
+      if (y == residual) return scatter_add_relu<R, R, O>;
+      return y == Dtype::f32 ? scatter_add_relu<float, R, O> : nullptr;
+    });
+  });
+}
+
+ScatterAddReluBackwardKernel find_scatter_add_relu_backward(Dtype grad, Dtype out) {
+  if (grad == Dtype::f64 || out == Dtype::f64)
+    return grad == out ? scatter_add_relu_backward<double, double> : nullptr;
+  return with_dtype(grad, [&](auto* g) {
+    return with_dtype(out, [&](auto* o) -> ScatterAddReluBackwardKernel {
+      return scatter_add_relu_backward<std::remove_pointer_t<decltype(g)>,
+                                       std::remove_pointer_t<decltype(o)>>;
+    });
+  });
+}
+
 ScatterAddBackwardKernel find_scatter_add_backward(Dtype grad, Dtype out) {
   if (grad == Dtype::f64 || out == Dtype::f64)
     return grad == out ? scatter_add_backward<double, double> : nullptr;
@@ -306,6 +421,6 @@ CompactNormBackwardKernel find_compact_norm_backward(Dtype x, Dtype normed) {
 
 extern const Kernels table;
 const Kernels table = {SDKERNELS_ISA_NAME, find_scatter_add, find_scatter_add_backward,
-                       find_compact_norm, find_compact_norm_backward};
+                       find_scatter_add_relu, find_scatter_add_relu_backward, find_compact_norm, find_compact_norm_backward};
 
 }  // namespace sdkernels::cpu::SDKERNELS_ISA

@@ -146,11 +146,7 @@ Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor&
                         const OptionalTensor& row_weight, double scale) {
   check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
   check_row_values(index, slot);
-  auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
-  if (layer_scale &&
-      layer_scale->dim() > 0)  // as for any operand, one without dimensions is left out
-    dtype = c10::promoteTypes(dtype, layer_scale->scalar_type());
-  Tensor y = empty_rows(residual, residual.size(0), dtype);
+  Tensor y = empty_rows(residual, residual.size(0), scatter_add_dtype(residual, out, layer_scale));
   if (y.numel() > 0)
     scatter_add_into(y, residual, out, index, slot, layer_scale, row_weight, scale,
                      /*inplace=*/false);
@@ -258,6 +254,103 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
   return {d_out, d_layer_scale, d_row_weight};
 }
 
+void scatter_add_relu_into(const Tensor& y, const Tensor& positive, const Tensor& residual,
+                           const Tensor& out, const Tensor& slot, const OptionalTensor& layer_scale,
+                           const OptionalTensor& row_weight, double scale) {
+  const auto acc = acc_type(y.scalar_type());
+  if (acc == at::kDouble && (residual.scalar_type() != acc || out.scalar_type() != acc)) {
+    scatter_add_relu_into(y, positive, residual.to(acc), out.to(acc), slot, layer_scale, row_weight,
+                          scale);
+    return;
+  }
+  const auto format = row_format(y);
+  if (!y.is_contiguous(format)) {
+    const Tensor dense = at::empty(y.sizes(), y.options());
+    scatter_add_relu_into(dense, positive, residual, out, slot, layer_scale, row_weight, scale);
+    y.copy_(dense);
+    return;
+  }
+  const Tensor& rows_of_out = out.numel() > 0 ? out : residual;
+  const auto geometry = row_geometry({&y, &residual, &rows_of_out});
+  if (!geometry || geometry->lines > 1) {
+    scatter_add_relu_into(y, positive, residual.contiguous(format), out.contiguous(format), slot,
+                          layer_scale, row_weight, scale);
+    return;
+  }
+  OptionalTensor gamma;
+  if (layer_scale) gamma = layer_scale_of_row(*layer_scale, y, acc);
+  const auto weight = weight_of_rows(row_weight, acc);
+  const auto kernel = kernels().scatter_add_relu(dtype_of(y), dtype_of(residual), dtype_of(out));
+  TORCH_INTERNAL_ASSERT(kernel);
+  ScatterAddRelu p{};
+  p.y = y.mutable_data_ptr();
+  p.positive = positive.mutable_data_ptr<uint8_t>();
+  p.residual = residual.const_data_ptr();
+  p.out = out.const_data_ptr();
+  p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.row_weight = weight ? weight->const_data_ptr() : nullptr;
+  p.slot = slot.const_data_ptr<int64_t>();
+  p.scale = scale;
+  p.len = geometry->len;
+  p.residual_row = geometry->strides[1].row;
+  p.out_row = geometry->strides[2].row;
+  at::parallel_for(0, y.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
+                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> scatter_add_relu_rows(const Tensor& residual, const Tensor& out,
+                                                 const Tensor& index, const Tensor& slot,
+                                                 const OptionalTensor& layer_scale,
+                                                 const OptionalTensor& row_weight, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
+  check_row_values(index, slot);
+  Tensor y = empty_rows(residual, residual.size(0), scatter_add_dtype(residual, out, layer_scale));
+  Tensor positive = empty_bits(y);
+  if (y.numel() > 0)
+    scatter_add_relu_into(y, positive, residual, out, slot, layer_scale, row_weight, scale);
+  return {y, positive};
+}
+
+// wants_out: whether d_out is wanted; an empty tensor takes its place where it is not.
+std::tuple<Tensor, Tensor> scatter_add_relu_rows_backward(
+    const Tensor& grad, const Tensor& positive, const Tensor& index, const Tensor& slot,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, at::MemoryFormat format, bool wants_out) {
+  check_scatter_add_relu_backward(grad, positive, index, slot, layer_scale, row_weight, dtype,
+                                  format);
+  check_row_values(index, slot);
+  const auto acc =
+      grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
+  if (wants_out && acc == at::kDouble && (grad.scalar_type() != acc || dtype != acc)) {
+    auto [d_residual, d_out] = scatter_add_relu_rows_backward(
+        grad.to(acc), positive, index, slot, layer_scale, row_weight, scale, acc, format, true);
+    return {d_residual.to(grad.scalar_type()), d_out.to(dtype)};
+  }
+  Tensor d_residual = at::empty(grad.sizes(), grad.options().memory_format(format));
+  Tensor d_out = wants_out ? empty_rows(d_residual, index.size(0), dtype)
+                           : at::empty({0}, grad.options().dtype(dtype));
+  if (grad.numel() == 0) return {d_residual, d_out};
+  const Tensor dense = grad.contiguous(format);
+  OptionalTensor gamma;
+  if (wants_out && layer_scale) gamma = layer_scale_of_row(*layer_scale, d_residual, acc);
+  const auto weight = weight_of_rows(row_weight, acc);
+  const auto kernel = kernels().scatter_add_relu_backward(dtype_of(grad), dtype_of(wants_out ? d_out : grad));
+  TORCH_INTERNAL_ASSERT(kernel);
+  ScatterAddReluBackward p{};
+  p.d_residual = d_residual.mutable_data_ptr();
+  p.d_out = wants_out ? d_out.mutable_data_ptr() : nullptr;
+  p.grad = dense.const_data_ptr();
+  p.positive = positive.const_data_ptr<uint8_t>();
+  p.layer_scale = gamma ? gamma->const_data_ptr() : nullptr;
+  p.row_weight = weight ? weight->const_data_ptr() : nullptr;
+  p.slot = slot.const_data_ptr<int64_t>();
+  p.scale = scale;
+  p.len = grad.numel() / grad.size(0);
+  at::parallel_for(0, grad.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
+                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {d_residual, d_out};
+}
+
 std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_t> k) {
   check_mask(mask, k);
   const Tensor dense = mask.contiguous();
@@ -285,6 +378,8 @@ TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("scatter_add_relu_rows", scatter_add_relu_rows);
+  m.impl("scatter_add_relu_rows_backward", scatter_add_relu_rows_backward);
   m.impl("compact_mask", compact_mask);
 }
 

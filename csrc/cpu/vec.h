@@ -152,6 +152,44 @@ SDKERNELS_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
+// A bit for each lane, of a mask that is -1 or 0 in every lane; and such a mask of bits.
+SDKERNELS_INLINE uint16_t bits_of(Ints mask) {
+#if defined(SDKERNELS_AVX512)
+  return _mm512_movepi32_mask(bits_as<__m512i>(mask));
+#elif defined(SDKERNELS_AVX2)
+  __m256 parts[2];
+  __builtin_memcpy(parts, &mask, sizeof(mask));
+  return _mm256_movemask_ps(parts[0]) | _mm256_movemask_ps(parts[1]) << 8;
+#else
+  uint16_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) bits |= (mask[lane] & 1) << lane;
+  return bits;
+#endif
+}
+template <class T>
+struct WordsOf {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <class T>  // an integer
+using Words = typename WordsOf<T>::type;
+template <class T>
+SDKERNELS_INLINE Words<T> mask_of(uint16_t bits) {
+  const Words<T> kBit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                             1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  return bits_as<Words<T>>(((Words<T>{} + T(bits)) & kBit) != 0);
+}
+
+// What a ReLU lets pass: positive numbers, and NaN.
+SDKERNELS_INLINE Ints passes(const Floats& v) { return ~(v <= 0); }
+SDKERNELS_INLINE Ints passes(const Doubles& v) { return __builtin_convertvector(~(v <= 0), Ints); }
+SDKERNELS_INLINE Floats masked(const Floats& v, Ints mask) {
+  return bits_as<Floats>(bits_as<Ints>(v) & mask);
+}
+SDKERNELS_INLINE Doubles masked(const Doubles& v, Ints mask) {
+  using Longs = Words<int64_t>;
+  return bits_as<Doubles>(bits_as<Longs>(v) & __builtin_convertvector(mask, Longs));
+}
+
 // One order of addition for every instruction set: a tree over the lanes.
 template <class A, class V>
 SDKERNELS_INLINE A sum(const V& v) {

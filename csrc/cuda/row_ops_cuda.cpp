@@ -122,11 +122,7 @@ Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor&
                         const Tensor& slot, const OptionalTensor& layer_scale,
                         const OptionalTensor& row_weight, double scale) {
   check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
-  auto dtype = c10::promoteTypes(residual.scalar_type(), out.scalar_type());
-  if (layer_scale &&
-      layer_scale->dim() > 0)  // as for any operand, one without dimensions is left out
-    dtype = c10::promoteTypes(dtype, layer_scale->scalar_type());
-  Tensor y = empty_rows(residual, residual.size(0), dtype);
+  Tensor y = empty_rows(residual, residual.size(0), scatter_add_dtype(residual, out, layer_scale));
   if (y.numel() > 0)
     scatter_add_into(y, residual, out, index, slot, layer_scale, row_weight, scale,
                      /*inplace=*/false);

@@ -72,6 +72,33 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_backward_op(
   return op.call(grad, out, index, layer_scale, row_weight, scale, dtype, wanted);
 }
 
+std::tuple<Tensor, Tensor> scatter_add_relu_op(const Tensor& residual, const Tensor& out,
+                                               const Tensor& index, const Tensor& slot,
+                                               const OptionalTensor& layer_scale,
+                                               const OptionalTensor& row_weight, double scale) {
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const OptionalTensor&, const OptionalTensor&, double)>(
+          "sdkernels::scatter_add_relu_rows");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
+}
+
+std::tuple<Tensor, Tensor> scatter_add_relu_backward_op(const Tensor& grad, const Tensor& positive,
+                                                        const Tensor& index, const Tensor& slot,
+                                                        const OptionalTensor& layer_scale,
+                                                        const OptionalTensor& row_weight,
+                                                        double scale, at::ScalarType dtype,
+                                                        at::MemoryFormat format, bool wants_out) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+      const OptionalTensor&, double, at::ScalarType, at::MemoryFormat, bool)>(
+      "sdkernels::scatter_add_relu_rows_backward");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(grad, positive, index, slot, layer_scale, row_weight, scale, dtype, format,
+                 wants_out);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(const Tensor& x, const Tensor& index,
                                                            at::IntArrayRef normalized_shape,
                                                            const OptionalTensor& weight,
@@ -120,9 +147,10 @@ Tensor pass_through(AutogradContext* ctx, const Tensor& x, Stream stream) {
 
 struct CompactRows : torch::autograd::Function<CompactRows> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& index,
-                               const Tensor& slot, Stream stream) {
+                               const Tensor& slot, Stream stream, bool relu) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({index, slot});
+    ctx->saved_data["relu"] = relu;
     Tensor kept = compact_op(x, index);
     if (stream == Stream::kNone) return {std::move(kept)};
     return {std::move(kept), pass_through(ctx, x, stream)};
@@ -149,37 +177,64 @@ struct ExpandRows : torch::autograd::Function<ExpandRows> {
 // The ops as a backward calls them: nodes of their own in a double backward only.
 Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
   if (!at::GradMode::is_enabled()) return compact_op(x, index);
-  return CompactRows::apply(x, index, slot, Stream::kNone)[0];
+  return CompactRows::apply(x, index, slot, Stream::kNone, false)[0];
 }
+
+// The gradient that a ReLU passes, from the bits of its result; it is its own derivative.
+struct PassRelu : torch::autograd::Function<PassRelu> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& positive,
+                        const Tensor& index, const Tensor& slot, at::MemoryFormat format) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({positive, index, slot});
+    ctx->saved_data["format"] = static_cast<int64_t>(format);
+    return std::get<0>(scatter_add_relu_backward_op(grad, positive, index, slot, {}, {}, 1.0,
+                                                    grad.scalar_type(), format, false));
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(5);
+    const auto saved = ctx->get_saved_variables();
+    const auto format = static_cast<at::MemoryFormat>(ctx->saved_data["format"].toInt());
+    return {PassRelu::apply(grads[0], saved[0], saved[1], saved[2], format), {}, {}, {}, {}};
+  }
+};
+
+enum class Sum { kPlain, kRelu, kInplace };
 
 struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& residual, const Tensor& out,
                         const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
-                        const Tensor& index, const Tensor& slot, double scale, bool inplace) {
+                        const Tensor& index, const Tensor& slot, double scale, Sum sum) {
     ctx->set_materialize_grads(false);
+    Tensor y = residual, positive;
+    if (sum == Sum::kPlain) {
+      y = scatter_add_op(residual, out, index, slot, layer_scale, row_weight, scale);
+    } else if (sum == Sum::kRelu) {
+      std::tie(y, positive) =
+          scatter_add_relu_op(residual, out, index, slot, layer_scale, row_weight, scale);
+      ctx->saved_data["format"] = static_cast<int64_t>(row_format(y));
+    } else {
+      scatter_add_op_(residual, out, index, slot, layer_scale, row_weight, scale);
+      ctx->mark_dirty({residual});
+    }
     // Only the gradients of layer_scale and row_weight need the branch's output.
     const bool needs_out = (layer_scale && layer_scale->requires_grad()) ||
                            (row_weight && row_weight->requires_grad());
     ctx->save_for_backward({index, slot, layer_scale.value_or(Tensor()),
-                            row_weight.value_or(Tensor()), needs_out ? out : Tensor()});
+                            row_weight.value_or(Tensor()), needs_out ? out : Tensor(), positive});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["dtype"] = static_cast<int64_t>(out.scalar_type());
-    if (!inplace) return scatter_add_op(residual, out, index, slot, layer_scale, row_weight, scale);
-    scatter_add_op_(residual, out, index, slot, layer_scale, row_weight, scale);
-    ctx->mark_dirty({residual});
-    return residual;
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Tensor& grad = grads[0];
+    Tensor grad = grads[0];
     variable_list result(8);
     if (!grad.defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &index = saved[0], &slot = saved[1], &layer_scale = saved[2],
-                 &row_weight = saved[3], &out = saved[4];
+                 &row_weight = saved[3], &out = saved[4], &positive = saved[5];
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
-    result[0] = grad;
     const bool needs_out = ctx->needs_input_grad(1);
     // Inputs that are not there have no edge: needs_input_grad counts on.
     const bool has_layer_scale = layer_scale.defined();
@@ -187,6 +242,18 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
         has_layer_scale && ctx->needs_input_grad(2),
         row_weight.defined() && ctx->needs_input_grad(has_layer_scale ? 3 : 2)};
     const bool wants_sum = wanted[0] || wanted[1];
+    if (positive.defined()) {
+      const auto format = static_cast<at::MemoryFormat>(ctx->saved_data["format"].toInt());
+      if (!at::GradMode::is_enabled() && !wants_sum) {
+        std::tie(result[0], result[1]) =
+            scatter_add_relu_backward_op(grad, positive, index, slot, optional(layer_scale),
+                                         optional(row_weight), scale, dtype, format, needs_out);
+        if (!needs_out) result[1] = Tensor();
+        return result;
+      }
+      grad = PassRelu::apply(grad, positive, index, slot, format);
+    }
+    result[0] = grad;
     if (!needs_out && !wants_sum) return result;
     if (!at::GradMode::is_enabled()) {
       auto [d_out, d_layer_scale, d_row_weight] = scatter_add_backward_op(
@@ -218,22 +285,28 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
 };
 
 // The gradient of x from those of its kept rows and of x passed through, either of which may be
-// missing.
+// missing. The second may be written to if `owned`.
 Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tensor& index,
-                       const Tensor& slot) {
+                       const Tensor& slot, bool owned) {
   if (!d_kept.defined()) return d_stream;
   const bool differentiable = at::GradMode::is_enabled();
   if (!d_stream.defined())
     return differentiable ? ExpandRows::apply(d_kept, index, slot) : expand_op(d_kept, index, slot);
-  return differentiable ? ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(),
-                                                OptionalTensor(), index, slot, 1.0, false)
-                        : scatter_add_op(d_stream, d_kept, index, slot, {}, {}, 1.0);
+  if (differentiable)
+    return ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), OptionalTensor(), index, slot,
+                                 1.0, Sum::kPlain);
+  if (!owned) return scatter_add_op(d_stream, d_kept, index, slot, {}, {}, 1.0);
+  scatter_add_op_(d_stream, d_kept, index, slot, {}, {}, 1.0);
+  return d_stream;
 }
 
 variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
   const auto saved = ctx->get_saved_variables();
   const Tensor d_stream = grads.size() > 1 ? grads[1] : Tensor();
-  return {merge_gradients(grads[0], d_stream, saved[0], saved[1]), {}, {}, {}};
+  // The stream goes into one scatter-add, and to nothing else. With a ReLU its backward has made
+  // the gradient that comes from there: no one but this node holds it.
+  const bool owned = ctx->saved_data["relu"].toBool();
+  return {merge_gradients(grads[0], d_stream, saved[0], saved[1], owned), {}, {}, {}, {}};
 }
 
 struct CompactNorm : torch::autograd::Function<CompactNorm> {
@@ -304,7 +377,7 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
       if (bias_type >= 0)
         result[2] = d.sum_to_size(shape).to(static_cast<at::ScalarType>(bias_type));
     }
-    result[0] = merge_gradients(d_kept, d_stream, index, slot);
+    result[0] = merge_gradients(d_kept, d_stream, index, slot, /*owned=*/false);
     return result;
   }
 };
@@ -340,12 +413,13 @@ void check_inplace(const Tensor& x, bool any_requires_grad) {
 void check_inplace(const Tensor& x) { check_inplace(x, x.requires_grad()); }
 
 std::tuple<Tensor, Tensor> compact(const Tensor& x, const Tensor& index, const Tensor& slot,
-                                   bool with_stream, bool inplace) {
+                                   bool with_stream, bool inplace, bool relu) {
   refuse_functorch();
   check_rows_tensor(x, "x");
   check_kept_rows(x, index, slot);
   const Stream stream = stream_of(x, with_stream, inplace);
-  auto outputs = CompactRows::apply(x, index, slot, stream);
+  // In place, the ReLU is an operation of its own behind the sum.
+  auto outputs = CompactRows::apply(x, index, slot, stream, relu && !inplace);
   return {outputs[0], stream == Stream::kNone ? x : outputs[1]};
 }
 
@@ -367,16 +441,18 @@ std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, co
 
 Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& index,
                    const Tensor& slot, const OptionalTensor& layer_scale,
-                   const OptionalTensor& row_weight, double scale, bool inplace) {
+                   const OptionalTensor& row_weight, double scale, bool inplace, bool relu) {
   refuse_functorch();
   check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
   if (!inplace)
-    return ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, false);
+    return ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale,
+                                 relu ? Sum::kRelu : Sum::kPlain);
   check_inplace(residual, residual.requires_grad() || out.requires_grad() ||
                               requires_grad(layer_scale) || requires_grad(row_weight));
   // Without grad mode the result is an alias; the caller gets its own tensor back all the same.
-  ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, true);
-  return residual;
+  ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, Sum::kInplace);
+  Tensor y = residual;
+  return relu ? y.relu_() : y;
 }
 
 }  // namespace sdkernels

@@ -9,9 +9,11 @@
 namespace sdkernels {
 
 // The kept rows of x, and x; with_stream, x passed through the same node: add the branch's output
-// to that (in place, if `inplace`), so that both gradients of x meet in one pass.
+// to that (in place, if `inplace`; with a ReLU, if `relu`), so that both gradients of x meet in one
+// pass.
 std::tuple<at::Tensor, at::Tensor> compact(const at::Tensor& x, const at::Tensor& index,
-                                           const at::Tensor& slot, bool with_stream, bool inplace);
+                                           const at::Tensor& slot, bool with_stream, bool inplace,
+                                           bool relu);
 
 // The same with the norm of the kept rows, written in `dtype`.
 std::tuple<at::Tensor, at::Tensor> compact_norm(const at::Tensor& x, const at::Tensor& index,
@@ -22,10 +24,12 @@ std::tuple<at::Tensor, at::Tensor> compact_norm(const at::Tensor& x, const at::T
                                                 bool rms, at::ScalarType dtype, bool with_stream,
                                                 bool inplace);
 
-// residual, with scale * row_weight * layer_scale * out added to the kept rows.
+// residual, with scale * row_weight * layer_scale * out added to the kept rows; the ReLU of that,
+// if `relu`.
 at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index,
                        const at::Tensor& slot, const std::optional<at::Tensor>& layer_scale,
-                       const std::optional<at::Tensor>& row_weight, double scale, bool inplace);
+                       const std::optional<at::Tensor>& row_weight, double scale, bool inplace,
+                       bool relu);
 
 // Raises what PyTorch raises where x must not be written in place.
 void check_inplace(const at::Tensor& x);

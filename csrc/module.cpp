@@ -49,9 +49,9 @@ TORCH_LIBRARY(sdkernels, m) {
       "scatter_add_rows_backward(Tensor grad, Tensor? out, Tensor index, Tensor? layer_scale, "
       "Tensor? row_weight, float scale, ScalarType dtype, bool[2] wanted) "
       "-> (Tensor d_out, Tensor d_layer_scale, Tensor d_row_weight)");
-  // `positive` has a bit for every element of y, set where the ReLU passes the gradient (also that of
-  // a NaN): uint8 [B, ceil(elements of a row / 8)], element e at bit e % 8 of byte e / 8, counted in
-  // y's memory format (that of row_format()); bits past the last element are zero.
+  // `positive` has a bit for every element of y, set where the ReLU passes the gradient (also that
+  // of a NaN): uint8 [B, ceil(elements of a row / 8)], element e at bit e % 8 of byte e / 8,
+  // counted in y's memory format (that of row_format()); bits past the last element are zero.
   m.def(
       "scatter_add_relu_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, "
       "Tensor? layer_scale, Tensor? row_weight, float scale) -> (Tensor y, Tensor positive)");

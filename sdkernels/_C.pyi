@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 def compact(
-    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool
+    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]: ...
 def compact_norm(
     x: Tensor,
@@ -28,6 +28,7 @@ def scatter_add(
     row_weight: Tensor | None,
     scale: float,
     inplace: bool,
+    relu: bool,
 ) -> Tensor: ...
 def check_inplace(x: Tensor) -> None: ...
 def check_scatter_add(

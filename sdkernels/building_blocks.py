@@ -41,7 +41,7 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
     """
     _check_batched(x)
     check_rows(rows, x)
-    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False)[0]
+    kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False, False)[0]
     return kept
 
 
@@ -122,6 +122,7 @@ def scatter_add_rows(
     layer_scale: Tensor | None = None,
     *,
     inplace: bool = False,
+    activation: str | None = None,
 ) -> Tensor:
     """Add a branch's output to the kept rows.
 
@@ -129,19 +130,24 @@ def scatter_add_rows(
     the arithmetic in float32, one rounding, and the dtype of ``x + layer_scale * out``. Where the
     rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
 
+    With ``activation="relu"`` the result is the ReLU of that sum, in the same pass; a bit for each
+    element is kept for the backward, not the result.
+
     Args:
         x: [B, ...], floating point: the stream.
         out: [k, ...], floating point: the branch's output, one row for each kept row.
         rows: the kept rows, of a batch of B rows.
         layer_scale: anything that broadcasts against one row of `out`.
         inplace: write into `x`, and return it.
+        activation: "relu", or None for the sum itself.
 
     Returns:
-        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit.
-        Differentiable (twice).
+        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit (their
+        ReLU with an activation). Differentiable (twice).
 
     Raises:
-        TypeError, ValueError: rows, `out` or `layer_scale` do not fit `x`.
+        TypeError, ValueError: rows, `out` or `layer_scale` do not fit `x`, or an activation that
+            is not known.
         RuntimeError: in place where PyTorch forbids it (a leaf that requires grad).
 
     Example:
@@ -149,19 +155,25 @@ def scatter_add_rows(
         >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
         tensor([3., 1., 5.])
     """
+    check_activation(activation)
     check_input(x)
     check_rows(rows, x)
     check_tensor(out, "out")
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
-    return scatter_add(x, out, rows, layer_scale, inplace)
+    return scatter_add(x, out, rows, layer_scale, inplace, activation == "relu")
 
 
 def scatter_add(
-    stream: Tensor, out: Tensor, rows: KeptRows, layer_scale: Tensor | None, inplace: bool
+    stream: Tensor,
+    out: Tensor,
+    rows: KeptRows,
+    layer_scale: Tensor | None,
+    inplace: bool,
+    relu: bool,
 ) -> Tensor:
     y: Tensor = kernels().scatter_add(
-        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace
+        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
     )
     return y
 
@@ -193,6 +205,11 @@ def compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
     return opened
+
+
+def check_activation(activation: object) -> None:
+    if activation is not None and activation != "relu":
+        raise ValueError(f"activation: expected 'relu' or None, got {activation!r}")
 
 
 def check_tensor(value: object, name: str) -> None:

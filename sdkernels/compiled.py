@@ -66,7 +66,7 @@ class _AddRows(torch.autograd.Function):
 
 
 def compact(
-    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool
+    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
     # The gradient of x has two sources, the kept rows and the stream; in a graph their sum fuses.
     return _Compact.apply(x, index, slot), x
@@ -107,6 +107,7 @@ def scatter_add(
     row_weight: Tensor | None,
     scale: float,
     inplace: bool,
+    relu: bool,
 ) -> Tensor:
     check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
     dtype = scatter_add_dtype(residual, out, layer_scale)
@@ -117,6 +118,8 @@ def scatter_add(
     if row_weight is not None:
         scaled = scaled * _per_row(row_weight.to(acc), out.dim())
     y = _AddRows.apply(residual.to(acc), scaled, index, slot)
+    if relu:
+        y = torch.relu(y)
     return residual.copy_(y) if inplace else y.to(dtype)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.break_even import break_even, check_min_saving
 from sdkernels.building_blocks import (
+    check_activation,
     check_input,
     check_rows,
     check_tensor,
@@ -77,6 +78,7 @@ def _open_branch(
     norm: nn.LayerNorm | nn.RMSNorm | None,
     residual: Tensor | None,
     inplace: bool,
+    relu: bool,
     whole: bool,
 ) -> tuple[Tensor, Tensor]:
     """The branch's input, and what its output is added to: by default x, through the same node."""
@@ -85,9 +87,9 @@ def _open_branch(
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
-        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace, relu)
     elif not _is_plain(norm):
-        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace)
+        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace, relu)
         kept = norm(kept)
     else:
         rms = isinstance(norm, nn.RMSNorm)
@@ -119,7 +121,7 @@ def _kept_output(
     _check_dense(base, out, layer_scale)
     if rows.k == rows.batch:
         return out  # type: ignore[no-any-return]
-    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False)[0]
+    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False, False)[0]
     return kept
 
 
@@ -138,7 +140,7 @@ def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
                 f"args: expected tensors of the batch on {rows.index.device}, got one on "
                 f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
             )
-        return kernels().compact(arg, rows.index, rows.slot, False, False)[0]
+        return kernels().compact(arg, rows.index, rows.slot, False, False, False)[0]
     if isinstance(arg, (list, tuple)):
         entries = [_branch_arg(entry, rows) for entry in arg]
         # A named tuple takes its fields one by one.
@@ -165,13 +167,26 @@ def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None
 
 
 def _add_dense(
-    residual: Tensor, out: Tensor, layer_scale: Tensor | None, factor: float, inplace: bool
+    residual: Tensor,
+    out: Tensor,
+    layer_scale: Tensor | None,
+    factor: float,
+    inplace: bool,
+    relu: bool,
 ) -> Tensor:
     if layer_scale is not None:
         out = out * layer_scale
     if factor != 1.0:
         out = out * factor
-    return residual.add_(out) if inplace else residual + out
+    total = residual.add_(out) if inplace else residual + out
+    return total.relu_() if relu else total
+
+
+def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
+    """The result where nothing is added."""
+    if not relu:
+        return residual
+    return residual.relu_() if inplace else residual.relu()
 
 
 def _check_branch_output(out: object) -> None:
@@ -208,6 +223,7 @@ def fused_stochastic_depth(
     empty: str = "run",
     inplace: bool = False,
     min_saving: float | str = 0.0,
+    activation: str | None = None,
 ) -> Any:
     """Stochastic depth that runs the residual branch on the kept rows only.
 
@@ -264,10 +280,13 @@ def fused_stochastic_depth(
             (``python -m sdkernels.info`` shows it; ``SDKERNELS_MIN_SAVING`` sets it; 0 on devices
             where it was not measured). For a list `x`, each tensor is decided on by itself. Has no
             effect together with `inplace`, and in compiled code. Default: 0, always compact.
+        activation: "relu" applies a ReLU to the sum, as the blocks of a ResNet do: in the pass that
+            adds, which keeps one bit an element for the backward instead of the result. (In place
+            the ReLU is an operation of its own.) Default: none.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.
-        Dropped rows are those of `residual` to the last bit.
+        Dropped rows are those of `residual` to the last bit (with an activation, their ReLU).
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -296,6 +315,7 @@ def fused_stochastic_depth(
     check_law(mode, sampler, rescale)
     check_choice("empty", empty, EMPTY)
     check_norm(norm)
+    check_activation(activation)
     if not isinstance(args, (list, tuple)):
         raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
     if layer_scale is not None:
@@ -305,6 +325,7 @@ def fused_stochastic_depth(
     if min_saving != 0.0:
         min_saving = check_min_saving(min_saving)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
+    relu = activation is not None
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
 
@@ -323,6 +344,7 @@ def fused_stochastic_depth(
             empty,
             inplace,
             min_saving,
+            relu,
         )
     if TYPE_CHECKING:  # a list of tensors has gone its own way
         assert isinstance(x, Tensor)
@@ -337,19 +359,19 @@ def fused_stochastic_depth(
     if dense:
         out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
         _check_dense(base, out, layer_scale)
-        return _add_dense(base, out, layer_scale, factor, inplace)
+        return _add_dense(base, out, layer_scale, factor, inplace, relu)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
         check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
-        return base
+        return _unchanged(base, inplace, relu)
     whole = _runs_whole(rows, min_saving, inplace)
-    kept, stream = _open_branch(x, rows, norm, residual, inplace, whole)
+    kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
     chosen = None if whole else rows
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
-    return scatter_add(stream, out, rows, layer_scale, inplace)
+    return scatter_add(stream, out, rows, layer_scale, inplace, relu)
 
 
 def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
@@ -375,6 +397,7 @@ def _fused_list(
     empty: str,
     inplace: bool,
     min_saving: float | str,
+    relu: bool,
 ) -> list[Tensor]:
     """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
@@ -398,7 +421,7 @@ def _fused_list(
         for base, out in zip(bases, outs, strict=True):
             _check_dense(base, out, layer_scale)
         return [
-            _add_dense(base, out, layer_scale, factor, inplace)
+            _add_dense(base, out, layer_scale, factor, inplace, relu)
             for base, out in zip(bases, outs, strict=True)
         ]
 
@@ -411,14 +434,14 @@ def _fused_list(
             check_rows(given, x)
         plan.append(given)
     if empty == "skip" and not any(each.k for each in plan):
-        return bases
+        return [_unchanged(base, inplace, relu) for base in bases]
 
     whole = [_runs_whole(each, min_saving, inplace) for each in plan]
     chosen = [None if all_rows else each for each, all_rows in zip(plan, whole, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
-        kept, stream = _open_branch(x, each, norm, base, inplace, all_rows)
+        kept, stream = _open_branch(x, each, norm, base, inplace, relu, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
     kept_args = [
@@ -436,6 +459,6 @@ def _fused_list(
         # All of them before the first is added, which may be in place.
         kernels().check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
-        scatter_add(stream, out, each, layer_scale, inplace)
+        scatter_add(stream, out, each, layer_scale, inplace, relu)
         for stream, out, each in zip(streams, outs, plan, strict=True)
     ]

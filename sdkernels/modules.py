@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels.break_even import check_min_saving
+from sdkernels.building_blocks import check_activation
 from sdkernels.functional import EMPTY, check_norm, fused_stochastic_depth
 from sdkernels.rows import KeptRows
 from sdkernels.sampling import check_choice, check_law
@@ -30,7 +31,7 @@ class StochasticDepth(nn.Module):
         norm: nn.LayerNorm or nn.RMSNorm on the branch's input, fused with the compaction.
         layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a
             buffer.
-        sampler, rescale, empty, inplace, min_saving: as in
+        sampler, rescale, empty, inplace, min_saving, activation: as in
             :func:`sdkernels.fused_stochastic_depth`.
 
     Raises:
@@ -59,11 +60,13 @@ class StochasticDepth(nn.Module):
         empty: str = "run",
         inplace: bool = False,
         min_saving: float | str = 0.0,
+        activation: str | None = None,
     ) -> None:
         super().__init__()
         check_law(mode, sampler, rescale)
         check_choice("empty", empty, EMPTY)
         check_norm(norm)
+        check_activation(activation)
         self.norm = norm
         self.branch = branch
         if isinstance(layer_scale, nn.Parameter) or layer_scale is None:
@@ -77,6 +80,7 @@ class StochasticDepth(nn.Module):
         self.empty = empty
         self.inplace = inplace
         self.min_saving = check_min_saving(min_saving)
+        self.activation = activation
 
     def forward(
         self,
@@ -104,6 +108,7 @@ class StochasticDepth(nn.Module):
             empty=self.empty,
             inplace=self.inplace,
             min_saving=self.min_saving,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
@@ -111,4 +116,6 @@ class StochasticDepth(nn.Module):
             f"p={self.p}, mode={self.mode!r}, sampler={self.sampler!r}, rescale={self.rescale!r}, "
             f"empty={self.empty!r}, inplace={self.inplace}"
         )
-        return f"{text}, min_saving={self.min_saving!r}" if self.min_saving else text
+        if self.min_saving:
+            text += f", min_saving={self.min_saving!r}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"

@@ -215,10 +215,9 @@ def scatter_add_relu_rows_backward(
     if not wants_out:
         return d_residual, grad.new_empty(0, dtype=dtype)
     acc = acc_type(grad.dtype, dtype)
-    d_out = _scaled(compact_rows(grad, index), layer_scale, row_weight, scale, acc).to(dtype)
-    # Masked last: an infinite factor must not make a zero NaN.
-    d_out = d_out.masked_fill(~passes.index_select(0, index), 0.0)
-    return d_residual, empty_rows(d_residual, index.shape[0], dtype).copy_(d_out)
+    kept = compact_rows(d_residual, index)
+    d_out = _scaled(kept, layer_scale, row_weight, scale, acc).to(dtype)
+    return d_residual, _in_order_of(kept, d_out)
 
 
 def compact_mask(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from cases import Case, Inputs
 from layouts import LAYOUTS
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
+
+from sdkernels import traceable
 
 Arguments = tuple[Any, ...]
 
@@ -57,6 +61,16 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
         given = out if any(wanted) else None
         dtype = case.branch_dtype
         return inputs.grad, given, index, layer_scale, row_weight, rows.scale, dtype, wanted
+    if op == "scatter_add_relu_rows":
+        return x, out, index, slot, layer_scale, row_weight, rows.scale
+    if op == "scatter_add_relu_rows_backward":
+        bits = -(-math.prod(x.shape[1:]) // 8)
+        positive = torch.randint(256, (case.batch, bits), generator=case.generator())
+        positive = positive.to(torch.uint8).to(device)
+        memory_format = traceable.row_format(x)
+        wants_out = case.layer_scale != "1"
+        given = layer_scale, row_weight, rows.scale, case.branch_dtype, memory_format, wants_out
+        return inputs.grad, positive, index, slot, *given
     if op == "compact_mask":
         return slot >= 0, case.kept if case.weighted else None
     shape, weight, bias, eps, rms = _norm_fields(inputs)
@@ -119,6 +133,58 @@ def _scatter_add_backward(
         product = unweighted * out.double()
         d_row_weight = product.sum_to_size(len(index), *[1] * (out.dim() - 1)).flatten()
     return _weighted(unweighted, row_weight), d_layer_scale, d_row_weight
+
+
+def _in_order_of_bits(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Elements as their bits are counted: [B, elements of a row]."""
+    if memory_format is not torch.contiguous_format:
+        x = x.movedim(1, -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _bits(positive: Tensor, count: int) -> Tensor:
+    """[B, count] of bool, bit by bit."""
+    bits = [positive // 2**bit % 2 == 1 for bit in range(8)]
+    return torch.stack(bits, 2).flatten(1)[:, :count]
+
+
+def _scatter_add_relu(x: Tensor, *args: Any) -> tuple[Tensor]:
+    return (_scatter_add(x, *args).relu(),)
+
+
+def _scatter_add_relu_backward(
+    grad: Tensor,
+    positive: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    wants_out: bool,
+) -> tuple[Tensor, Tensor]:
+    passes = torch.empty_like(grad, dtype=torch.bool)
+    bits = _bits(positive, math.prod(grad.shape[1:]))
+    if memory_format is torch.contiguous_format:
+        passes.copy_(bits.view(grad.shape))
+    else:
+        passes.movedim(1, -1).copy_(bits.view(grad.movedim(1, -1).shape))
+    d_residual = torch.where(passes, grad.double(), 0.0)
+    if not wants_out:
+        return d_residual, grad.new_empty(0).double()
+    nothing = [False, False]
+    args = (index, layer_scale, row_weight, scale, dtype, nothing)
+    return d_residual, _scatter_add_backward(d_residual, None, *args)[0]
+
+
+def check_bits(y: Tensor, positive: Tensor) -> None:
+    """One bit for every element of y that is positive or NaN, and none behind them."""
+    elements = _in_order_of_bits(y, traceable.row_format(y))
+    n = elements.shape[1]
+    assert positive.shape == (y.shape[0], -(-n // 8))
+    assert torch.equal(_bits(positive, n), ~(elements <= 0))
+    assert not _bits(positive, 8 * positive.shape[1])[:, n:].any()
 
 
 def _norm(
@@ -193,6 +259,8 @@ EXPECTED: dict[str, Callable[..., Any]] = {
     "scatter_add_rows": _scatter_add,
     "scatter_add_rows_": _scatter_add,
     "scatter_add_rows_backward": _scatter_add_backward,
+    "scatter_add_relu_rows": _scatter_add_relu,
+    "scatter_add_relu_rows_backward": _scatter_add_relu_backward,
     "compact_norm": _compact_norm,
     "compact_norm_backward": _compact_norm_backward,
     "compact_mask": lambda mask, k: _compact_mask(mask),
@@ -206,4 +274,10 @@ def call(function: Callable[..., Any], op: str, args: Arguments) -> tuple[Tensor
         assert function(written, *args[1:]) is None
         return (written,)
     results = function(*args)
+    if op == "scatter_add_relu_rows":
+        # The bits follow from y: rounding may change the sign of a sum close to zero.
+        y, positive = results
+        if not isinstance(y, FakeTensor):
+            check_bits(y, positive)
+        return (y,)
     return results if isinstance(results, tuple) else (results,)

@@ -99,6 +99,22 @@ BLOCKS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         ),
         (leaf(3, 2, 4), leaf(2, 2, 4), leaf(2, 1), leaf(2)),
     ),
+    "scatter_add_rows-relu": (
+        lambda x, out: scatter_add_rows(x, out, ROWS, activation="relu"),
+        (leaf(3, 2, 4), leaf(2, 2, 4)),
+    ),
+    "scatter_add_rows-relu-layer_scale-weight": (
+        lambda x, out, scale, weight: scatter_add_rows(
+            x, out, weighted(weight), scale, activation="relu"
+        ),
+        (leaf(3, 2, 4), leaf(2, 2, 4), leaf(2, 1), leaf(2)),
+    ),
+    "fused_stochastic_depth-relu": (
+        lambda x, weight: fused_stochastic_depth(
+            x, lambda kept: kept * kept * weight, 0.5, rows=ROWS, activation="relu"
+        ),
+        (leaf(3, 4), leaf(4)),
+    ),
     "scatter_add_rows-nothing_kept": (
         lambda x, out, scale: scatter_add_rows(
             x, out, KeptRows.from_mask(torch.zeros(3, dtype=torch.bool)), scale

@@ -46,8 +46,8 @@ struct ScatterAddBackward {
   int64_t layer_scale_line, layer_scale_element;
 };
 
-// y = relu(residual), with scale * row_weight * layer_scale * out added to the kept rows before; and
-// a bit for every element of y, set where the ReLU passes its gradient. A row is one line.
+// y = relu(residual), with scale * row_weight * layer_scale * out added to the kept rows before;
+// and a bit for every element of y, set where the ReLU passes its gradient. A row is one line.
 struct ScatterAddRelu {
   void* y;            // contiguous
   uint8_t* positive;  // [rows, ceil(len / 8)]
@@ -111,9 +111,9 @@ struct CompactNormBackward {
 constexpr int64_t kBitsOfWord = 16;
 
 // [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, words of
-// [rows, ceil(len / kBitsOfWord)] where there are bits, and lines of [rows, lines] in the norms. The sums belong to the calling thread alone; they are arrays
-// of acc, but row_weight_sum, of double, has one entry for each row that [begin, end) touches. One
-// that is not wanted is null.
+// [rows, ceil(len / kBitsOfWord)] where there are bits, and lines of [rows, lines] in the norms.
+// The sums belong to the calling thread alone; they are arrays of acc, but row_weight_sum, of
+// double, has one entry for each row that [begin, end) touches. One that is not wanted is null.
 using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
 using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
                                           void* layer_scale_sum, double* row_weight_sum);

@@ -162,10 +162,9 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
     for_vectors(count, [&](int64_t c, auto n) {
       const Ints mask = pass(c, n);
-      Vec<A> d = scale * load(grad + c, n);
+      Vec<A> d = scale * masked(load(grad + c, n), mask);
       if (layer_scale) d *= load(layer_scale + first + c, n);
-      // Masked last: an infinite factor must not make a zero NaN.
-      store(d_out + c, masked(d, mask), n);
+      store(d_out + c, d, n);
     });
   });
 }
@@ -420,7 +419,12 @@ CompactNormBackwardKernel find_compact_norm_backward(Dtype x, Dtype normed) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {SDKERNELS_ISA_NAME, find_scatter_add, find_scatter_add_backward,
-                       find_scatter_add_relu, find_scatter_add_relu_backward, find_compact_norm, find_compact_norm_backward};
+const Kernels table = {SDKERNELS_ISA_NAME,
+                       find_scatter_add,
+                       find_scatter_add_backward,
+                       find_scatter_add_relu,
+                       find_scatter_add_relu_backward,
+                       find_compact_norm,
+                       find_compact_norm_backward};
 
 }  // namespace sdkernels::cpu::SDKERNELS_ISA

@@ -334,7 +334,8 @@ std::tuple<Tensor, Tensor> scatter_add_relu_rows_backward(
   OptionalTensor gamma;
   if (wants_out && layer_scale) gamma = layer_scale_of_row(*layer_scale, d_residual, acc);
   const auto weight = weight_of_rows(row_weight, acc);
-  const auto kernel = kernels().scatter_add_relu_backward(dtype_of(grad), dtype_of(wants_out ? d_out : grad));
+  const auto kernel =
+      kernels().scatter_add_relu_backward(dtype_of(grad), dtype_of(wants_out ? d_out : grad));
   TORCH_INTERNAL_ASSERT(kernel);
   ScatterAddReluBackward p{};
   p.d_residual = d_residual.mutable_data_ptr();

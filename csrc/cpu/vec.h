@@ -175,7 +175,7 @@ using Words = typename WordsOf<T>::type;
 template <class T>
 SDKERNELS_INLINE Words<T> mask_of(uint16_t bits) {
   const Words<T> kBit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                             1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
   return bits_as<Words<T>>(((Words<T>{} + T(bits)) & kBit) != 0);
 }
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from sdkernels.functional import fused_stochastic_depth
 from sdkernels.models.branches import Composed, NeverEmpty, entries, entry
-from sdkernels.models.parts import Law, drop_law, layer_scale_of
+from sdkernels.models.parts import Law, drop_law, is_bare, layer_scale_of
 from sdkernels.rows import KeptRows
 
 __all__ = [
@@ -189,6 +190,7 @@ class Add:
         post_norm: nn.Module | None = None,
         layer_scale: nn.Module | Tensor | None = None,
         residual: Tensor | None = None,
+        activation: str | None = None,
         args: Sequence[Any] = (),
     ) -> Any:
         """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
@@ -239,20 +241,31 @@ class Add:
             empty=options.empty,
             inplace=options.inplace and stream is self.sum and not is_shared,
             min_saving=options.min_saving,
+            activation=activation,
         )
         if not _holds(total, stream):  # as with empty="skip"
             self.sum = total
         return total
 
-    def writable(
-        self, index: int, x: Tensor, branch: Callable[..., Any], *, residual: Tensor | None = None
+    def activated(
+        self,
+        index: int,
+        x: Tensor,
+        branch: Callable[..., Any],
+        activation: nn.Module,
+        *,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """The same, for a block that goes on to write into the sum (an in-place activation).
-
-        With ``empty="skip"`` the sum may be `x` or `residual` itself, which others read.
-        """
+        """``activation`` of the sum; a ReLU is fused, another is called and may write in place."""
+        if type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook():
+            fused: Tensor = self(index, x, branch, residual=residual, activation="relu")
+            return fused
         total: Tensor = self(index, x, branch, residual=residual)
-        return total.clone() if total is (x if residual is None else residual) else total
+        # With empty="skip" the sum may be `x` or `residual` itself, which others read.
+        result: Tensor = activation(
+            total.clone() if total is (x if residual is None else residual) else total
+        )
+        return result
 
 
 Body = Callable[..., Any]

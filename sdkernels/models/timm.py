@@ -257,7 +257,7 @@ def resnet_basic(block: Any, add: Add, x: Tensor) -> Any:
     steps = [block.conv1, block.bn1, block.drop_block, block.act1, block.aa]
     steps += [block.conv2, block.bn2, block.se]
     residual = _shortcut(block.downsample, x)
-    return block.act2(add.writable(0, x, chain(steps), residual=residual))
+    return add.activated(0, x, chain(steps), block.act2, residual=residual)
 
 
 def resnet_bottleneck(block: Any, add: Add, x: Tensor) -> Any:
@@ -265,7 +265,7 @@ def resnet_bottleneck(block: Any, add: Add, x: Tensor) -> Any:
     steps += [block.conv2, block.bn2, block.drop_block, block.act2, block.aa]
     steps += [block.conv3, block.bn3, block.se]
     residual = _shortcut(block.downsample, x)
-    return block.act3(add.writable(0, x, chain(steps), residual=residual))
+    return add.activated(0, x, chain(steps), block.act3, residual=residual)
 
 
 def depthwise_separable(block: Any, add: Add, x: Tensor) -> Any:

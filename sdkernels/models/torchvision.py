@@ -62,14 +62,14 @@ def maxvit_partition(block: Any, add: Add, x: Tensor) -> Any:
 def resnet_basic(block: Any, add: Add, x: Tensor) -> Any:
     steps = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
     residual = None if block.downsample is None else block.downsample(x)
-    return block.relu(add.writable(0, x, chain(steps), residual=residual))
+    return add.activated(0, x, chain(steps), block.relu, residual=residual)
 
 
 def resnet_bottleneck(block: Any, add: Add, x: Tensor) -> Any:
     steps = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu]
     steps += [block.conv3, block.bn3]
     residual = None if block.downsample is None else block.downsample(x)
-    return block.relu(add.writable(0, x, chain(steps), residual=residual))
+    return add.activated(0, x, chain(steps), block.relu, residual=residual)
 
 
 def no_skip(block: Any) -> str | None:

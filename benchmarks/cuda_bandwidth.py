@@ -88,11 +88,20 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An op and what it moves, in rows of the stream: (multiples of B, multiples of k)."""
+    """An op and what it moves, in rows of the stream: (multiples of B, multiples of k).
+
+    `bits` come on top, for each element of B rows.
+    """
 
     op: str
     arguments: Callable[[Inputs], tuple[object, ...]]
     traffic: tuple[int, int]
+    bits: int = 0
+
+    def bytes_moved(self, rows: Tensor) -> float:
+        """For B rows like these, of which half are kept."""
+        of_batch, of_kept = self.traffic
+        return (of_batch + of_kept / 2) * rows.nbytes + self.bits * rows.numel() / 8
 
 
 def _norm_forward(t: Inputs) -> tuple[object, ...]:
@@ -107,6 +116,16 @@ def _norm_backward(t: Inputs) -> tuple[object, ...]:
     shape = list(t.parameter.shape)
     rows = (t.index, t.slot, shape, t.parameter, False, [True] * 3)
     return (t.grad, t.out, kept, mean, rstd, *rows)
+
+
+def _relu_forward(t: Inputs) -> tuple[object, ...]:
+    return t.x, t.out, t.index, t.slot, None, None, 2.0
+
+
+def _relu_backward(t: Inputs) -> tuple[object, ...]:
+    _, positive = OPS.scatter_add_relu_rows(*_relu_forward(t))
+    options = (t.out.dtype, traceable.row_format(t.x), True)
+    return (t.grad, positive, t.index, t.slot, None, None, 2.0, *options)
 
 
 # Reads and writes together, after the budgets of the kernels' own comments.
@@ -135,6 +154,10 @@ KERNELS: dict[str, Kernel] = {
         "scatter_add_rows_backward",
         lambda t: (t.grad, t.out, t.index, t.layer_scale, None, 2.0, t.x.dtype, [True, False]),
         (0, 3),
+    ),
+    "scatter-add + relu": Kernel("scatter_add_relu_rows", _relu_forward, (2, 1), bits=1),
+    "scatter-add + relu backward": Kernel(
+        "scatter_add_relu_rows_backward", _relu_backward, (2, 1), bits=1
     ),
     "compact + layer norm": Kernel("compact_norm", _norm_forward, (0, 3)),
     "compact + layer norm backward": Kernel("compact_norm_backward", _norm_backward, (2, 2)),
@@ -186,6 +209,12 @@ def check(kernel: Kernel, inputs: Inputs) -> None:
         return  # timed with a scale of zero; what it computes is scatter_add_rows
     results = getattr(OPS, kernel.op)(*kernel.arguments(inputs))
     expected = traceable.OPS[kernel.op](*kernel.arguments(inputs))
+    if kernel.op == "scatter_add_relu_rows":
+        # The bits follow from y: rounding may change the sign of a sum that is next to zero.
+        results, bits = results
+        nothing = (inputs.out[:0], inputs.index[:0], torch.full_like(inputs.slot, -1))
+        assert torch.equal(bits, traceable.OPS[kernel.op](results, *nothing, None, None, 1.0)[1])
+        expected = expected[0]
     pairs = (
         zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
     )
@@ -259,8 +288,7 @@ def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]
         if "norm" in name and len(row) == 3:
             continue
         check(kernel, sets[0])
-        of_batch, of_kept = kernel.traffic
-        floor = (of_batch * batch + of_kept * (batch // 2)) * row_bytes / bandwidth
+        floor = kernel.bytes_moved(sets[0].x) / bandwidth
         op = getattr(OPS, kernel.op)
         arguments = [kernel.arguments(t) for t in sets]
         functions = [lambda a=a, op=op: op(*a) for a in arguments]

@@ -66,7 +66,8 @@ class Op:
     inputs: tuple[str, ...]
     traffic: dict[str, tuple[int, int, int]]
     outputs: tuple[str, ...]  # whose rows: "batch", "kept"
-    images: bool = True  # whether it takes rows of images too
+    tokens: bool = True  # whether models have it on rows of tokens,
+    images: bool = True  # and on images
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -179,6 +180,21 @@ OPS: dict[str, Op] = {
         inputs=("x", "out", "layer_scale"),
         traffic={"fwd": (2, 0, 1), "bwd": (0, 1, 2)},
         outputs=("batch",),
+    ),
+    # The bits that are kept for the backward, a few hundredths of a row, are left out of the traffic.
+    "scatter_add_relu": Op(
+        providers={
+            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),),
+            "torch": lambda t: (
+                torch.index_add(
+                    t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale
+                ).relu_(),
+            ),
+        },
+        inputs=("x", "out"),
+        traffic={"fwd": (2, 0, 1), "bwd": (2, 0, 1)},
+        outputs=("batch",),
+        tokens=False,
     ),
     # All that stochastic depth puts around a branch, with nothing in between; its backward adds the
     # stream's gradient in the same pass.

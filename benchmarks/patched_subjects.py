@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.libraries import import_module, is_installed
-from benchmarks.residuals import dense
+from benchmarks.residuals import activated, dense
 from benchmarks.zoo import Net
 from sdkernels import KeptRows, Shared, reference
 from sdkernels.models import PatchedEntry, PatchReport
@@ -40,6 +40,7 @@ class Masked(nn.Module):
         return reference.naive_masking(torch.zeros_like(x), lambda _: x, 0.0, rows=rows)
 
 
+@activated
 def index_add(
     x: Tensor, branch: Callable[..., Tensor], p: float, mode: str, training: bool, **options: Any
 ) -> Tensor:

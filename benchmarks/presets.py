@@ -70,7 +70,7 @@ def _op_cases(
     return tuple(
         OpCase(op, direction, dtype, rows, shape, shape[0] // 2)
         for op in names
-        if OPS[op].images or len(shape) == 3
+        if (OPS[op].tokens if len(shape) == 3 else OPS[op].images)
         for direction in ("fwd", "bwd")
         for dtype in dtypes
     )
@@ -149,6 +149,7 @@ PRESETS = {
                 OpCase("compact", "fwd", "fp32", "tiny", (8, 16, 32), 4),
                 OpCase("scatter_add", "bwd", "mixed", "tiny", (8, 16, 32), 4),
                 OpCase("scatter_add", "fwd", "bf16", "tiny", (8, 16, 8, 8), 4),
+                OpCase("scatter_add_relu", "bwd", "fp32", "tiny", (8, 16, 8, 8), 4),
                 BlockCase(TINY, 8, 0.5),
                 *_blocks(TINY_NETS, 8, (0.5,)),
                 *_models(
@@ -186,7 +187,7 @@ PRESETS = {
                 *MIXED,
                 *_op_cases("ViT-B", names=MOVES),
                 *_op_cases("ConvNeXt-T, stage 1", names=MOVES),
-                *_op_cases("ResNet-50, stage 3", names=MOVES),
+                *_op_cases("ResNet-50, stage 3", names=(*MOVES, "scatter_add_relu")),
                 *HEADLINE_BLOCKS,
                 *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
                 *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),

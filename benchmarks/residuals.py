@@ -7,6 +7,7 @@ sources; ``benchmarks/README.md`` names them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,18 @@ def _index_and_alpha(x: Tensor, p: float, rows: KeptRows | None) -> tuple[Tensor
     return torch.randperm(x.shape[0], device=x.device)[:kept], x.shape[0] / kept
 
 
+def activated(rule: Rule) -> Rule:
+    """A rule that adds; an activation follows in place, as the libraries' blocks write it."""
+
+    @functools.wraps(rule)
+    def add(*given: Any, activation: str | None = None, **options: Any) -> Tensor:
+        total = rule(*given, **options)
+        return total if activation is None else total.relu_()
+
+    return add
+
+
+@activated
 def naive(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -64,6 +77,7 @@ def naive(
     return reference.naive_masking(x, run, p, residual=residual, rows=rows)
 
 
+@activated
 def naive_timm(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -87,6 +101,7 @@ def naive_timm(
     return (x if residual is None else residual) + out * mask
 
 
+@activated
 def dinov2(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -108,6 +123,7 @@ def dinov2(
     return added.view_as(stream)
 
 
+@activated
 def dinov3(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -125,6 +141,7 @@ def dinov3(
     return torch.index_add(x if residual is None else residual, 0, index, out, alpha=alpha)
 
 
+@activated
 def xformers(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -147,6 +164,7 @@ def xformers(
     return total
 
 
+@activated
 def dense(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -184,6 +202,7 @@ class _Beside(torch.autograd.Function):
         return grad, grad[: ctx.k]
 
 
+@activated
 def beside(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -206,6 +225,7 @@ def beside(
     return stream
 
 
+@activated
 def skipped(x: Tensor, branch: Callable[..., Tensor], p: float, *_: Any, **options: Any) -> Tensor:
     """No branch at all: what is left of a model is its stem, its shortcuts and its head.
 

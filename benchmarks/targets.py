@@ -85,12 +85,9 @@ def _block(case: dict[str, Any]) -> list[Outcome]:
     )
     if keep not in (0.5, 0.75):
         return [never]
-    memory = []
-    if not case["block"].startswith("resnet"):  # its last ReLU keeps every row of the sum
-        share = _figure(case, "fused", "memory_of_baseline")
-        memory = [Outcome(MEMORY, name, share_kept + 0.05, True, "%", share)]
+    share = _figure(case, "fused", "memory_of_baseline")
     return [
-        *memory,
+        Outcome(MEMORY, name, share_kept + 0.05, True, "%", share),
         Outcome(
             FLOOR,
             name,

@@ -136,7 +136,8 @@ def test_building_blocks():
         rows = dataclasses.replace(rows, weight=gate)
         total = compact_rows(x.sin(), rows) + compact_layer_norm(x, rows, 6, weight, bias)
         total = total * compact_rms_norm(x, rows, (6,), weight)
-        return scatter_add_rows(x, total * out, rows, layer_scale).cos()
+        y = scatter_add_rows(x, total * out, rows, layer_scale).cos()
+        return scatter_add_rows(y, out, rows, layer_scale, activation="relu")
 
     with compilation() as compiled:
         actual = results(torch.compile(function, fullgraph=True), leaves, x, ROWS, gate)
@@ -174,6 +175,14 @@ def test_options():
     def residual(x: Tensor) -> Tensor:
         return fused_stochastic_depth(x, block.branch, 0.5, residual=other, **call)
 
+    def relu(x: Tensor) -> Tensor:
+        y = fused_stochastic_depth(x, block.branch, 0.5, activation="relu", **call)
+        stream = fused_stochastic_depth(
+            y * 1.5 - 1, block.branch, 0.5, inplace=True, activation="relu", **call
+        )
+        evaluated = fused_stochastic_depth(x, block.branch, 0.5, "row", False, activation="relu")
+        return y + stream + evaluated
+
     def plain(x: Tensor) -> Tensor:
         return fused_stochastic_depth(x, block.branch, 0.0, norm=block.norm)
 
@@ -186,7 +195,7 @@ def test_options():
 
     with_hook = copy.deepcopy(block.norm)
     with_hook.register_forward_hook(lambda module, args, output: output * 2)
-    for function in (hooked, arguments, lists, residual, plain, skipped, evaluation):
+    for function in (hooked, arguments, lists, residual, relu, plain, skipped, evaluation):
         with compilation() as compiled:
             compiled_function = torch.compile(function, backend="aot_eager", fullgraph=True)
             assert_same(results(compiled_function, [x], x), results(function, [x], x))

@@ -383,6 +383,37 @@ def test_a_skipped_block_does_not_write_into_its_input(name):
     assert_same_bits(x, before)
 
 
+@pytest.mark.parametrize(("name", "activation"), [("timm-resnet", "act2"),
+                         ("timm-resnet-bottleneck", "act3"), ("torchvision-resnet", "relu"),
+                         ("torchvision-resnet-bottleneck", "relu")])  # fmt: skip
+def test_the_last_relu_of_a_block_is_fused(name, activation):
+    """Unless it is watched, or another activation."""
+    model = NETS[name].model().train()
+    freeze_norms(model)
+    report = sdkernels.patch(model, drop_probs=0.5)
+    plan, seen = make_rows(len(report.drop_probs)), []
+    for block in patched_blocks(model):
+        width = next(block.parameters()).shape[1]
+        x = torch.randn(4, width, 4, 4, dtype=torch.float64, requires_grad=True)
+        with report.use(plan):
+            fused = block(x)
+            handle = getattr(block, activation).register_forward_hook(lambda *_: seen.append(1))
+            called = block(x)
+            handle.remove()
+            setattr(block, activation, nn.LeakyReLU(0.0))
+            other = block(x)
+        assert "relu" not in fused.grad_fn.name().lower()
+        assert called.grad_fn.name() == "ReluBackward0"
+        assert other.grad_fn.name() == "LeakyReluBackward0"
+        grad = torch.randn_like(fused)
+        inputs = (x, *block.parameters())
+        expected = torch.autograd.grad(called, inputs, grad)
+        for y in (fused, other):
+            torch.testing.assert_close(y, called)
+            torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), expected)
+    assert seen
+
+
 @pytest.mark.parametrize("how", ["argument", "config"])
 def test_swin_of_transformers_refuses_attention_weights(how):
     """They would be of the kept samples; in evaluation they are there as before."""

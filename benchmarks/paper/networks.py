@@ -91,7 +91,9 @@ class Block(nn.Module):
         )
         # Per mini-batch most steps keep every sample, and there is nothing to compact then.
         min_saving = 1e-6 if mode == "batch" else 0.0
-        self.residual = StochasticDepth(branch, p, mode, rescale=rescale, min_saving=min_saving)
+        self.residual = StochasticDepth(
+            branch, p, mode, rescale=rescale, min_saving=min_saving, activation="relu"
+        )
         self.implementation = implementation
         self.shortcut: nn.Module | None = None
         if stride > 1 and projection:
@@ -116,7 +118,7 @@ class Block(nn.Module):
         else:
             # None where it is x itself: the op then adds the two gradients of x in one pass.
             residual = None if self.shortcut is None else shortcut
-            y = self.residual(x, residual=residual, rows=rows)
+            return self.residual(x, residual=residual, rows=rows)  # type: ignore[no-any-return]
         return F.relu(y, inplace=True)
 
 

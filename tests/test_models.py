@@ -93,10 +93,11 @@ def test_batch_statistics_are_of_the_kept_rows(net, monkeypatch):
     def plain(x: Any, branch: Callable[..., Tensor], p: float, mode: str, training: bool,
               **options: Any) -> Tensor:  # fmt: skip
         wanted = ("norm", "layer_scale", "residual", "rows")
-        options = {name: options[name] for name in wanted}
-        if options["rows"] is None:
-            options["rows"] = KeptRows.from_index(torch.arange(len(x)), len(x))
-        return reference.index_add(x, branch, **options)
+        given = {name: options[name] for name in wanted}
+        if given["rows"] is None:
+            given["rows"] = KeptRows.from_index(torch.arange(len(x)), len(x))
+        total = reference.index_add(x, branch, **given)
+        return total.relu() if options["activation"] else total
 
     with monkeypatch.context() as patcher, report.use(plan):
         patcher.setattr(blocks, "fused_stochastic_depth", plain)

@@ -84,7 +84,9 @@ def test_kernels_serve_cuda():
     assert chosen == {"cpp" if requested == "auto" else requested}
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "fixed"}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "fixed"}, {"inplace": True}, {"activation": "relu"}], ids=str
+)
 def test_step_does_not_synchronise(options, no_synchronisation):
     net, x = Net(**options).to("cuda", non_blocking=True), None
     memory = torch.zeros(BATCH, TOKENS, WIDTH, device="cuda")
@@ -249,7 +251,7 @@ def repeated(function: Callable[[], tuple[Tensor, ...]], times: int) -> int:
     """How many of the runs differ from the first in some bit."""
 
     def bits(results: tuple[Tensor, ...]) -> list[Tensor]:
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         return [result.view(integers[result.element_size()]) for result in results]
 
     first = bits(function())
@@ -270,6 +272,9 @@ def test_ten_thousand_repetitions(dtype):
     layer_scale, weight, bias = (torch.rand(192, device="cuda") for _ in range(3))
     gates = torch.rand(k, device="cuda")
     _, kept, mean, rstd = OPS.compact_norm(x, index, [192], weight, bias, 1e-6, False, dtype, True)
+    scale = layer_scale.to(dtype), gates, 2.0
+    _, positive = OPS.scatter_add_relu_rows(x, out, index, slot, *scale)
+    options = dtype, torch.contiguous_format, True
 
     def step() -> tuple[Tensor, ...]:
         return (
@@ -277,10 +282,12 @@ def test_ten_thousand_repetitions(dtype):
             *OPS.compact_norm_backward(
                 grad, d_normed, kept, mean, rstd, index, slot, [192], weight, False, [True] * 3
             ),
-            OPS.scatter_add_rows(x, out, index, slot, layer_scale.to(dtype), gates, 2.0),
+            OPS.scatter_add_rows(x, out, index, slot, *scale),
             *OPS.scatter_add_rows_backward(
                 grad, out, index, layer_scale, gates, 2.0, dtype, [True, True]
             ),
+            *OPS.scatter_add_relu_rows(x, out, index, slot, *scale),
+            *OPS.scatter_add_relu_rows_backward(grad, positive, index, slot, *scale, *options),
         )
 
     assert repeated(step, 10_000) == 0
@@ -333,6 +340,22 @@ def test_huge_backward(huge):
     assert_same_bits(d_out[1, -1], (huge[2, -1].float() * 2).bfloat16())
     expected = 2 * huge[1:].sum((0, 1), dtype=torch.float32)
     torch.testing.assert_close(d_layer_scale, expected, rtol=1e-3, atol=1.0)
+
+
+def test_huge_relu(huge):
+    rows = HUGE_ROWS.to("cuda")
+    kept = OPS.compact_rows(huge, rows.index)
+    factors = rows.index, rows.slot, None, None, 2.0
+    y, positive = OPS.scatter_add_relu_rows(huge, kept, *factors)
+    assert torch.equal(y[0], huge[0].relu())
+    for line in (0, -1):
+        assert_same_bits(y[2, line], (huge[2, line].float() * 3).bfloat16().relu())
+    options = torch.bfloat16, torch.contiguous_format, True
+    d_x, d_out = OPS.scatter_add_relu_rows_backward(huge, positive, *factors, *options)
+    # The gradient has the values of x, and those that are positive pass.
+    for row in range(3):
+        assert torch.equal(d_x[row], huge[row].relu())
+    assert_same_bits(d_out[1, -1], (huge[2, -1].float() * 2).bfloat16().relu())
 
 
 def test_huge_norm(huge):

@@ -28,7 +28,8 @@ MOST_REGISTERS = {"compact_norm_backward": 208, "scale_rows_and_sum": 208}
 MOST_REGISTERS_ELSEWHERE = 128
 
 # Narrow accesses to memory in the code of a kernel of the widest vectors, at most: what it reads
-# once for a row (index, slot, weight, statistics) and the statistics and sums that it writes.
+# once for a row (index, slot, weight, statistics), a byte of bits beside each vector, and the
+# statistics and sums that it writes.
 MOST_NARROW_READS = 6
 MOST_NARROW_WRITES = {
     "compact_norm": 2,
@@ -36,6 +37,7 @@ MOST_NARROW_WRITES = {
     "compact_norm_backward": 32,
     "sum_columns": 6,
     "scale_rows_and_sum": 10,
+    "scatter_add_relu": 2,
 }
 
 # The kernels of each source that exist for vectors of every width: of 16-bit data 1, 2, 4 and 8
@@ -44,6 +46,7 @@ WIDTHS = [1, 2, 4, 8]
 KERNELS_OF_WIDTHS = {
     "scatter_add": {"scatter_add"},
     "scatter_add_backward": {"scale_rows", "scale_rows_and_sum"},
+    "scatter_add_relu": {"scatter_add_relu", "scatter_add_relu_backward"},
     "compact_norm": {"compact_norm", "compact_long_norm"},
     "compact_norm_backward": {
         "compact_norm_backward",

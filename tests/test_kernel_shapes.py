@@ -126,6 +126,7 @@ ROWS = {
     "many-short-rows": (3000, 2000, (64,), (64,)),
     "many-single-elements": (3000, 2000, (1,), (1,)),
     "three-elements": (600, 400, (3,), (3,)),
+    "twelve-elements": (600, 400, (12,), (12,)),
     "tokens": (24, 16, (197, 48), (48,)),
     "tokens-own-scale": (5, 4, (197, 48), (197, 48)),
     "tokens-of-4": (6, 4, (50, 12), (12,)),
@@ -183,6 +184,70 @@ def test_misaligned_rows(offset, device):
         check_arguments("scatter_add_rows", forward, TOLERANCE[dtype])
         check_arguments("scatter_add_rows_backward", backward, TOLERANCE[dtype])
         check_arguments("compact_rows", (forward[0], forward[2]), 0.0)
+
+
+def relu_arguments(forward: Arguments, wants_out: bool = True) -> tuple[Arguments, Arguments]:
+    """Of scatter_add_relu_rows, and of its backward, for rows like those of scatter_add_rows."""
+    residual, out, index, slot, *factors = forward
+    bits = -(-residual[0].numel() // 8)
+    positive = torch.randint(256, (residual.shape[0], bits)).to(residual.device, torch.uint8)
+    options = out.dtype, torch.contiguous_format, wants_out
+    return forward, (residual, positive, index, slot, *factors, *options)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_with_relu(name, pair, device):
+    tolerance = max(TOLERANCE[dtype] for dtype in PAIRS[pair])
+    arguments = scatter_arguments(name, PAIRS[pair], device)[0]
+    for plain in (False, True):
+        if plain:
+            arguments = (*arguments[:4], None, None, 1.5)
+        forward, backward = relu_arguments(arguments, wants_out=not plain)
+        check_arguments("scatter_add_relu_rows", forward, tolerance)
+        check_arguments("scatter_add_relu_rows_backward", backward, tolerance)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("name", ["tokens-of-4", "twelve-elements"])
+def test_misaligned_rows_with_relu(name, offset, device):
+    """More threads that share a byte, up to eight; the last byte of a row may have less of them."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        arguments = scatter_arguments(name, (dtype, dtype), device, offset)[0]
+        forward, backward = relu_arguments(arguments)
+        check_arguments("scatter_add_relu_rows", forward, TOLERANCE[dtype])
+        check_arguments("scatter_add_relu_rows_backward", backward, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("elements", [*range(1, 18), 63, 65])
+def test_bits_of_every_length(elements, device):
+    """Every bit has its place, and those behind the last element are zero."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.randn(70, elements).to(device, dtype)
+        nothing = x[:0], torch.empty(0, dtype=torch.int64, device=device)
+        slot = torch.full((70,), -1, device=device)
+        forward, backward = relu_arguments((x, *nothing, slot, None, None, 1.0))
+        check_arguments("scatter_add_relu_rows", forward, 0.0)
+        check_arguments("scatter_add_relu_rows_backward", backward, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF_PRECISION])
+def test_bits_that_a_relu_passes(dtype, device):
+    """Not one changes in a gradient, with NaN of any payload; what does not pass is +0."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    least, infinity = torch.iinfo(integer).min, torch.tensor(torch.inf, dtype=dtype).view(integer)
+    special = [0, least, infinity, infinity + 1, infinity - 1, infinity + least, 1, -1]
+    bits = torch.tensor(special * 3, dtype=integer).to(device).repeat(4, 1)
+    x = bits.view(dtype)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    rows = none, torch.full((4,), -1, device=device), None, None, 1.0
+    y, positive = torch.ops.sdkernels.scatter_add_relu_rows(x, x[:0], *rows)
+    expected = bits.masked_fill(x <= 0, 0)
+    assert torch.equal(y.view(integer)[~x.isnan()], expected[~x.isnan()])
+    assert torch.equal(y.isnan(), x.isnan())
+    options = dtype, torch.contiguous_format, False
+    d_x, _ = torch.ops.sdkernels.scatter_add_relu_rows_backward(x, positive, *rows, *options)
+    assert torch.equal(d_x.view(integer), expected)
 
 
 @pytest.mark.parametrize("wanted", [[True, False], [False, True]])

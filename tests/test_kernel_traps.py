@@ -17,6 +17,7 @@ SETUP = """
 import torch, sdkernels
 ops, device = torch.ops.sdkernels, {device!r}
 x, kept = torch.randn(4, 40, device=device), torch.randn(2, 40, device=device)
+bits = torch.zeros(4, 5, dtype=torch.uint8, device=device)
 def rows(*numbers): return torch.tensor(numbers, device=device)
 """
 CALLS = {
@@ -32,6 +33,12 @@ CALLS = {
     " 1.0, torch.float32, [False, False])",
     "scatter_add_rows_backward-sums": "ops.scatter_add_rows_backward(x, kept, rows(0, 9),"
     " torch.ones(40, device=device), None, 1.0, torch.float32, [True, False])",
+    "scatter_add_relu_rows": "ops.scatter_add_relu_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1),"
+    " None, None, 1.0)",
+    "scatter_add_relu_rows-below": "ops.scatter_add_relu_rows(x, kept, rows(0, 1),"
+    " rows(0, 1, -1, -2), None, None, 1.0)",
+    "scatter_add_relu_rows_backward": "ops.scatter_add_relu_rows_backward(x, bits, rows(0, 1),"
+    " rows(0, -1, -1, 2), None, None, 1.0, x.dtype, torch.contiguous_format, True)",
     "compact_norm": "ops.compact_norm(x, rows(0, 4), [40], None, None, 0.1, False, x.dtype, True)",
     "compact_norm_backward": "ops.compact_norm_backward(None, kept, kept, kept[:, 0].contiguous(),"
     " kept[:, 1].contiguous(), rows(0, 1), rows(0, 2, -1, -1), [40], None, False,"

@@ -1,4 +1,5 @@
-// compact_rows, expand_rows, scatter_add_rows, its backward and compact_mask on CUDA.
+// compact_rows, expand_rows, scatter_add_rows, the same with a ReLU behind it, their backward, and
+// compact_mask on CUDA.
 #include "../row_ops.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -219,6 +220,111 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
           wants_row_weight ? row_weight_sum.to(row_weight->scalar_type()) : row_weight_sum};
 }
 
+void scatter_add_relu_into(const Tensor& y, const Tensor& positive, const Tensor& residual,
+                           const Tensor& out, const Tensor& index, const Tensor& slot,
+                           const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
+                           double scale) {
+  const auto acc = acc_type(y.scalar_type());
+  if (acc == at::kDouble && (residual.scalar_type() != acc || out.scalar_type() != acc)) {
+    scatter_add_relu_into(y, positive, residual.to(acc), out.to(acc), index, slot, layer_scale,
+                          row_weight, scale);
+    return;
+  }
+  const auto format = row_format(y);
+  if (!y.is_contiguous(format)) {
+    const Tensor dense = at::empty(y.sizes(), y.options());
+    scatter_add_relu_into(dense, positive, residual, out, index, slot, layer_scale, row_weight,
+                          scale);
+    y.copy_(dense);
+    return;
+  }
+  // The strides of a tensor without elements mean nothing.
+  const Tensor rows_of_out = beside(out.numel() > 0 ? out : residual, residual.scalar_type());
+  const auto geometry = row_geometry({&y, &residual, &rows_of_out});
+  if (!geometry || geometry->lines > 1) {
+    scatter_add_relu_into(y, positive, residual.contiguous(format), out.contiguous(format), index,
+                          slot, layer_scale, row_weight, scale);
+    return;
+  }
+  OptionalTensor gamma;
+  if (layer_scale) gamma = layer_scale_of_row(*layer_scale, y, acc);
+  const auto weight = weight_of_rows(row_weight, acc);
+  ScatterAddRelu p{};
+  p.y = y.mutable_data_ptr();
+  p.positive = positive.mutable_data_ptr<uint8_t>();
+  p.residual = residual.const_data_ptr();
+  p.out = rows_of_out.const_data_ptr();
+  p.layer_scale = data_of(gamma);
+  p.row_weight = data_of(weight);
+  p.slot = slot.const_data_ptr<int64_t>();
+  p.batch = slot.size(0);
+  p.kept = index.size(0);
+  p.scale = scale;
+  p.len = geometry->len;
+  p.residual_row = geometry->strides[1].row;
+  p.out_row = geometry->strides[2].row;
+  const OnDevice device(y);
+  check_launch(launch_scatter_add_relu(p, dtype_of(y), dtype_of(residual), dtype_of(rows_of_out),
+                                       device.stream()),
+               "scatter_add_relu_rows");
+}
+
+std::tuple<Tensor, Tensor> scatter_add_relu_rows(const Tensor& residual, const Tensor& out,
+                                                 const Tensor& index, const Tensor& slot,
+                                                 const OptionalTensor& layer_scale,
+                                                 const OptionalTensor& row_weight, double scale) {
+  check_scatter_add(residual, out, index, slot, layer_scale, row_weight);
+  Tensor y = empty_rows(residual, residual.size(0), scatter_add_dtype(residual, out, layer_scale));
+  Tensor positive = empty_bits(y);
+  if (y.numel() > 0)
+    scatter_add_relu_into(y, positive, residual, out, index, slot, layer_scale, row_weight, scale);
+  return {y, positive};
+}
+
+// wants_out: whether d_out is wanted; an empty tensor takes its place where it is not.
+std::tuple<Tensor, Tensor> scatter_add_relu_rows_backward(
+    const Tensor& grad, const Tensor& positive, const Tensor& index, const Tensor& slot,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, at::MemoryFormat format, bool wants_out) {
+  check_scatter_add_relu_backward(grad, positive, index, slot, layer_scale, row_weight, dtype,
+                                  format);
+  const auto acc =
+      grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
+  // What no kernel takes: double beside another type, and bfloat16 beside float16.
+  if (wants_out && !instantiated(dtype_of(grad), dtype_of(dtype))) {
+    auto [d_residual, d_out] = scatter_add_relu_rows_backward(
+        grad.to(acc), positive, index, slot, layer_scale, row_weight, scale, acc, format, true);
+    return {d_residual.to(grad.scalar_type()), d_out.to(dtype)};
+  }
+  Tensor d_residual = at::empty(grad.sizes(), grad.options().memory_format(format));
+  Tensor d_out = wants_out ? empty_rows(d_residual, index.size(0), dtype)
+                           : at::empty({0}, grad.options().dtype(dtype));
+  if (grad.numel() == 0) return {d_residual, d_out};
+  const Tensor dense = grad.contiguous(format);
+  OptionalTensor gamma, weight;
+  if (wants_out) {
+    if (layer_scale) gamma = layer_scale_of_row(*layer_scale, d_residual, acc);
+    weight = weight_of_rows(row_weight, acc);
+  }
+  ScatterAddReluBackward p{};
+  p.d_residual = d_residual.mutable_data_ptr();
+  p.d_out = wants_out ? d_out.mutable_data_ptr() : nullptr;
+  p.grad = dense.const_data_ptr();
+  p.positive = positive.const_data_ptr<uint8_t>();
+  p.layer_scale = data_of(gamma);
+  p.row_weight = data_of(weight);
+  p.slot = slot.const_data_ptr<int64_t>();
+  p.batch = slot.size(0);
+  p.kept = index.size(0);
+  p.scale = scale;
+  p.len = grad.numel() / grad.size(0);
+  const OnDevice device(grad);
+  check_launch(launch_scatter_add_relu_backward(
+                   p, dtype_of(grad), dtype_of(wants_out ? d_out : grad), device.stream()),
+               "scatter_add_relu_rows_backward");
+  return {d_residual, d_out};
+}
+
 std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_t> k) {
   check_mask(mask, k);
   const auto options = mask.options().dtype(at::kLong);
@@ -248,6 +354,8 @@ TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("scatter_add_relu_rows", scatter_add_relu_rows);
+  m.impl("scatter_add_relu_rows_backward", scatter_add_relu_rows_backward);
   m.impl("compact_mask", compact_mask);
 }
 

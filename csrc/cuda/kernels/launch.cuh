@@ -84,16 +84,17 @@ Operand operand(const void* data, const Stride& stride, int64_t lines) {
 }
 
 // Blocks of (x, y) threads: y rows next to each other, and of each row a chunk of x * unroll
-// vectors.
+// vectors. x is a power of two, `least_x` or more: so many neighbouring threads share a row. A
+// block is made of whole warps.
 struct RowTiles {
   int64_t rows, vectors, blocks;
   Divisor chunks;    // block -> group of rows
   Divisor per_line;  // vector of a row -> its line
   int x, y;
 
-  RowTiles(int64_t rows_, int64_t lines, int64_t line_vectors, int unroll)
+  RowTiles(int64_t rows_, int64_t lines, int64_t line_vectors, int unroll, int least_x = 1)
       : rows(rows_), vectors(lines * line_vectors), per_line(line_vectors) {
-    x = power_of_two(ceil_div(vectors, unroll), kThreads);
+    x = std::max(least_x, power_of_two(ceil_div(vectors, unroll), kThreads));
     y = kThreads / x;
     const auto count = [&] { return ceil_div(rows, y) * ceil_div(vectors, x * unroll); };
     // Little work: smaller blocks, for more of them.

@@ -74,6 +74,40 @@ struct ScatterAddBackward {
   int64_t layer_scale_size;
 };
 
+// y = relu(residual), with scale * row_weight * layer_scale * out added to the kept rows before,
+// and a bit for every element of y, set where the ReLU passes its gradient: element e of a row has
+// bit e % 8 of byte e / 8, and bits behind the last element are zero. A row is one line. Reads B +
+// k, writes B and the bits.
+struct ScatterAddRelu {
+  void* y;            // contiguous
+  uint8_t* positive;  // [batch, ceil(len / 8)]
+  const void* residual;
+  const void* out;
+  const void* layer_scale;  // acc [len], or null
+  const void* row_weight;   // acc [k], or null
+  const int64_t* slot;
+  int64_t batch, kept;
+  double scale;
+  int64_t len;
+  int64_t residual_row, out_row;  // strides
+};
+
+// d_residual = grad where `positive` has a bit, zero elsewhere, and d_out = scale * row_weight *
+// layer_scale * d_residual[kept] beside it. A row is one line, and all tensors are contiguous.
+// Reads B and the bits, writes B + k.
+struct ScatterAddReluBackward {
+  void* d_residual;
+  void* d_out;  // null where it is not wanted
+  const void* grad;
+  const uint8_t* positive;
+  const void* layer_scale;  // acc [len], or null
+  const void* row_weight;   // acc [k], or null
+  const int64_t* slot;
+  int64_t batch, kept;
+  double scale;
+  int64_t len;
+};
+
 // normed = norm(x[kept]) over each line, and the kept rows of x beside it where `copy` is set.
 // Reads k, writes k (2k with the copy). normed and copy are contiguous; mean is null for RMSNorm.
 struct CompactNorm {
@@ -129,6 +163,10 @@ cudaError_t launch_copy_rows(const CopyRows&, cudaStream_t);
 cudaError_t launch_scatter_add(const ScatterAdd&, Dtype y, Dtype residual, Dtype out, cudaStream_t);
 cudaError_t launch_scatter_add_backward(const ScatterAddBackward&, Dtype grad, Dtype out,
                                         const Allocate&, cudaStream_t);
+cudaError_t launch_scatter_add_relu(const ScatterAddRelu&, Dtype y, Dtype residual, Dtype out,
+                                    cudaStream_t);
+cudaError_t launch_scatter_add_relu_backward(const ScatterAddReluBackward&, Dtype grad, Dtype out,
+                                             cudaStream_t);
 cudaError_t launch_compact_norm(const CompactNorm&, Dtype x, Dtype normed, cudaStream_t);
 cudaError_t launch_compact_norm_backward(const CompactNormBackward&, Dtype x, Dtype normed,
                                          const Allocate&, cudaStream_t);

@@ -36,6 +36,7 @@ without_cuda_kernels = pytest.mark.skipif(
 CASES = [
     "test_ops.py",
     "test_functional.py",
+    "test_activation.py",
     "test_row_weights.py::test_values_and_gradients",
     "test_accuracy.py",
     "test_dropped_rows.py::test_bits_are_kept",
@@ -86,6 +87,7 @@ import torch
 from sdkernels.triton import OPS
 x, out = torch.ones(3, 4), torch.ones(1, 4)
 slot, one = torch.tensor([-1, 0, -1]), torch.ones(1)
+bits = torch.zeros(3, 1, dtype=torch.uint8)
 for far in (3, -1, 2**40, -2**40):
     bad = torch.tensor([far])
     in_slot = torch.tensor([-1, max(far, 1), -1])
@@ -95,6 +97,10 @@ for far in (3, -1, 2**40, -2**40):
         "scatter_add_rows": (x, out, bad, in_slot, None, None, 1.0),
         "scatter_add_rows_": (x, out, bad, slot, None, None, 1.0),
         "scatter_add_rows_backward": (x, None, bad, None, None, 1.0, x.dtype, [False, False]),
+        "scatter_add_relu_rows": (x, out, bad, in_slot, None, one, 1.0),
+        "scatter_add_relu_rows_backward": (
+            x, bits, bad, in_slot, None, one, 1.0, x.dtype, torch.contiguous_format, True
+        ),
         "compact_norm": (x, bad, [4], None, None, 1e-5, False, x.dtype, True),
         "compact_norm_backward": (
             None, out, out, one, one, bad, in_slot, [4], None, False, [True, True, True]
@@ -135,6 +141,23 @@ from sdkernels.triton import launching
 launching._MOST_ROWS = 3
 compare(Case(norm="layer", layer_scale="C", weighted=True))
 compare(Case("conv", kept=8, layout="channels_last", norm="rms", layer_scale="C1", weighted=True))
+"""
+    result = run(INTERPRETER + COMPARE + program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_triton
+def test_row_weights_in_any_layout():
+    program = """
+case = Case(layer_scale="C", weighted=True)
+every_second = torch.arange(2.0 * case.kept)[::2]
+for op in [op for op in triton.OPS if op.startswith("scatter_add")]:
+    args = list(arguments(op, case))
+    (weight,) = (i for i, arg in enumerate(args) if getattr(arg, "shape", None) == (case.kept,)
+                 and arg.is_floating_point())
+    for args[weight] in (every_second, torch.tensor(3.0).expand(case.kept)):
+        for a, b in zip(call(triton.OPS[op], op, args), call(traceable.OPS[op], op, args)):
+            torch.testing.assert_close(a, b)
 """
     result = run(INTERPRETER + COMPARE + program, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
@@ -182,12 +205,23 @@ import torch
 from sdkernels.triton import OPS
 x, out = torch.ones(3, 4), torch.ones(2, 4)
 index, slot = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
+bits = torch.zeros(3, 1, dtype=torch.uint8)
 def scatter(**changed):
     given = dict(residual=x, out=out, index=index, slot=slot, layer_scale=None, row_weight=None)
     return "scatter_add_rows", (*(given | changed).values(), 1.0)
 def scatter_(**changed):
     op, arguments = scatter(**changed)
     return op + "_", arguments
+def relu(**changed):
+    op, arguments = scatter(**changed)
+    return "scatter_add_relu_rows", arguments
+def relu_backward(**changed):
+    given = dict(
+        grad=x, positive=bits, index=index, slot=slot,
+        layer_scale=None, row_weight=None, scale=1.0, dtype=x.dtype,
+        memory_format=torch.contiguous_format, wants_out=True,
+    )
+    return "scatter_add_relu_rows_backward", tuple((given | changed).values())
 def norm(**changed):
     given = dict(x=x, index=index, shape=[4], weight=None, bias=None)
     return "compact_norm", (*(given | changed).values(), 1e-5, False, x.dtype, True)
@@ -203,6 +237,22 @@ refused = [
     (scatter(row_weight=torch.ones(3)), "row_weight: expected shape (2,)"),
     (scatter_(residual=x[:1].expand(3, 4)), "residual: expected memory of its own for every"),
     (scatter_(residual=x[:, :1].expand(3, 4)), "residual: expected memory of its own for every"),
+    (relu(out=torch.ones(2, 5)), "out: expected shape (2, 4)"),
+    (relu(slot=slot[:2]), "residual: expected 2 rows"),
+    (relu(slot=slot.int()), "rows.slot: expected int64"),
+    (relu(layer_scale=torch.ones(5)), "layer_scale: shape [5] does not broadcast"),
+    (relu_backward(grad=x.long()), "grad: expected float16, bfloat16, float32 or float64"),
+    (relu_backward(slot=slot[:2]), "grad: expected 2 rows"),
+    (relu_backward(index=index.int()), "rows.index: expected int64"),
+    (relu_backward(layer_scale=torch.ones(5)), "layer_scale: shape [5] does not broadcast"),
+    (relu_backward(row_weight=torch.ones(3)), "row_weight: expected shape (2,)"),
+    (relu_backward(dtype=torch.int32), "dtype: expected float16, bfloat16, float32 or float64"),
+    (relu_backward(positive=x > 0), "positive: expected uint8"),
+    (relu_backward(positive=bits[:2]), "positive: expected a contiguous tensor of shape (3, 1)"),
+    (relu_backward(positive=bits.expand(3, 2)), "positive: expected a contiguous tensor of shape"),
+    (relu_backward(positive=bits[:1].expand(3, 1)), "positive: expected a contiguous tensor of"),
+    (relu_backward(memory_format=torch.channels_last), "memory_format: torch.channels_last is no"),
+    (relu_backward(memory_format=torch.preserve_format), "memory_format: torch.preserve_format is"),
     (norm(shape=[5]), "norm: normalizes over [5]"),
     (norm(weight=torch.ones(5)), "norm.weight: expected shape (4,)"),
 ]

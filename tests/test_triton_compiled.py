@@ -44,6 +44,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
         "copy_rows_kernel",
         "scatter_add_kernel",
         "scatter_add_backward_kernel",
+        "scatter_add_relu_kernel",
+        "scatter_add_relu_backward_kernel",
         "compact_norm_kernel",
         "compact_norm_backward_kernel",
         "norm_parameter_sums_kernel",
@@ -53,6 +55,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 def names_of(kernels: Kernels) -> list[str]:
     return [kernel["name"] for kernel in kernels]
+
+
+def test_one_compilation_for_every_number_of_rows(kernels):
+    """Triton compiles anew for a number that is 1, or one that 16 divides."""
+    assert not names_of([k for k in kernels if k["again"]])
 
 
 def test_sixteen_bytes_at_a_time(kernels):

@@ -45,6 +45,16 @@ def test_more_elements_than_int32_counts(kernels):
     assert torch.equal(y[1], x[1])
     for j, row in ((0, 0), (1, 2)):
         torch.testing.assert_close(y[row], (x[row].float() + 2 * gamma * out[j].float()).bfloat16())
+    result, positive = kernels["scatter_add_relu_rows"](x, out, index, slot, gamma, None, 2.0)
+    assert torch.equal(result, y.relu_())
+    del result
+    options = torch.bfloat16, torch.contiguous_format, True
+    d_x, d_out = kernels["scatter_add_relu_rows_backward"](
+        x, positive, index, slot, gamma, None, 2.0, *options
+    )
+    assert torch.equal(d_x, torch.where(y > 0, x, 0.0))
+    torch.testing.assert_close(d_out[1], (2 * gamma * d_x[2].float()).bfloat16())
+    del d_x, d_out
     normed, _, mean, rstd = kernels["compact_norm"](
         x, index, [length], gamma, None, 1e-5, False, torch.bfloat16, False
     )
@@ -84,13 +94,21 @@ def test_one_compilation_for_every_number_of_kept_rows(kernels):
     compiled = []
     hook = triton.knobs.runtime.jit_post_compile_hook
     x = torch.randn(48, 7, 32, device="cuda")
+    bits = torch.zeros(48, 28, dtype=torch.uint8, device="cuda")
+    options = x.dtype, torch.contiguous_format, True
     try:
         triton.knobs.runtime.jit_post_compile_hook = lambda **details: compiled.append(details)
         for k in (2, 1, 3, 16, 17, 32, 47, 48):
-            kernels["compact_rows"](x, torch.arange(k, device="cuda"))
+            index = torch.arange(k, device="cuda")
+            slot = torch.arange(48, device="cuda")
+            slot[k:] = -1
+            factors = index, slot, None, None, 2.0
+            kept = kernels["compact_rows"](x, index)
+            kernels["scatter_add_relu_rows"](x, kept, *factors)
+            kernels["scatter_add_relu_rows_backward"](x, bits, *factors, *options)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = hook
-    assert len(compiled) <= 1
+    assert len(compiled) <= 3  # one of each kernel
 
 
 def test_host_time_of_a_call(kernels, record_property):

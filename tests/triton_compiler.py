@@ -35,6 +35,7 @@ NAMES = {
     F64: "fp64",
     F16: "fp16",
     BF16: "bf16",
+    torch.uint8: "u8",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
@@ -47,6 +48,8 @@ READ = {
     "copy_rows_kernel": ("x",),
     "scatter_add_kernel": ("residual", "out"),
     "scatter_add_backward_kernel": ("grad", "out"),
+    "scatter_add_relu_kernel": ("residual", "out"),
+    "scatter_add_relu_backward_kernel": ("grad",),
     "compact_norm_kernel": ("x",),
     "compact_norm_backward_kernel": ("d_normed", "kept", "d_stream", "d_stream"),
     "norm_parameter_sums_kernel": ("d_normed", "kept"),
@@ -55,10 +58,14 @@ WRITTEN = {
     "copy_rows_kernel": ("y",),
     "scatter_add_kernel": ("y",),
     "scatter_add_backward_kernel": ("d_out",),
+    "scatter_add_relu_kernel": ("y",),
+    "scatter_add_relu_backward_kernel": ("d_residual", "d_out"),
     "compact_norm_kernel": ("normed", "kept"),
     "compact_norm_backward_kernel": ("d_x", "d_x"),  # of kept rows and of dropped ones
     "norm_parameter_sums_kernel": (),
 }
+# What is written as it was read, without a rounding.
+COPIED = {("copy_rows_kernel", "y"), ("scatter_add_relu_backward_kernel", "d_residual")}
 PARAMETERS = ("layer_scale", "weight", "bias")
 
 
@@ -70,6 +77,7 @@ class Launch:
     kernel: Any = field(repr=False)
     arguments: dict[str, Any] = field(repr=False)
     tile: Any
+    again: bool = False  # whether other numbers of rows have it compiled again
 
     def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
         types: dict[str, str] = {}
@@ -112,6 +120,7 @@ class Launch:
         return {
             "name": f"{self.name}-sm{capability}",
             "kernel": kernel,
+            "again": self.again,
             "blocks": self.arguments.get("BLOCKS", 1),
             "reads": self.sixteen_bytes(READ[kernel], lines),
             "parameter_reads": self.sixteen_bytes(PARAMETERS, 1),
@@ -121,8 +130,9 @@ class Launch:
             # "rn" in cvt.rn.bf16x2.f32; in cvt.f32.bf16, which is exact, there is none.
             "roundings": sorted(set(re.findall(r"\bcvt\.(r\w+)\.(?:satfinite\.)?b?f16", ptx))),
             "rounds": any(
-                self.arguments[name].itemsize == 2 and kernel != "copy_rows_kernel"
+                self.arguments[name] is not None and self.arguments[name].itemsize == 2
                 for name in WRITTEN[kernel]
+                if (kernel, name) not in COPIED
             ),
             "shared": binary.metadata.shared,
             **resources(binary.asm["cubin"]),
@@ -160,22 +170,24 @@ class Recorder:
         self.launches.append(Launch(self.name, kernel, named, tile))
 
 
-def record() -> list[Launch]:
+def record(batch: int = 4, k: int = 2) -> list[Launch]:
     recorder = Recorder()
-    index, slot = torch.tensor([0, 2]), torch.tensor([0, -1, 1, -1])
+    index = torch.arange(k)
+    slot = torch.full((batch,), -1)
+    slot[:k] = index
 
     def rows(count: int, dtype: torch.dtype, *row: int) -> torch.Tensor:
         return torch.zeros(count, *(row or (64, 384)), dtype=dtype)
 
     for dtype in (torch.int8, BF16, F32, F64):
         recorder.name = f"compact-{dtype.itemsize}"
-        row_ops.compact_rows(rows(4, dtype), index)
+        row_ops.compact_rows(rows(batch, dtype), index)
         recorder.name = f"expand-{dtype.itemsize}"
-        row_ops.expand_rows(rows(2, dtype), index, slot)
+        row_ops.expand_rows(rows(k, dtype), index, slot)
     for stream, branch in PAIRS + RARE_PAIRS:
         pair = NAMES[stream] if stream == branch else f"{NAMES[stream]}+{NAMES[branch]}"
-        x, out = rows(4, stream), rows(2, branch)
-        gamma, weight = torch.zeros(384, dtype=stream), torch.zeros(2, dtype=F32)
+        x, out = rows(batch, stream), rows(k, branch)
+        gamma, weight = torch.zeros(384, dtype=stream), torch.zeros(k, dtype=F32)
         recorder.name = f"scatter_add-{pair}"
         row_ops.scatter_add_rows(x, out, index, slot, gamma, weight, 2.0)
         recorder.name = f"scatter_add_-{pair}"
@@ -184,10 +196,17 @@ def record() -> list[Launch]:
         row_ops.scatter_add_rows_backward(x, None, index, gamma, None, 2.0, branch, [False, False])
         recorder.name = f"scatter_add_backward_sums-{pair}"
         row_ops.scatter_add_rows_backward(x, out, index, gamma, weight, 2.0, branch, [True, True])
+        recorder.name = f"scatter_add_relu-{pair}"
+        y, bits = row_ops.scatter_add_relu_rows(x, out, index, slot, gamma, weight, 2.0)
+        given = index, slot, gamma, weight, 2.0, branch, torch.contiguous_format
+        recorder.name = f"scatter_add_relu_backward-{pair}"
+        row_ops.scatter_add_relu_rows_backward(y, bits, *given, True)
+        recorder.name = f"scatter_add_relu_backward_residual-{pair}"
+        row_ops.scatter_add_relu_rows_backward(y, bits, *given, False)
     for stream, branch in PAIRS:
         pair = NAMES[stream] if stream == branch else f"{NAMES[stream]}+{NAMES[branch]}"
         for length in (384, 6144):  # held in registers, and not
-            x, normed = rows(4, stream, 64, length), rows(2, branch, 64, length)
+            x, normed = rows(batch, stream, 64, length), rows(k, branch, 64, length)
             gamma = torch.zeros(length, dtype=stream)
             recorder.name = f"norm{length}-{pair}"
             _, kept, mean, rstd = norm_ops.compact_norm(
@@ -210,6 +229,10 @@ def compile_one(job: tuple[int, int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     LAUNCHES += record()
+    for counts in ((4, 1), (16, 16), (33, 17)):
+        for launch, other in zip(LAUNCHES, record(*counts), strict=True):
+            same = launch.signature() == other.signature() and launch.tile == other.tile
+            launch.again = launch.again or not same
     jobs = [(i, int(capability)) for i in range(len(LAUNCHES)) for capability in sys.argv[1:]]
     # A fork knows LAUNCHES.
     with multiprocessing.get_context("fork").Pool(2) as pool:

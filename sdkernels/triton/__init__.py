@@ -17,6 +17,8 @@ from sdkernels.triton.norm_ops import compact_norm, compact_norm_backward
 from sdkernels.triton.row_ops import (
     compact_rows,
     expand_rows,
+    scatter_add_relu_rows,
+    scatter_add_relu_rows_backward,
     scatter_add_rows,
     scatter_add_rows_,
     scatter_add_rows_backward,
@@ -30,6 +32,8 @@ OPS: dict[str, Callable[..., object]] = {
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,
+        scatter_add_relu_rows,
+        scatter_add_relu_rows_backward,
         compact_norm,
         compact_norm_backward,
     )

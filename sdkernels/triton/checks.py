@@ -6,6 +6,8 @@ reads or writes outside of its tensors. The values of rows are looked at by the 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,12 @@ def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
 
 
 def check_floating(x: Tensor, name: str) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    check_dtype(x.dtype, name)
+
+
+def check_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
@@ -66,6 +72,28 @@ def check_scales(layer_scale: Tensor | None, row_weight: Tensor | None, x: Tenso
         check_layer_scale(layer_scale, x.shape[1:])
     if row_weight is not None:
         check_shape(row_weight, "row_weight", (k,), x)
+
+
+def check_bits(bits: Tensor, name: str, x: Tensor) -> None:
+    """A bit for every element of x, row by row."""
+    if bits.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected uint8, got {bits.dtype}")
+    check_device(bits, name, x)
+    shape = (x.shape[0], -(-prod(x.shape[1:]) // 8))
+    if tuple(bits.shape) != shape or not bits.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor of shape {shape}, got shape "
+            f"{tuple(bits.shape)} with strides {bits.stride()}"
+        )
+
+
+def check_memory_format(memory_format: torch.memory_format, x: Tensor) -> None:
+    """A format that x can have (that of row_format())."""
+    dims = {torch.channels_last: 4, torch.channels_last_3d: 5, torch.contiguous_format: x.dim()}
+    if dims.get(memory_format) != x.dim():
+        raise ValueError(
+            f"memory_format: {memory_format} is none of a tensor of shape {tuple(x.shape)}"
+        )
 
 
 def check_norm(

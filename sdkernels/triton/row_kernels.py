@@ -255,3 +255,145 @@ def scatter_add_backward_kernel(
         else:
             tl.store(target + tl.zeros((1, 1), tl.int32), sums, exists)
     tl.device_assert(valid, "rows.index: not a row of the batch")
+
+
+@triton.jit
+def _line(length, BLOCK_LENGTH: tl.constexpr):
+    """This program's elements of a row that is one line, the bytes of their bits, which exist."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK_LENGTH
+    element = start + tl.arange(0, BLOCK_LENGTH)
+    byte = start // 8 + tl.arange(0, BLOCK_LENGTH // 8)
+    return element, byte, element < length, byte < tl.cdiv(length, 8)
+
+
+@triton.jit
+def _relu(value, ACC: tl.constexpr):
+    """A NaN passes, as in PyTorch. Of what passes no bit changes."""
+    return tl.where(value.to(ACC) <= 0, 0.0, value)
+
+
+@triton.jit
+def _packed(flags, BLOCK_LENGTH: tl.constexpr):
+    """Truth values as bits, eight a byte and the first in the lowest."""
+    bits = flags.to(tl.int32) << (tl.arange(0, BLOCK_LENGTH) % 8)
+    return tl.sum(tl.reshape(bits, (BLOCK_LENGTH // 8, 8)), 1).to(tl.uint8)
+
+
+@triton.jit
+def _unpacked(bits, BLOCK_LENGTH: tl.constexpr):
+    """The inverse of _packed. A byte is read once, and not by each of its elements."""
+    flags = (bits.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    return tl.reshape(flags, (BLOCK_LENGTH,)) != 0
+
+
+@triton.jit
+def _times_scales(
+    factor,
+    row_weight,
+    layer_scale,
+    slot,
+    element,
+    length,
+    PER_ELEMENT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """factor * row_weight * layer_scale, of a slot that exists and a row that is one line."""
+    if row_weight is not None:
+        factor = factor * tl.load(row_weight + slot).to(ACC)
+    if layer_scale is not None:
+        factor = factor * _layer_scale(
+            layer_scale, 0, 1, 0, element, 1, length, False, PER_ELEMENT, ACC
+        )
+    return factor
+
+
+@triton.jit(do_not_specialize=["row_weight", "slot_of", "rows", "kept_rows"])
+def scatter_add_relu_kernel(
+    y,  # like positive, its rows one behind the other
+    positive,  # a bit for each element of y
+    residual,
+    out,
+    layer_scale,  # [length], or one element, or None
+    row_weight,  # [k] or None
+    slot_of,  # [rows]
+    scale: tl.float64,
+    rows: tl.int64,
+    kept_rows: tl.int64,
+    length: tl.int64,
+    residual_row,
+    out_row,
+    PER_ELEMENT: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y = relu(what scatter_add_rows gives), and a bit where the gradient passes. B + k reads,
+    B writes, and an eighth of a byte for each element.
+    """
+    row = row_number()
+    element, byte, inside, has_bits = _line(length, BLOCK_LENGTH)
+    exists = row < rows
+    slot = tl.load(slot_of + row, mask=exists, other=-1)
+    kept = (slot >= 0) & (slot < kept_rows)
+    inside = inside & exists
+    value = tl.load(residual + row * residual_row + element, inside, other=0)
+    if kept:
+        factor = _times_scales(
+            tl.full((), scale, ACC), row_weight, layer_scale, slot, element, length,
+            PER_ELEMENT, ACC,
+        )  # fmt: skip
+        added = factor * tl.load(out + slot * out_row + element, inside, other=0).to(ACC)
+        result = rounded(_relu(value.to(ACC) + added, ACC), y.dtype.element_ty)
+    else:
+        result = rounded(_relu(value, ACC), y.dtype.element_ty)
+    tl.store(y + row * length + element, result, inside)
+    # Of what is stored: a positive sum may have been rounded to zero. No element, no bit.
+    passes = tl.where(result.to(ACC) <= 0, 0, inside.to(tl.int32))
+    positive += row * tl.cdiv(length, 8) + byte
+    tl.store(positive, _packed(passes, BLOCK_LENGTH), has_bits & exists)
+    tl.device_assert((slot >= -1) & (slot < kept_rows), "rows: not a row of the batch")
+
+
+@triton.jit(do_not_specialize=["row_weight", "slot_of", "rows", "kept_rows"])
+def scatter_add_relu_backward_kernel(
+    d_residual,  # like d_out and positive, its rows one behind the other
+    d_out,  # or None, where it is not wanted
+    grad,
+    positive,  # a bit for each element of grad
+    layer_scale,  # [length], or one element, or None
+    row_weight,  # [k] or None
+    slot_of,  # [rows]
+    scale: tl.float64,
+    rows: tl.int64,
+    kept_rows: tl.int64,
+    length: tl.int64,
+    grad_row,
+    PER_ELEMENT: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """d_residual = grad where its bit is set, else zero; d_out = scale * row_weight * layer_scale *
+    d_residual[kept]. B reads, B + k writes, and an eighth of a byte for each element.
+    """
+    row = row_number()
+    element, byte, inside, has_bits = _line(length, BLOCK_LENGTH)
+    exists = row < rows
+    slot = tl.load(slot_of + row, mask=exists, other=-1)
+    inside = inside & exists
+    positive += row * tl.cdiv(length, 8) + byte
+    passes = _unpacked(tl.load(positive, has_bits & exists, other=0), BLOCK_LENGTH)
+    value = tl.load(grad + row * grad_row + element, inside, other=0)
+    value = tl.where(passes, value, 0.0)
+    tl.store(d_residual + row * length + element, value, inside)
+    if d_out is not None:
+        kept = (slot >= 0) & (slot < kept_rows)
+        if kept:
+            factor = _times_scales(
+                tl.full((), 1, ACC), row_weight, layer_scale, slot, element, length,
+                PER_ELEMENT, ACC,
+            )  # fmt: skip
+            # In the order of scatter_add_backward_kernel: the same bits.
+            scaled = tl.full((), scale, ACC) * value.to(ACC) * factor
+            tl.store(
+                d_out + slot * length + element, rounded(scaled, d_out.dtype.element_ty), inside
+            )
+    tl.device_assert((slot >= -1) & (slot < kept_rows), "rows: not a row of the batch")

@@ -1,4 +1,4 @@
-"""compact_rows, expand_rows, scatter_add_rows and its backward."""
+"""compact_rows, expand_rows, scatter_add_rows (also with a ReLU behind it) and its backward."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdkernels.traceable import acc_type, empty_rows, scatter_add_dtype
+from sdkernels.traceable import acc_type, empty_bits, empty_rows, row_format, scatter_add_dtype
 from sdkernels.triton.checks import (
     check_batch,
+    check_bits,
+    check_dtype,
     check_floating,
+    check_memory_format,
     check_rows,
     check_scales,
     check_shape,
@@ -22,6 +25,8 @@ from sdkernels.triton.row_kernels import (
     copy_rows_kernel,
     scatter_add_backward_kernel,
     scatter_add_kernel,
+    scatter_add_relu_backward_kernel,
+    scatter_add_relu_kernel,
 )
 from sdkernels.triton.tiles import Tile, cdiv, row_tile, rows_per_sum
 
@@ -91,10 +96,19 @@ def _walk_scaled(
     """A layer scale whose shape two levels cannot express ([C, 1, W]) is written out for a row."""
     walk = walk_rows(tensors, layer_scale)
     if walk is None and layer_scale is not None:
-        row = tensors[0].select(0, 0)
-        layer_scale = torch.empty_like(row, dtype=layer_scale.dtype).copy_(layer_scale)
+        layer_scale = _written_out(layer_scale, tensors[0])
         walk = walk_rows(tensors, layer_scale)
     return walk, layer_scale
+
+
+def _written_out(layer_scale: Tensor, x: Tensor) -> Tensor:
+    """layer_scale for a whole row of x, in the row's strides."""
+    row = x.select(0, 0)
+    return torch.empty_like(row, dtype=layer_scale.dtype).copy_(layer_scale)
+
+
+def _dense(row_weight: Tensor | None) -> Tensor | None:
+    return None if row_weight is None else row_weight.contiguous()
 
 
 def _scale_strides(walk: Walk, layer_scale: Tensor | None) -> tuple[int, int]:
@@ -191,7 +205,7 @@ def _scatter_add_into(
     rows, others = (out, y) if in_place else (y, out)
     launch(
         scatter_add_kernel, _tiles(walk, tile), rows.shape[0], tile, y.device,
-        y, residual, out, gamma, row_weight, rows_of, scale,
+        y, residual, out, gamma, _dense(row_weight), rows_of, scale,
         rows.shape[0], others.shape[0], walk.lines, walk.length,
         *_strides(tensors, walk), *scale_strides,
         in_place, scale_strides[0] != 0, scale_strides[1] != 0,
@@ -256,7 +270,7 @@ def scatter_add_rows_backward(
     strides = _strides(tensors, walk) + ([0, 0, 0] if out is None else [])
     launch(
         scatter_add_backward_kernel, tiles, cdiv(k, group), tile, grad.device,
-        d_out, grad, out if any(wanted) else None, gamma, row_weight,
+        d_out, grad, out if any(wanted) else None, gamma, _dense(row_weight),
         layer_scale_sums, row_weight_sums, index, scale,
         grad.shape[0], k, walk.lines, walk.length,
         *strides, *scale_strides, 0 if gamma is None else gamma.numel(),
@@ -273,3 +287,113 @@ def scatter_add_rows_backward(
         assert row_weight is not None
         d_row_weight = row_weight_sums.sum(1).to(row_weight.dtype)
     return d_out, d_layer_scale, d_row_weight
+
+
+def _of_one_line(x: Tensor, y: Tensor) -> Tensor:
+    """x, or a dense copy of it: each of its rows one line of memory, in the order of y's.
+
+    y itself is dense in a memory format.
+    """
+    walk = walk_rows((y, x))
+    if walk is not None and walk.lines == 1 and walk.element_strides == (1, 1):
+        return x
+    return x.contiguous(memory_format=row_format(y))
+
+
+def _layer_scale_of_one_line(layer_scale: Tensor | None, y: Tensor) -> tuple[Tensor | None, bool]:
+    """layer_scale for the elements of a line in their order, and whether it differs among them."""
+    if layer_scale is None:
+        return None, False
+    walk = walk_rows((y,), layer_scale)
+    if walk is None or walk.lines > 1 or walk.element_strides[-1] > 1:
+        return _written_out(layer_scale, y), True
+    return layer_scale, walk.element_strides[-1] == 1
+
+
+def _line_tile(y: Tensor, acc: torch.dtype) -> Tile:
+    """The tile for rows of one line: whole bytes of bits."""
+    walk = walk_rows((y,))
+    assert walk is not None
+    tile = row_tile(walk, acc)
+    return tile._replace(length=max(tile.length, 8))
+
+
+def scatter_add_relu_rows(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
+    dtype = scatter_add_dtype(residual, out, layer_scale)
+    y = empty_rows(residual, residual.shape[0], dtype)
+    positive = empty_bits(y)
+    if not y.numel():
+        return y, positive
+    # In the order in which the bits are counted.
+    memory_format = row_format(y)
+    is_dense = y.is_contiguous(memory_format=memory_format)
+    dense = y if is_dense else torch.empty_like(y, memory_format=memory_format)
+    residual = _of_one_line(residual, dense)
+    out_row = residual.stride(0)  # those of a tensor without elements mean nothing
+    if out.numel():
+        out = _of_one_line(out, dense)
+        out_row = out.stride(0)
+    gamma, per_element = _layer_scale_of_one_line(layer_scale, dense)
+    acc = acc_type(dtype)
+    length = dense[0].numel()
+    tile = _line_tile(dense, acc)
+    launch(
+        scatter_add_relu_kernel, cdiv(length, tile.length), dense.shape[0], tile, dense.device,
+        dense, positive, residual, out, gamma, _dense(row_weight), slot, scale,
+        dense.shape[0], index.shape[0], length, residual.stride(0), out_row,
+        per_element, tile.length, ACC[acc],
+    )  # fmt: skip
+    return y if is_dense else y.copy_(dense), positive
+
+
+def scatter_add_relu_rows_backward(
+    grad: Tensor,
+    positive: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    wants_out: bool,
+) -> tuple[Tensor, Tensor]:
+    check_batch(grad, "grad", slot.shape[0])
+    check_floating(grad, "grad")
+    check_rows(index, "rows.index", grad)
+    check_rows(slot, "rows.slot", grad)
+    check_scales(layer_scale, row_weight, grad, index.shape[0])
+    check_dtype(dtype, "dtype")
+    check_memory_format(memory_format, grad)
+    check_bits(positive, "positive", grad)
+    d_residual = torch.empty_like(grad, memory_format=memory_format)
+    if wants_out:
+        d_out = empty_rows(d_residual, index.shape[0], dtype)
+    else:
+        d_out = grad.new_empty(0, dtype=dtype)
+    if not grad.numel():
+        return d_residual, d_out
+    grad = _of_one_line(grad, d_residual)
+    gamma, per_element = None, False
+    if wants_out:
+        gamma, per_element = _layer_scale_of_one_line(layer_scale, d_residual)
+    acc = acc_type(grad.dtype, dtype)
+    length = grad[0].numel()
+    tile = _line_tile(d_residual, acc)
+    launch(
+        scatter_add_relu_backward_kernel, cdiv(length, tile.length), grad.shape[0], tile,
+        grad.device, d_residual, d_out if wants_out else None, grad, positive, gamma,
+        _dense(row_weight) if wants_out else None, slot, scale,
+        grad.shape[0], index.shape[0], length, grad.stride(0),
+        per_element, tile.length, ACC[acc],
+    )  # fmt: skip
+    return d_residual, d_out

@@ -181,7 +181,7 @@ OPS: dict[str, Op] = {
         traffic={"fwd": (2, 0, 1), "bwd": (0, 1, 2)},
         outputs=("batch",),
     ),
-    # The bits that are kept for the backward, a few hundredths of a row, are left out of the traffic.
+    # The bits that are kept for the backward, hundredths of a row, are left out of the traffic.
     "scatter_add_relu": Op(
         providers={
             "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),),

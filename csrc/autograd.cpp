@@ -5,6 +5,7 @@
 #include "autograd.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -300,12 +301,18 @@ Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tenso
   return d_stream;
 }
 
+// Whether a gradient may be written to: no one holds it but PyTorch's caller of this node (a hook
+// of a node can get hold of it), and it is plain memory, no batch of gradients under vmap.
+bool is_ours_alone(const Tensor& grad) {
+  return grad.defined() && grad.use_count() <= 2 && !at::isTensorSubclassLike(grad) &&
+         grad.is_non_overlapping_and_dense();
+}
+
 variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
   const auto saved = ctx->get_saved_variables();
-  const Tensor d_stream = grads.size() > 1 ? grads[1] : Tensor();
-  // The stream goes into one scatter-add, and to nothing else. With a ReLU its backward has made
-  // the gradient that comes from there: no one but this node holds it.
-  const bool owned = ctx->saved_data["relu"].toBool();
+  const Tensor d_stream = grads.size() > 1 ? std::move(grads[1]) : Tensor();
+  // With a ReLU behind the sum, the backward of the scatter-add has made the stream's gradient.
+  const bool owned = ctx->saved_data["relu"].toBool() && is_ours_alone(d_stream);
   return {merge_gradients(grads[0], d_stream, saved[0], saved[1], owned), {}, {}, {}, {}};
 }
 

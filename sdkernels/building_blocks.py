@@ -131,7 +131,8 @@ def scatter_add_rows(
     rows have weights, row j of `out` is multiplied by ``rows.weight[j]`` as well.
 
     With ``activation="relu"`` the result is the ReLU of that sum, in the same pass; a bit for each
-    element is kept for the backward, not the result.
+    element is kept for the backward, not the result. (In place, and in compiled code, the ReLU is
+    an operation of its own.)
 
     Args:
         x: [B, ...], floating point: the stream.
@@ -155,13 +156,13 @@ def scatter_add_rows(
         >>> scatter_add_rows(torch.ones(3, 1), torch.tensor([[1.0], [2.0]]), rows).flatten()
         tensor([3., 1., 5.])
     """
-    check_activation(activation)
+    relu = check_activation(activation)
     check_input(x)
     check_rows(rows, x)
     check_tensor(out, "out")
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
-    return scatter_add(x, out, rows, layer_scale, inplace, activation == "relu")
+    return scatter_add(x, out, rows, layer_scale, inplace, relu)
 
 
 def scatter_add(
@@ -207,9 +208,11 @@ def compact_norm(
     return opened
 
 
-def check_activation(activation: object) -> None:
+def check_activation(activation: object) -> bool:
+    """Whether there is one."""
     if activation is not None and activation != "relu":
         raise ValueError(f"activation: expected 'relu' or None, got {activation!r}")
+    return activation is not None
 
 
 def check_tensor(value: object, name: str) -> None:

@@ -118,9 +118,10 @@ def scatter_add(
     if row_weight is not None:
         scaled = scaled * _per_row(row_weight.to(acc), out.dim())
     y = _AddRows.apply(residual.to(acc), scaled, index, slot)
-    if relu:
+    y = y.to(residual.dtype if inplace else dtype)
+    if relu:  # of what is stored: a positive sum may have been rounded to zero
         y = torch.relu(y)
-    return residual.copy_(y) if inplace else y.to(dtype)
+    return residual.copy_(y) if inplace else y
 
 
 def check_inplace(x: Tensor) -> None:

@@ -281,8 +281,9 @@ def fused_stochastic_depth(
             where it was not measured). For a list `x`, each tensor is decided on by itself. Has no
             effect together with `inplace`, and in compiled code. Default: 0, always compact.
         activation: "relu" applies a ReLU to the sum, as the blocks of a ResNet do: in the pass that
-            adds, which keeps one bit an element for the backward instead of the result. (In place
-            the ReLU is an operation of its own.) Default: none.
+            adds, which keeps one bit an element for the backward instead of the result. (In place,
+            in evaluation, with p = 0 and in compiled code it is an operation of its own.) Default:
+            none.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.
@@ -315,7 +316,7 @@ def fused_stochastic_depth(
     check_law(mode, sampler, rescale)
     check_choice("empty", empty, EMPTY)
     check_norm(norm)
-    check_activation(activation)
+    relu = check_activation(activation)
     if not isinstance(args, (list, tuple)):
         raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
     if layer_scale is not None:
@@ -325,7 +326,6 @@ def fused_stochastic_depth(
     if min_saving != 0.0:
         min_saving = check_min_saving(min_saving)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
-    relu = activation is not None
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
 

@@ -1,7 +1,5 @@
 """``activation="relu"``: the same function as a ReLU behind the sum, with less kept for it."""
 
-import gc
-
 import pytest
 import torch
 from cases import NAMED_CASES, Case, generated_cases
@@ -53,9 +51,9 @@ def test_any_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for elements in (5, 24 * 40 * 36 + 5):
-            x = torch.randn(9, elements, requires_grad=True)
-            rows = KeptRows.from_index(torch.tensor([1, 2, 7]), batch=9)
+        for batch, elements in ((60_000, 5), (30_000, 13), (9, 24 * 40 * 36 + 5)):
+            x = torch.randn(batch, elements, requires_grad=True)
+            rows = KeptRows.from_index(torch.tensor([1, 2, 7]), batch)
             out = torch.randn(3, elements)
             y = scatter_add_rows(x, out, rows, activation="relu")
             assert torch.equal(y, x.index_add(0, rows.index, out).relu())
@@ -106,6 +104,12 @@ def test_literal_expression():
 @pytest.mark.parametrize("options", [{}, {"training": False}, {"p": 0.0}], ids=str)
 def test_in_place(options):
     base = torch.randn(4, 3, requires_grad=True)
+    residual = torch.randn(4, 3)
+    sum_of_its_own = fused_stochastic_depth(
+        base, torch.neg, 0.5, rows=ROWS, residual=residual, inplace=True, activation="relu"
+    )
+    assert sum_of_its_own is residual
+    assert torch.equal(residual, residual.relu())
     call = {"p": 0.5, "rows": ROWS} | options
     call |= {"rows": None} if options else {}
     expected = fused_stochastic_depth(base * 1, torch.neg, **call).relu()
@@ -164,20 +168,30 @@ def test_module():
     assert torch.equal(block.eval()(x), plain.eval()(x).relu())
 
 
-def test_gradients_are_nobody_elses():
-    """The stream's gradient is added to in place; what came in stays, and a second pass agrees."""
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("norm", [None, "plain", "hooked"])
+def test_gradients_are_nobody_elses(activation, norm):
+    """The stream's gradient may be added to in place; what others hold stays as it is."""
     x = torch.randn(4, 64, requires_grad=True)
     weight = torch.randn(64, requires_grad=True)
-    y = fused_stochastic_depth(x, lambda kept: kept * weight, 0.5, rows=ROWS, activation="relu")
+    layer = None if norm is None else nn.LayerNorm(64)
+    if norm == "hooked":
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+    y = fused_stochastic_depth(
+        x, lambda kept: kept * weight, 0.5, rows=ROWS, norm=layer, activation=activation
+    )
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = y.grad_fn.register_hook(lambda grads, _: seen.append((grads[0], grads[0].clone())))
     grad = torch.randn_like(y)
     before = grad.clone()
     first = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
-    assert torch.equal(grad, before)
+    handle.remove()
     kept = [each.clone() for each in first]
     second = torch.autograd.grad(y, (x, weight), grad)
-    for each, same, again in zip(first, kept, second, strict=True):
-        assert torch.equal(each, same)
-        assert torch.equal(each, again)
+    assert torch.equal(grad, before)
+    for held, was in [*seen, *zip(first, kept, strict=True), *zip(second, kept, strict=True)]:
+        assert torch.equal(held, was)
+    assert len(seen) == 1
 
 
 def test_branch_without_gradient():
@@ -220,8 +234,6 @@ def test_saved_for_the_backward():
     assert torch.equal(
         torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, x, grad)[0]
     )
-    del saved
-    gc.collect()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

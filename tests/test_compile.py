@@ -146,6 +146,22 @@ def test_building_blocks():
     assert_same(actual, results(function, leaves, x, ROWS, gate))
 
 
+def test_relu_of_what_is_stored():
+    """A sum that is rounded to zero passes no gradient, as in eager code."""
+    x = torch.full((8, 6), -1e-4, dtype=torch.float16, requires_grad=True)
+    out = torch.full((3, 6), 1e-4, dtype=torch.float16)
+    rows = dataclasses.replace(ROWS, scale=1.0 + 1e-5)
+    function = torch.compile(
+        lambda x: scatter_add_rows(x, out, rows, activation="relu"),
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    with compilation():
+        y = function(x)
+        assert not y.any()
+        y.sum().backward()
+    assert not x.grad.any()
+
+
 def test_options():
     """Those that change what is traced, in one graph each."""
     block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)

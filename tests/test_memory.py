@@ -200,6 +200,17 @@ def test_backward_merges_the_gradients():
         assert peak_bytes(lambda y=y: torch.autograd.grad(y, x, grad)) <= bound
 
 
+def test_backward_of_a_relu_merges_the_gradients():
+    """The gradient that the ReLU passes becomes d_x: the kept rows are added to it in place."""
+    x = torch.randn(16, 30, 96, requires_grad=True)
+    y = fused_stochastic_depth(
+        x, lambda kept: kept.view(kept.shape), 0.5, rows=every_second(x), activation="relu"
+    )
+    grad = torch.randn_like(x)
+    bound = output_bytes(x) + output_bytes(x[:8]) + SMALL
+    assert peak_bytes(lambda: torch.autograd.grad(y, x, grad)) <= bound
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_backward_of_layer_scale_needs_no_temporary(view):
     grad = make_x(view, torch.float32)

@@ -209,9 +209,14 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap without a batching rule
-def test_batched_gradients():
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_batched_gradients(norm, activation):
     """The backward under vmap, as torch.autograd.functional.jacobian(vectorize=True) runs it."""
     block, x = make_block(), torch.randn(8, 6, requires_grad=True)
+    block.activation = activation
+    if not norm:
+        block.norm = None
     y = block(x, rows=ROWS)
     batch = torch.randn(3, 8, 6)
     leaves = [x, *block.parameters()]

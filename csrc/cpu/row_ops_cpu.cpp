@@ -331,9 +331,11 @@ std::tuple<Tensor, Tensor> scatter_add_relu_rows_backward(
                            : at::empty({0}, grad.options().dtype(dtype));
   if (grad.numel() == 0) return {d_residual, d_out};
   const Tensor dense = grad.contiguous(format);
-  OptionalTensor gamma;
-  if (wants_out && layer_scale) gamma = layer_scale_of_row(*layer_scale, d_residual, acc);
-  const auto weight = weight_of_rows(row_weight, acc);
+  OptionalTensor gamma, weight;
+  if (wants_out) {
+    if (layer_scale) gamma = layer_scale_of_row(*layer_scale, d_residual, acc);
+    weight = weight_of_rows(row_weight, acc);
+  }
   const auto kernel =
       kernels().scatter_add_relu_backward(dtype_of(grad), dtype_of(wants_out ? d_out : grad));
   TORCH_INTERNAL_ASSERT(kernel);

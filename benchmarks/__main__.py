@@ -269,7 +269,7 @@ def run(arguments: list[str]) -> int:
         return 0
     console = rebuild.make_console()
     options.out.mkdir(parents=True, exist_ok=True)
-    env = environment(options.device)
+    env = environment(options.device) | {"keeps_memory": memory.keep_freed_memory()}
     settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
     try:
         store = Store(options.out, settings, env, options.fresh)

@@ -1,8 +1,10 @@
-"""What a forward pass keeps for the backward pass (CPU), or the peak over both (CUDA)."""
+"""What a forward pass keeps for the backward pass (CPU), or the peak over both (CUDA); and the
+memory that a run may take."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "bad_alloc", "not enough memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep what is freed for the rest of the process; returns whether it does.
+
+    By default glibc maps a block past 32 MiB anew in every call and gives back the end of its heap,
+    and every page is zeroed at its first touch. That takes longer than most ops, for one provider
+    and not for another whose tensors are a little smaller. The allocators that PyTorch's tuning
+    guide recommends for CPUs, and the one for CUDA, keep memory.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, another system
+        return False
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
+    return all(mallopt(option, value) == 1 for option, value in settings.items())
 
 
 @contextlib.contextmanager

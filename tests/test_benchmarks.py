@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import types
 import weakref
@@ -455,6 +456,32 @@ def test_measuring_memory_keeps_nothing():
 
     memory.saved_activation_bytes(forward, [])
     assert made[0]() is None
+
+
+FAULTS = """
+import resource, sys
+import torch
+from benchmarks import memory
+
+assert memory.keep_freed_memory() or sys.exit(77)
+x = torch.ones(12 * 2**20)  # 48 MiB: by default glibc maps so much anew in every call
+for _ in range(10):
+    x.clone().add(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    x.clone().add(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 77:
+        pytest.skip("another C library than glibc")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 12 * 2**20 * 4 / 4096  # the pages of one tensor; else of twenty
 
 
 def test_out_of_memory_is_known_by_its_message():

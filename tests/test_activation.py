@@ -45,24 +45,6 @@ def test_every_row_runs_the_branch(case, device):
     check(case, device, min_saving=1.0)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_any_number_of_threads(threads):
-    """Threads share no byte of the bits, whatever the length of a row."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for batch, elements in ((60_000, 5), (30_000, 13), (9, 24 * 40 * 36 + 5)):
-            x = torch.randn(batch, elements, requires_grad=True)
-            rows = KeptRows.from_index(torch.tensor([1, 2, 7]), batch)
-            out = torch.randn(3, elements)
-            y = scatter_add_rows(x, out, rows, activation="relu")
-            assert torch.equal(y, x.index_add(0, rows.index, out).relu())
-            y.backward(torch.ones_like(y))
-            assert torch.equal(x.grad, (y > 0).float())
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_values_that_are_no_numbers(dtype, device):
     """As torch.relu: NaN stays, and so does its gradient."""

@@ -9,7 +9,7 @@ from comparison import assert_same_bits, run_fused
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from sdkernels import KeptRows, StochasticDepth
+from sdkernels import KeptRows, StochasticDepth, scatter_add_rows
 
 # Enough elements for seven threads, with sums over all of them: for layer_scale one number for each
 # element of a line, each line, one element of a row or everything.
@@ -46,6 +46,21 @@ def test_any_number_of_threads(case):
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert_same(expected, run_ours(case))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_bits_of_a_relu(threads):
+    """Threads share no byte of them, whatever the length of a row."""
+    torch.set_num_threads(threads)
+    for batch, elements in ((60_000, 5), (30_000, 13), (9, 24 * 40 * 36 + 5)):
+        x = torch.randn(batch, elements, requires_grad=True)
+        rows = KeptRows.from_index(torch.tensor([1, 2, 7]), batch)
+        out = torch.randn(3, elements)
+        y = scatter_add_rows(x, out, rows, activation="relu")
+        assert torch.equal(y, x.index_add(0, rows.index, out).relu())
+        y.backward(torch.ones_like(y))
+        assert torch.equal(x.grad, (y > 0).float())
 
 
 @pytest.mark.parametrize("case", PARALLEL_CASES, ids=str)

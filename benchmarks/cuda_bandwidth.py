@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, environment_line
-from sdkernels import ops, traceable
+from sdkernels.backends import ops, traceable
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"

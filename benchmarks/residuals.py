@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
-from sdkernels import KeptRows, ops, reference, traceable
+from sdkernels import KeptRows, reference
+from sdkernels.backends import ops, traceable
 
 Rule = Callable[..., Tensor]
 
@@ -262,7 +263,9 @@ def other_backends(device: torch.device) -> dict[str, str | None]:
 def backend(name: str, device: torch.device) -> Iterator[None]:
     """Every op of the package served by another backend on this device type."""
     functions = (
-        importlib.import_module("sdkernels.triton").OPS if name == "triton" else traceable.OPS
+        importlib.import_module("sdkernels.backends.triton").OPS
+        if name == "triton"
+        else traceable.OPS
     )
     library = torch.library.Library("sdkernels", "IMPL")
     for op, function in functions.items():

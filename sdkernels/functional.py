@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sdkernels.backends.ops import is_compiling, kernels
+from sdkernels.backends.traceable import check_layer_scale
 from sdkernels.break_even import break_even, check_min_saving
 from sdkernels.building_blocks import (
     check_activation,
@@ -19,11 +21,9 @@ from sdkernels.building_blocks import (
     compact_norm,
     scatter_add,
 )
-from sdkernels.ops import is_compiling, kernels
 from sdkernels.rows import KeptRows, draw
 from sdkernels.sampling import check_choice, check_generator, check_law
 from sdkernels.schedules import check_probability
-from sdkernels.traceable import check_layer_scale
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 

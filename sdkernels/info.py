@@ -48,12 +48,13 @@ def collect() -> Info:
         environment={name: os.environ.get(name) for name in _VARIABLES},
     )
     try:
-        from sdkernels import _extension
+        from sdkernels.backends import extension
 
-        info.build = _extension.load().build_config()
+        info.build = extension.load().build_config()
         info.devices = devices(info.build["cuda_arch_list"])
 
-        from sdkernels import break_even, ops
+        from sdkernels import break_even
+        from sdkernels.backends import ops
 
         info.backends = [asdict(choice) for choice in ops.backend_table()]
         info.min_saving = [asdict(each) for each in break_even.min_saving_table()]
@@ -92,7 +93,7 @@ def devices(arch_list: str) -> list[dict[str, str]]:
     """Every CUDA device that PyTorch sees, and whether the kernels run on it."""
     import torch
 
-    from sdkernels import _extension
+    from sdkernels.backends import extension
 
     found = []
     for device in range(torch.cuda.device_count()):
@@ -102,7 +103,7 @@ def devices(arch_list: str) -> list[dict[str, str]]:
             True: "yes",
             None: f"perhaps, built for {arch_list}",
             False: f"no, built for {arch_list}; set TORCH_CUDA_ARCH_LIST={version} and rebuild "
-            f"with: {_extension.build_command()}",
+            f"with: {extension.build_command()}",
         }[is_covered(arch_list, capability)]
         found.append(
             {

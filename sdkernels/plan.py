@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.ops import C, is_compiling
+from sdkernels.backends.ops import C, is_compiling
 from sdkernels.rows import KeptRows
 from sdkernels.sampling import check_batch, check_generator, check_law, law
 from sdkernels.schedules import check_probability

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdkernels import ops
+from sdkernels.backends import ops
 
 # The native kernels look at the values of the rows and at overlapping memory before they write.
 # PyTorch code stays inside of its tensors without that, and a device would have to be waited for.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from sdkernels import traceable
+from sdkernels.backends import traceable
 
 Arguments = tuple[Any, ...]
 

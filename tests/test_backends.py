@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdkernels import ops, traceable
+from sdkernels.backends import ops, traceable
 
 TESTS = Path(__file__).resolve().parent
 
@@ -32,7 +32,7 @@ def run(program: str, *arguments: str, **environ: str) -> subprocess.CompletedPr
 # Who serves the CPU, and why; then the tests that are named on the command line, if any.
 PROGRAM = """
 import sys
-from sdkernels import ops
+from sdkernels.backends import ops
 capability = ops.C.build_config()["cpu_capability"]
 print(*{(c.backend, c.reason) for c in ops.backend_table() if c.device == "cpu"}, capability)
 if sys.argv[1:]:

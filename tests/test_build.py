@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import sdkernels
-from sdkernels import _extension, info, ops
-from sdkernels._extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
+from sdkernels import info
+from sdkernels.backends import extension, ops
+from sdkernels.backends.extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(sdkernels.__file__).resolve().parent
@@ -162,13 +163,13 @@ def test_cuda_arch_list(environ, toolkit_version, capabilities, expected):
 
 
 def test_flags_reach_the_compiler():
-    config = _extension.load().build_config()
+    config = extension.load().build_config()
     assert config["cxx_flags"] == " ".join(build.cxx_flags(sys.platform))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP is used on Linux only")
 def test_openmp_library_is_torchs():
-    library = Path(_extension.load().__file__).read_bytes()
+    library = Path(extension.load().__file__).read_bytes()
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
     assert b"libgomp" not in library
     assert b"libomp" not in library
@@ -194,7 +195,7 @@ def write_record(path, built):
     ids=str,
 )
 def test_extension_fits(built, running, tmp_path):
-    _extension.check(write_record(tmp_path / "_build.json", built), running)
+    extension.check(write_record(tmp_path / "_build.json", built), running)
 
 
 @pytest.mark.parametrize(
@@ -211,24 +212,24 @@ def test_extension_fits(built, running, tmp_path):
 def test_extension_mismatch(built, running, tmp_path):
     message = f"built for {built}, this is {running}; rebuild with: pip install "
     with pytest.raises(ExtensionMismatchError, match=re.escape(message)):
-        _extension.check(write_record(tmp_path / "_build.json", built), running)
+        extension.check(write_record(tmp_path / "_build.json", built), running)
 
 
 def test_load_looks_at_the_running_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     with pytest.raises(ExtensionMismatchError, match=r"this is torch 2\.10\.0"):
-        _extension.load()
+        extension.load()
 
 
 def test_extension_never_built(tmp_path):
     with pytest.raises(ExtensionMissingError, match="build it with: pip install --no-build-iso"):
-        _extension.check(tmp_path / "_build.json", CPU)
+        extension.check(tmp_path / "_build.json", CPU)
 
 
 def test_extension_built_for_another_python(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExtensionMissingError, match=r"not built for Python 3\.\d+; build it with"):
-        _extension.load()
+        extension.load()
 
 
 @pytest.fixture
@@ -244,7 +245,9 @@ def test_import_of_a_misfit(misfit):
     result = run("-c", "import sdkernels", cwd=misfit)
     assert result.returncode == 1
     error = result.stderr.splitlines()[-1]
-    assert error.startswith("sdkernels._extension.ExtensionMismatchError: sdkernels was built for")
+    assert error.startswith(
+        "sdkernels.backends.extension.ExtensionMismatchError: sdkernels was built for"
+    )
 
 
 def test_info_reports_a_misfit(misfit):
@@ -311,7 +314,7 @@ def test_info_json():
     printed = json.loads(result.stdout)
     assert printed["error"] is None
     assert printed["versions"]["torch"] == torch.__version__
-    assert printed["build"] == _extension.load().build_config()
+    assert printed["build"] == extension.load().build_config()
     assert printed["environment"]["SDKERNELS_BUILD"] == "cpu"
     assert printed["backends"] == [dataclasses.asdict(choice) for choice in ops.backend_table()]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from sdkernels import traceable
+from sdkernels.backends import traceable
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

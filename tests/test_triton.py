@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_backends import run
 
-from sdkernels import ops
+from sdkernels.backends import ops
 
 TESTS = Path(__file__).resolve().parent
 INTERPRETED = {"SDKERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}
@@ -69,7 +69,7 @@ def test_in_the_interpreter():
 @needs_triton
 def test_every_op_has_kernels_or_a_reason():
     program = """
-from sdkernels import ops, traceable, triton
+from sdkernels.backends import ops, traceable, triton
 assert set(traceable.OPS) == {*triton.OPS, "compact_mask"}
 for choice in ops.backend_table():
     if choice.device == "cpu":
@@ -84,7 +84,7 @@ def test_rows_outside_of_the_batch():
     """They are refused, and nothing is read or written there: so far away, that would crash."""
     program = """
 import torch
-from sdkernels.triton import OPS
+from sdkernels.backends.triton import OPS
 x, out = torch.ones(3, 4), torch.ones(1, 4)
 slot, one = torch.tensor([-1, 0, -1]), torch.ones(1)
 bits = torch.zeros(3, 1, dtype=torch.uint8)
@@ -125,7 +125,7 @@ COMPARE = """
 import torch
 from cases import Case
 from op_samples import arguments, call
-from sdkernels import traceable, triton
+from sdkernels.backends import traceable, triton
 def compare(case, ops=tuple(triton.OPS)):
     for op in ops:
         args = arguments(op, case)
@@ -137,7 +137,7 @@ def compare(case, ops=tuple(triton.OPS)):
 @needs_triton
 def test_more_rows_than_a_grid_dimension_has():
     program = """
-from sdkernels.triton import launching
+from sdkernels.backends.triton import launching
 launching._MOST_ROWS = 3
 compare(Case(norm="layer", layer_scale="C", weighted=True))
 compare(Case("conv", kept=8, layout="channels_last", norm="rms", layer_scale="C1", weighted=True))
@@ -166,7 +166,7 @@ for op in [op for op in triton.OPS if op.startswith("scatter_add")]:
 @needs_triton
 def test_lines_longer_than_a_program_holds():
     program = """
-from sdkernels.triton import tiles
+from sdkernels.backends.triton import tiles
 tiles._MOST_WARPS = 1  # of 256 elements each
 assert tiles.norm_tile(1, 720, torch.float32) == (1, 256, 1)
 row = "wide"
@@ -202,7 +202,7 @@ def test_wrong_shapes_are_refused():
     """In a direct call, which no autograd function has looked at."""
     program = """
 import torch
-from sdkernels.triton import OPS
+from sdkernels.backends.triton import OPS
 x, out = torch.ones(3, 4), torch.ones(2, 4)
 index, slot = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
 bits = torch.zeros(3, 1, dtype=torch.uint8)
@@ -273,7 +273,7 @@ def test_every_device_has_to_be_new_enough():
     """Whichever is the current one: tensors of all of them come."""
     program = """
 import torch, triton
-from sdkernels.triton import why_unusable
+from sdkernels.backends.triton import why_unusable
 class Driver:
     def get_current_target(self):
         pass
@@ -307,7 +307,7 @@ assert ("triton" in sys.modules) == before
 CHOICES = """
 import torch
 torch.cuda.device_count = lambda: 1
-from sdkernels import ops
+from sdkernels.backends import ops
 for device in ("cuda", "cpu"):
     found = {(c.backend, c.reason) for c in ops.backend_table() if c.device == device}
     print(*sorted(f"{backend}: {reason}" for backend, reason in found), sep="; ")

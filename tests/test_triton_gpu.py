@@ -11,7 +11,7 @@ from cases import Case
 from op_samples import arguments, call
 from test_backends import run
 
-from sdkernels import ops, traceable
+from sdkernels.backends import ops, traceable
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or ops._missing("triton", "cuda") is not None,
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def kernels():
-    from sdkernels import triton
+    from sdkernels.backends import triton
 
     assert triton.why_unusable() is None
     return triton.OPS

@@ -23,8 +23,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sdkernels.triton import norm_ops, row_ops
-from sdkernels.triton.launching import options
+from sdkernels.backends.triton import norm_ops, row_ops
+from sdkernels.backends.triton.launching import options
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 # Stream and branch; a float32 stream with a branch in half precision is what autocast makes.

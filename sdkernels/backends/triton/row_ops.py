@@ -7,8 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdkernels.traceable import acc_type, empty_bits, empty_rows, row_format, scatter_add_dtype
-from sdkernels.triton.checks import (
+from sdkernels.backends.traceable import (
+    acc_type,
+    empty_bits,
+    empty_rows,
+    row_format,
+    scatter_add_dtype,
+)
+from sdkernels.backends.triton.checks import (
     check_batch,
     check_bits,
     check_dtype,
@@ -19,16 +25,16 @@ from sdkernels.triton.checks import (
     check_shape,
     check_written,
 )
-from sdkernels.triton.geometry import Walk, walk_rows
-from sdkernels.triton.launching import ACC, launch
-from sdkernels.triton.row_kernels import (
+from sdkernels.backends.triton.geometry import Walk, walk_rows
+from sdkernels.backends.triton.launching import ACC, launch
+from sdkernels.backends.triton.row_kernels import (
     copy_rows_kernel,
     scatter_add_backward_kernel,
     scatter_add_kernel,
     scatter_add_relu_backward_kernel,
     scatter_add_relu_kernel,
 )
-from sdkernels.triton.tiles import Tile, cdiv, row_tile, rows_per_sum
+from sdkernels.backends.triton.tiles import Tile, cdiv, row_tile, rows_per_sum
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sdkernels.triton.geometry import Walk
+from sdkernels.backends.triton.geometry import Walk
 
 _THREADS = 32
 _WARPS = 4

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 _RECORD = _PACKAGE / "_build.json"  # written by setup.py
 
 

@@ -1,7 +1,7 @@
 """The row ops as Triton kernels, for CUDA tensors.
 
-Importing this package imports Triton: `sdkernels.ops` does so at the first call of an op that the
-Triton backend serves. Each function has the signature of the op of the same name
+Importing this package imports Triton: `sdkernels.backends.ops` does so at the first call of an op
+that the Triton backend serves. Each function has the signature of the op of the same name
 (``csrc/module.cpp``). compact_mask is not here: with k given, its PyTorch code waits for nothing.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import triton
 
-from sdkernels.triton.norm_ops import compact_norm, compact_norm_backward
-from sdkernels.triton.row_ops import (
+from sdkernels.backends.triton.norm_ops import compact_norm, compact_norm_backward
+from sdkernels.backends.triton.row_ops import (
     compact_rows,
     expand_rows,
     scatter_add_relu_rows,

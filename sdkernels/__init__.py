@@ -4,18 +4,18 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from sdkernels.building_blocks import (
+    from .building_blocks import (
         compact_layer_norm,
         compact_rms_norm,
         compact_rows,
         scatter_add_rows,
     )
-    from sdkernels.functional import Shared, fused_stochastic_depth
-    from sdkernels.models import patch, unpatch
-    from sdkernels.modules import StochasticDepth
-    from sdkernels.plan import DepthPlan
-    from sdkernels.rows import KeptRows
-    from sdkernels.schedules import linear_decay, uniform
+    from .functional import Shared, fused_stochastic_depth
+    from .models import patch, unpatch
+    from .modules import StochasticDepth
+    from .plan import DepthPlan
+    from .rows import KeptRows
+    from .schedules import linear_decay, uniform
 except ImportError:
     # `python -m sdkernels.info` imports this file first, and is there to report what does not load.
     if "sdkernels.info" not in sys.orig_argv:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkernels.backends.ops import kernels
-from sdkernels.backends.traceable import acc_type
-from sdkernels.rows import KeptRows
+from .backends.ops import kernels
+from .backends.traceable import acc_type
+from .rows import KeptRows
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sdkernels.backends.ops import is_compiling, kernels
-from sdkernels.backends.traceable import check_layer_scale
-from sdkernels.break_even import break_even, check_min_saving
-from sdkernels.building_blocks import (
+from .backends.ops import is_compiling, kernels
+from .backends.traceable import check_layer_scale
+from .break_even import break_even, check_min_saving
+from .building_blocks import (
     check_activation,
     check_input,
     check_rows,
@@ -21,9 +21,9 @@ from sdkernels.building_blocks import (
     compact_norm,
     scatter_add,
 )
-from sdkernels.rows import KeptRows, draw
-from sdkernels.sampling import check_choice, check_generator, check_law
-from sdkernels.schedules import check_probability
+from .rows import KeptRows, draw
+from .sampling import check_choice, check_generator, check_law
+from .schedules import check_probability
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 

@@ -48,13 +48,13 @@ def collect() -> Info:
         environment={name: os.environ.get(name) for name in _VARIABLES},
     )
     try:
-        from sdkernels.backends import extension
+        from .backends import extension
 
         info.build = extension.load().build_config()
         info.devices = devices(info.build["cuda_arch_list"])
 
-        from sdkernels import break_even
-        from sdkernels.backends import ops
+        from . import break_even
+        from .backends import ops
 
         info.backends = [asdict(choice) for choice in ops.backend_table()]
         info.min_saving = [asdict(each) for each in break_even.min_saving_table()]
@@ -93,7 +93,7 @@ def devices(arch_list: str) -> list[dict[str, str]]:
     """Every CUDA device that PyTorch sees, and whether the kernels run on it."""
     import torch
 
-    from sdkernels.backends import extension
+    from .backends import extension
 
     found = []
     for device in range(torch.cuda.device_count()):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkernels.break_even import check_min_saving
-from sdkernels.building_blocks import check_activation
-from sdkernels.functional import EMPTY, check_norm, fused_stochastic_depth
-from sdkernels.rows import KeptRows
-from sdkernels.sampling import check_choice, check_law
-from sdkernels.schedules import check_probability
+from .break_even import check_min_saving
+from .building_blocks import check_activation
+from .functional import EMPTY, check_norm, fused_stochastic_depth
+from .rows import KeptRows
+from .sampling import check_choice, check_law
+from .schedules import check_probability
 
 __all__ = ["StochasticDepth"]
 

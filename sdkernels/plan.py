@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.backends.ops import C, is_compiling
-from sdkernels.rows import KeptRows
-from sdkernels.sampling import check_batch, check_generator, check_law, law
-from sdkernels.schedules import check_probability
+from .backends.ops import C, is_compiling
+from .rows import KeptRows
+from .sampling import check_batch, check_generator, check_law, law
+from .schedules import check_probability
 
 __all__ = ["BranchLaw", "DepthPlan"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkernels.rows import KeptRows
+from .rows import KeptRows
 
 __all__ = ["index_add", "naive_masking"]
 

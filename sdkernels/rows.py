@@ -8,8 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from sdkernels.sampling import check_batch, check_generator, check_law, sample_rows
-from sdkernels.schedules import check_probability
+from .sampling import check_batch, check_generator, check_law, sample_rows
+from .schedules import check_probability
 
 __all__ = ["KeptRows"]
 

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sdkernels.backends.ops import C, is_compiling
+from .backends.ops import C, is_compiling
 
 P = ParamSpec("P")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkernels.backends.traceable import (
+from .traceable import (
     acc_type,
     check_layer_scale,
     check_normalized_shape,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from sdkernels.backends import compiled, extension, traceable
+from . import compiled, extension, traceable
 
 if TYPE_CHECKING:
-    from sdkernels import _C as C
+    from .. import _C as C
 else:
     C = extension.load()
 
@@ -108,7 +108,7 @@ def _triton(op: str, asked: bool) -> Callable[..., object]:
         if not loaded:
             reason = _triton_fails()
             if reason is None:
-                loaded.append(importlib.import_module("sdkernels.backends.triton").OPS[op])
+                loaded.append(importlib.import_module(".triton", __package__).OPS[op])
             elif asked:
                 raise RuntimeError(f"sdkernels::{op}: SDKERNELS_BACKEND=triton, but {reason}")
             else:
@@ -122,7 +122,7 @@ def _triton(op: str, asked: bool) -> Callable[..., object]:
 def _triton_fails() -> str | None:
     """Why Triton does not work here after all; only trying tells."""
     try:
-        reason: str | None = importlib.import_module("sdkernels.backends.triton").why_unusable()
+        reason: str | None = importlib.import_module(".triton", __package__).why_unusable()
     except Exception as error:  # of a foreign package: anything, and none of it is ours to mend
         reason = f"Triton does not load: {type(error).__name__}: {error}"
     return reason

@@ -3,9 +3,9 @@
 No library is imported before a model of it is patched.
 """
 
-from sdkernels.models.patching import patch, unpatch
-from sdkernels.models.plans import drop_probs, plan_for_step, sample_plan, use
-from sdkernels.models.report import LeftAlone, PatchedEntry, PatchReport
+from .patching import patch, unpatch
+from .plans import drop_probs, plan_for_step, sample_plan, use
+from .report import LeftAlone, PatchedEntry, PatchReport
 
 __all__ = [
     "LeftAlone",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from sdkernels.functional import fused_stochastic_depth
-from sdkernels.models.branches import Composed, NeverEmpty, entries, entry
-from sdkernels.models.parts import Law, drop_law, is_bare, layer_scale_of
-from sdkernels.rows import KeptRows
+from ..functional import fused_stochastic_depth
+from ..rows import KeptRows
+from .branches import Composed, NeverEmpty, entries, entry
+from .parts import Law, drop_law, is_bare, layer_scale_of
 
 __all__ = [
     "Add",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sdkernels.functional import Shared
+from ..functional import Shared
 
 __all__ = ["Composed", "NeverEmpty", "chain", "entries", "entry", "per_sample"]
 

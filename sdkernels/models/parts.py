@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sdkernels.functional import PLAIN_NORM_FORWARDS
-from sdkernels.models.fingerprint import fingerprint
+from ..functional import PLAIN_NORM_FORWARDS
+from .fingerprint import fingerprint
 
 __all__ = ["Law", "drop_law", "is_bare", "layer_scale_of", "looks_like_drop_path", "trust_norm"]
 

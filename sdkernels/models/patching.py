@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkernels.functional import fused_stochastic_depth
-from sdkernels.models.blocks import BlockState, Branch, Options
-from sdkernels.models.parts import is_bare, layer_scale_of, looks_like_drop_path
-from sdkernels.models.plans import check_model, patched_blocks
-from sdkernels.models.registry import find_known, obstacle, original_class, patched_class
-from sdkernels.models.report import LeftAlone, PatchedEntry, PatchReport
-from sdkernels.schedules import check_probability, linear_decay
+from ..functional import fused_stochastic_depth
+from ..schedules import check_probability, linear_decay
+from .blocks import BlockState, Branch, Options
+from .parts import is_bare, layer_scale_of, looks_like_drop_path
+from .plans import check_model, patched_blocks
+from .registry import find_known, obstacle, original_class, patched_class
+from .report import LeftAlone, PatchedEntry, PatchReport
 
 __all__ = ["patch", "unpatch"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkernels.models.blocks import PatchedBlock
-from sdkernels.plan import BranchLaw, DepthPlan, step_key
-from sdkernels.rows import KeptRows
-from sdkernels.sampling import check_law, law
+from ..plan import BranchLaw, DepthPlan, step_key
+from ..rows import KeptRows
+from ..sampling import check_law, law
+from .blocks import PatchedBlock
 
 __all__ = [
     "check_model",

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sdkernels.models.blocks import Branch, PatchedBlock, make_patched
-from sdkernels.models.fingerprint import fingerprint
-from sdkernels.models.parts import trust_norm
+from .blocks import Branch, PatchedBlock, make_patched
+from .fingerprint import fingerprint
+from .parts import trust_norm
 
 __all__ = [
     "LIBRARIES",
@@ -61,7 +61,7 @@ class Known(NamedTuple):
 
 
 def _file_of(library: str) -> ModuleType:
-    return importlib.import_module(f"sdkernels.models.{library}")
+    return importlib.import_module(f".{library}", __package__)
 
 
 def find_known(kind: Any) -> Known | None:

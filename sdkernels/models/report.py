@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkernels.models.blocks import Branch
-from sdkernels.models.plans import plan_for_step, probabilities, sample_plan, use
-from sdkernels.plan import DepthPlan
+from ..plan import DepthPlan
+from .blocks import Branch
+from .plans import plan_for_step, probabilities, sample_plan, use
 
 __all__ = ["LeftAlone", "PatchReport", "PatchedEntry"]
 

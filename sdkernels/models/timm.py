@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdkernels.models.blocks import Add, Branch
-from sdkernels.models.branches import chain, per_sample
-from sdkernels.models.parts import is_bare, layer_scale_of
-from sdkernels.models.registry import Known, class_getter
+from .blocks import Add, Branch
+from .branches import chain, per_sample
+from .parts import is_bare, layer_scale_of
+from .registry import Known, class_getter
 
 # Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
 NORMS = ("timm.layers.norm:LayerNorm",)

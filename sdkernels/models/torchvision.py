@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkernels.models.blocks import Add, Branch
-from sdkernels.models.branches import chain
-from sdkernels.models.parts import is_bare
-from sdkernels.models.registry import Known, class_getter
+from .blocks import Add, Branch
+from .branches import chain
+from .parts import is_bare
+from .registry import Known, class_getter
 
 
 def swin(block: Any, add: Add, x: Tensor) -> Any:

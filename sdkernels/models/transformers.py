@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdkernels.models.blocks import Add, Branch
-from sdkernels.models.branches import chain, per_sample
-from sdkernels.models.registry import Known, class_getter
+from .blocks import Add, Branch
+from .branches import chain, per_sample
+from .registry import Known, class_getter
 
 
 def _check_kwargs(kwargs: dict[str, Any], x: Any) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import triton
 
-from sdkernels.backends.triton.norm_ops import compact_norm, compact_norm_backward
-from sdkernels.backends.triton.row_ops import (
+from .norm_ops import compact_norm, compact_norm_backward
+from .row_ops import (
     compact_rows,
     expand_rows,
     scatter_add_relu_rows,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from sdkernels.backends.triton.tiles import Tile, cdiv
+from .tiles import Tile, cdiv
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 

@@ -8,7 +8,7 @@ else in several walks of blocks. See row_kernels.py for what holds here too.
 import triton
 import triton.language as tl
 
-from sdkernels.backends.triton.row_kernels import rounded, row_number
+from .row_kernels import rounded, row_number
 
 
 @triton.jit(do_not_specialize=["index", "mean", "rstd", "rows", "kept_rows"])

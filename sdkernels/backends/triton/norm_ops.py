@@ -8,16 +8,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sdkernels.backends.traceable import acc_type
-from sdkernels.backends.triton.checks import check_batch, check_norm, check_rows, check_shape
-from sdkernels.backends.triton.geometry import in_lines
-from sdkernels.backends.triton.launching import ACC, launch
-from sdkernels.backends.triton.norm_kernels import (
+from ..traceable import acc_type
+from .checks import check_batch, check_norm, check_rows, check_shape
+from .geometry import in_lines
+from .launching import ACC, launch
+from .norm_kernels import (
     compact_norm_backward_kernel,
     compact_norm_kernel,
     norm_parameter_sums_kernel,
 )
-from sdkernels.backends.triton.tiles import cdiv, norm_tile, rows_per_sum, sum_tile
+from .tiles import cdiv, norm_tile, rows_per_sum, sum_tile
 
 
 def compact_norm(

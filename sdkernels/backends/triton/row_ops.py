@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdkernels.backends.traceable import (
+from ..traceable import (
     acc_type,
     empty_bits,
     empty_rows,
     row_format,
     scatter_add_dtype,
 )
-from sdkernels.backends.triton.checks import (
+from .checks import (
     check_batch,
     check_bits,
     check_dtype,
@@ -25,16 +25,16 @@ from sdkernels.backends.triton.checks import (
     check_shape,
     check_written,
 )
-from sdkernels.backends.triton.geometry import Walk, walk_rows
-from sdkernels.backends.triton.launching import ACC, launch
-from sdkernels.backends.triton.row_kernels import (
+from .geometry import Walk, walk_rows
+from .launching import ACC, launch
+from .row_kernels import (
     copy_rows_kernel,
     scatter_add_backward_kernel,
     scatter_add_kernel,
     scatter_add_relu_backward_kernel,
     scatter_add_relu_kernel,
 )
-from sdkernels.backends.triton.tiles import Tile, cdiv, row_tile, rows_per_sum
+from .tiles import Tile, cdiv, row_tile, rows_per_sum
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

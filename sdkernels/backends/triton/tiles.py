@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sdkernels.backends.triton.geometry import Walk
+from .geometry import Walk
 
 _THREADS = 32
 _WARPS = 4

@@ -155,7 +155,7 @@ BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
 _QUICK_ROUNDS = {
     "op": Rounds(6, 8),
-    "kernel": Rounds(6, 15),
+    "kernel": Rounds(6, 10),
     "block": Rounds(4, 1),
     "model": Rounds(3, 1),
     "host": Rounds(10, 3, 200),
@@ -196,7 +196,8 @@ PRESETS = {
             duration="under 5 minutes on 2 cores",
             cases=(
                 *_op_cases(),
-                *_kernel_cases(shapes=KERNEL_SHAPES[:3:2], dtypes=("fp32", "bf16"), threads=(1,)),
+                *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
+                *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
                 *HEADLINE_BLOCKS,
                 *_blocks(_library(blocks.CONVNEXT_LATE, blocks.RESNET_LATE), 32, (0.5,)),
                 *_models(SHORT_VIT),
@@ -210,13 +211,14 @@ PRESETS = {
         Preset(
             name="standard",
             summary="all kinds of rows, blocks and models that 2 cores can bear; all keeps, depths",
-            duration="about 30 minutes on 2 cores",
+            duration="about 40 minutes on 2 cores",
             cases=(
                 *_op_cases(),
                 *MIXED,
                 *_op_cases("ViT-B", names=MOVES),
                 *_op_cases("ConvNeXt-T, stage 1", names=MOVES),
                 *_op_cases("ResNet-50, stage 3", names=(*MOVES, "scatter_add_relu")),
+                *_kernel_cases(threads=(1,)),
                 *HEADLINE_BLOCKS,
                 *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
                 *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),

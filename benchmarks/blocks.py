@@ -146,6 +146,8 @@ class BlockCase:
         rules: dict[str, tuple[Rule, bool, Context]] = {
             name: (rule, draws, nullcontext) for name, (rule, draws) in RULES.items()
         }
+        if self.net.family != "vit":
+            del rules["fused-inplace"]  # patched blocks decide for themselves
         for name in other_backends(device):
             rules[f"fused-{name}"] = (fused(), False, partial(backend, name, device))
         return rules

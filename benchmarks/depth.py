@@ -18,6 +18,7 @@ PROVIDERS: dict[str, tuple[Rule, str]] = {
     "naive": (RULES["naive"][0], "drawn"),
     "dinov2": (RULES["dinov2"][0], "drawn"),
     "fused": (RULES["fused"][0], "plan"),  # one a step, its drawing in the step's time
+    "fused-inplace": (RULES["fused-inplace"][0], "plan"),
     "fused-fixed": (RULES["fused-fixed"][0], "drawn"),
     "fused-bernoulli": (RULES["fused-bernoulli"][0], "drawn"),
     "dense": (RULES["dense"][0], "drawn"),
@@ -123,7 +124,7 @@ class DepthCase:
         rows = [kept_rows(self.batch, self.keep, device, seed) for seed in range(self.branches)]
         naive, _ = PROVIDERS["naive"]
         expected = evaluate(naive, rows)
-        for name in ("dinov2", "fused"):
+        for name in ("dinov2", "fused", "fused-inplace"):
             yield Comparison(name, evaluate(PROVIDERS[name][0], rows), expected)
         mask = torch.ones(self.batch, dtype=torch.bool)
         everything = [KeptRows.from_mask(mask).to(device)] * self.branches

@@ -245,6 +245,12 @@ def fused(**fixed: Any) -> Rule:
     return rule
 
 
+def fused_inplace(x: Tensor, *call: Any, **given: Any) -> Tensor:
+    """The op as patch() calls it for the branches after a block's first: into a sum that nobody
+    else needs. What goes into a block is a leaf here, and stays as it is."""
+    return fused()(x, *call, **given, inplace=False if x.is_leaf else None)
+
+
 def why_missing(package: str, device: torch.device) -> str | None:
     """Why a peer of that name cannot be timed here; None where it can."""
     if importlib.util.find_spec(package) is None:
@@ -284,6 +290,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
     "dinov3": (dinov3, True),
     "xformers": (xformers, True),
     "fused": (fused(), False),
+    "fused-inplace": (fused_inplace, False),
     "fused-fixed": (fused(sampler="fixed"), True),
     "fused-bernoulli": (fused(), True),
     "fused-auto": (fused(sampler="fixed", min_saving="auto"), True),

@@ -182,6 +182,25 @@ def test_targets_of_a_block():
     assert targets.outcomes([{"kind": "block", "name": "c", "keep": 0.5, "providers": {}}]) == []
 
 
+@pytest.mark.parametrize("block", ["resnet-D8-4x4", "vit-D192-N50"])
+def test_targets_of_a_block_that_computes_little(block):
+    turns = {"naive": [[4.0]], "dense": [[2.0]], "beside": [[2.02]], "fused": [[2.05]]}
+    described = {"keep": 0.5, "block": block, "k": 2, "batch": 4}
+    cases = figures.collect([record("block", turns, "naive", "dense", **described)])
+    outcomes = {outcome.target: outcome for outcome in targets.outcomes(cases)}
+    assert outcomes[targets.FLOOR].met
+    assert outcomes[targets.MODEL_FLOOR].measured == pytest.approx(2.05 / 2.02)
+    assert outcomes[targets.MODEL_FLOOR].met
+
+
+def test_targets_of_a_stack():
+    turns = {"naive": [[4.0]], "dense": [[2.0]], "fused": [[2.3]], "fused-inplace": [[2.2]]}
+    for branches, expected in ((48, {targets.STACK: False, targets.INPLACE: True}), (12, {})):
+        cases = figures.collect([record("depth", turns, "naive", "dense", branches=branches)])
+        outcomes = {outcome.target: outcome.met for outcome in targets.outcomes(cases)}
+        assert outcomes == expected
+
+
 def test_targets_of_few_rows_go_by_the_rows_that_are_kept():
     # Of one row, half are one.
     turns = {name: [[1.0]] for name in ("naive", "dense", "fused")}

@@ -23,7 +23,10 @@ from rich.console import Console
 from benchmarks.presets import matches
 from benchmarks.report import BadResults, Section, read
 
-_MACHINE = ("cpu", "cores", "threads", "gpu", "driver", "torch", "cuda", "triton")
+_MACHINE = (
+    *("cpu", "instruction_set", "cores", "threads", "gpu", "driver"),
+    *("torch", "cuda", "triton"),
+)
 
 
 @dataclass(frozen=True)

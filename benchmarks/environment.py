@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import sdkernels
+from sdkernels.backends import extension
 
 
 def _read(path: Path) -> str | None:
@@ -99,11 +100,20 @@ def _version(package: str) -> str | None:
         return None
 
 
+def instruction_set() -> str | None:
+    """What the CPU kernels run on here: AVX2, AVX512, ...; None without the extension."""
+    try:
+        return extension.load().build_config()["cpu_capability"]
+    except ImportError:
+        return None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": _cpu_model(),
+        "instruction_set": instruction_set(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
@@ -126,6 +136,8 @@ def environment_line(env: dict[str, Any]) -> str:
     """``env`` as one line of text."""
     parts = [
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads",
+        # Runs of old do not say.
+        f"CPU kernels for {env['instruction_set']}" if env.get("instruction_set") else None,
         f"{env['clock_mhz']} MHz" if env["clock_mhz"] else None,
         f"load before the run {env['load']}",
         f"last cache {env['last_cache']}",

@@ -110,7 +110,7 @@ def _add_ratios(
         own = merged[provider]
         if baseline is not None:
             figures["speedup"] = baseline.median / own.median
-        if case["kind"] == "op":
+        if case["kind"] in ("op", "kernel"):
             if provider not in ("copy", "empty") and "copy" in merged:
                 _add_bandwidth(case, merged, figures)
             continue

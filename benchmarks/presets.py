@@ -12,6 +12,7 @@ from benchmarks.break_even import BreakEvenCase
 from benchmarks.compiled import BERNOULLI, DYNAMIC, STATIC, CompileCase
 from benchmarks.depth import DepthCase
 from benchmarks.host import HostCase
+from benchmarks.kernels import KERNELS, KernelCase
 from benchmarks.models import ModelCase
 from benchmarks.networks import HAS_LIBRARIES
 from benchmarks.ops import OPS, OpCase
@@ -76,6 +77,30 @@ def _op_cases(
     )
 
 
+KERNEL_SHAPES: tuple[tuple[int, ...], ...] = (
+    (64, 16, 64),
+    (32, 50, 192),
+    (32, 197, 384),
+    (16, 197, 768),
+    (32, 1024, 14, 14),
+)
+
+
+def _kernel_cases(
+    names: Iterable[str] = tuple(KERNELS),
+    dtypes: Iterable[str] = ("fp32", "bf16", "fp16"),
+    shapes: Iterable[tuple[int, ...]] = KERNEL_SHAPES,
+    threads: Iterable[int] = (1, 2),
+) -> tuple[KernelCase, ...]:
+    return tuple(
+        KernelCase(name, dtype, shape, count)
+        for name in names
+        for shape in shapes
+        for count in threads
+        for dtype in dtypes
+    )
+
+
 MOVES = ("compact", "scatter_add", "scatter_add_layer_scale")
 MIXED = _op_cases(dtypes=("mixed",), names=("scatter_add", "scatter_add_layer_scale"))
 
@@ -130,6 +155,7 @@ BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
 _QUICK_ROUNDS = {
     "op": Rounds(6, 8),
+    "kernel": Rounds(6, 10),
     "block": Rounds(4, 1),
     "model": Rounds(3, 1),
     "host": Rounds(10, 3, 200),
@@ -150,6 +176,8 @@ PRESETS = {
                 OpCase("scatter_add", "bwd", "mixed", "tiny", (8, 16, 32), 4),
                 OpCase("scatter_add", "fwd", "bf16", "tiny", (8, 16, 8, 8), 4),
                 OpCase("scatter_add_relu", "bwd", "fp32", "tiny", (8, 16, 8, 8), 4),
+                KernelCase("compact_layer_norm_backward_stream", "mixed", (8, 16, 32)),
+                KernelCase("scatter_add_relu", "fp16", (8, 16, 8, 8), threads=2),
                 BlockCase(TINY, 8, 0.5),
                 *_blocks(TINY_NETS, 8, (0.5,)),
                 *_models(
@@ -168,6 +196,8 @@ PRESETS = {
             duration="under 5 minutes on 2 cores",
             cases=(
                 *_op_cases(),
+                *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
+                *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
                 *HEADLINE_BLOCKS,
                 *_blocks(_library(blocks.CONVNEXT_LATE, blocks.RESNET_LATE), 32, (0.5,)),
                 *_models(SHORT_VIT),
@@ -181,13 +211,14 @@ PRESETS = {
         Preset(
             name="standard",
             summary="all kinds of rows, blocks and models that 2 cores can bear; all keeps, depths",
-            duration="about 30 minutes on 2 cores",
+            duration="about 40 minutes on 2 cores",
             cases=(
                 *_op_cases(),
                 *MIXED,
                 *_op_cases("ViT-B", names=MOVES),
                 *_op_cases("ConvNeXt-T, stage 1", names=MOVES),
                 *_op_cases("ResNet-50, stage 3", names=(*MOVES, "scatter_add_relu")),
+                *_kernel_cases(threads=(1,)),
                 *HEADLINE_BLOCKS,
                 *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
                 *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),
@@ -311,6 +342,13 @@ PRESETS = {
             },
             training=TrainingCase(),
             timeline="model-timm-vit_large_patch16_224-B100-drop0.4-amp" if HAS_LIBRARIES else None,
+        ),
+        Preset(
+            name="kernels",
+            summary="every op against the PyTorch calls it replaces",
+            duration="about 15 minutes on 2 cores",
+            cases=_kernel_cases(),
+            rounds=_QUICK_ROUNDS,
         ),
         Preset(
             name="compile",

@@ -154,6 +154,32 @@ def op_section(cases: list[Case]) -> Section:
     return _fill(section, cases, row)
 
 
+def kernel_section(cases: list[Case]) -> Section:
+    """One line per op of the dispatcher and provider."""
+
+    def row(case: Case, provider: str, f: dict[str, Any]) -> list[str]:
+        is_copy = provider == "copy"
+        return [
+            seconds(f["median"]),
+            _range(f),
+            _spread(f["spread"]),
+            "-" if is_copy else _ratio(f.get("speedup")),
+            _percent(f.get("of_copy_bandwidth")),
+        ]
+
+    section = Section(
+        "Kernels against PyTorch's own calls, without autograd",
+        ("case", "provider", "median", "p20 to p80", "spread", "PyTorch / this", "of copy"),
+        [
+            "PyTorch: the calls that the op replaces (index_select and native_layer_norm, "
+            "native_layer_norm_backward and index_add, ...), t1 and t2 on one thread and on two. "
+            "Of copy: bandwidth for the bytes that the op has to move, against a clone of the "
+            "stream."
+        ],
+    )
+    return _fill(section, cases, row)
+
+
 def _memory_notes(cases: list[Case]) -> list[str]:
     kinds = {
         f["memory"]["kind"] for case in cases for f in case["providers"].values() if f.get("memory")
@@ -397,6 +423,7 @@ def skipped_section(cases: list[Case]) -> Section:
 
 _KINDS: dict[str, Callable[[list[Case]], Section]] = {
     "op": op_section,
+    "kernel": kernel_section,
     "block": block_section,
     "model": model_section,
     "depth": depth_section,

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "unfinished"
-_SAME = ("cpu", "cores", "threads", "gpu", "torch", "cuda", "triton", "sdkernels", "commit")
+_SAME = (
+    *("cpu", "instruction_set", "cores", "threads", "gpu"),
+    *("torch", "cuda", "triton", "sdkernels", "commit"),
+)
 
 
 class OtherRun(RuntimeError):

@@ -46,6 +46,7 @@ def outcomes(cases: list[dict[str, Any]]) -> list[Outcome]:
     for case in cases:
         if case["providers"]:
             found += _TARGETS.get(case["kind"], lambda _: [])(case)
+    found += _halves(cases)
     return sorted(found, key=lambda outcome: _ORDER.index(outcome.target))
 
 
@@ -66,6 +67,8 @@ FLOOR, SPEEDUP, MEMORY = "fused / dense on k", "naive / fused", "memory, fused /
 MODEL_FLOOR = "fused / branches on k beside the stream"
 NEVER_SLOWER, DINO = "naive / fused, min_saving auto", "DINOv2 style / fused"
 IDEAL, ADD, BANDWIDTH = "ideal / fused", "index_add / scatter-add", "bandwidth / copy's"
+KERNEL, NORM_KERNEL = "PyTorch's calls / kernel", "PyTorch's calls / norm kernel"
+HALVES = "slower / faster of bf16 and fp16"
 HOST, HOST_DRAWN = "extra per call / naive's, rows given", "extra per call / naive's, with sampling"
 STATIC, DYNAMIC = (
     "compiled DINOv3 style / fused, static k",
@@ -73,6 +76,7 @@ STATIC, DYNAMIC = (
 )
 _ORDER = (
     *(FLOOR, SPEEDUP, NEVER_SLOWER, DINO, MEMORY, IDEAL, MODEL_FLOOR),
+    *(KERNEL, NORM_KERNEL, HALVES),
     *(ADD, BANDWIDTH, HOST, HOST_DRAWN, STATIC, DYNAMIC),
 )
 
@@ -131,6 +135,31 @@ def _op(case: dict[str, Any]) -> list[Outcome]:
     return found
 
 
+def _kernel(case: dict[str, Any]) -> list[Outcome]:
+    name, speedup = case["name"], _ratio(case, "torch", "fused")
+    if case["norm"] and not case["in_cache"]:
+        return [Outcome(NORM_KERNEL, name, 1.2, False, "x", *speedup)]
+    found = [Outcome(KERNEL, name, 1.0, False, "x", *speedup, noise=True)]
+    if case["copies"] and not case["in_cache"]:
+        share = _figure(case, "fused", "of_copy_bandwidth")
+        found.append(Outcome(BANDWIDTH, name, 0.9, False, "%", share))
+    return found
+
+
+def _halves(cases: list[dict[str, Any]]) -> list[Outcome]:
+    """The two 16-bit types beside each other: they move the same bytes."""
+    found = []
+    kernels = {case["name"]: case for case in cases if case["kind"] == "kernel"}
+    for name, case in kernels.items():
+        other = kernels.get(name.replace("-bf16-", "-fp16-"))
+        if other is None or other is case:
+            continue
+        pair = [each["providers"].get("fused", {}).get("median") for each in (case, other)]
+        ratio = max(pair) / min(pair) if None not in pair else None
+        found.append(Outcome(HALVES, name, 1.15, True, "x", ratio))
+    return found
+
+
 def _host(case: dict[str, Any]) -> list[Outcome]:
     return [
         Outcome(title, case["name"], bound, True, "x", _figure(case, provider, "extra_of_baseline"))
@@ -151,6 +180,7 @@ _TARGETS: dict[str, Callable[[dict[str, Any]], list[Outcome]]] = {
     "block": _block,
     "model": _model,
     "op": _op,
+    "kernel": _kernel,
     "host": _host,
     "compile": _compile,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.environment import last_cache_bytes
 from sdkernels import KeptRows
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

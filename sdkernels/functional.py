@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends.ops import is_compiling, kernels
-from .backends.traceable import check_layer_scale
+from .backends.traceable import check_layer_scale, scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
     check_activation,
@@ -221,7 +221,7 @@ def fused_stochastic_depth(
     rescale: str = "train",
     generator: torch.Generator | None = None,
     empty: str = "run",
-    inplace: bool = False,
+    inplace: bool | None = False,
     min_saving: float | str = 0.0,
     activation: str | None = None,
 ) -> Any:
@@ -271,7 +271,10 @@ def fused_stochastic_depth(
             parameters get zero gradients (as DDP and FSDP need); "skip" returns `residual` and
             leaves them without.
         inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
-            the values of `x` are untouched, but autograd counts it as written.
+            the values of `x` are untouched, but autograd counts it as written. None permits it:
+            `residual` is added into where that saves a pass over it and changes nothing else (so
+            not where every row runs the branch, with an activation, for a list `x`, in compiled
+            code, or where the result has another dtype).
         min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
             all B rows, and the kept rows of its output are added: the same rows, values and
             gradients, to rounding. Memory follows B then, a branch with batch statistics sees the
@@ -326,6 +329,7 @@ def fused_stochastic_depth(
     if min_saving != 0.0:
         min_saving = check_min_saving(min_saving)
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
+    permitted, inplace = inplace is None, bool(inplace)
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
 
@@ -367,10 +371,15 @@ def fused_stochastic_depth(
     if empty == "skip" and rows.k == 0:
         return _unchanged(base, inplace, relu)
     whole = _runs_whole(rows, min_saving, inplace)
+    if permitted and not (whole or relu or is_compiling()):
+        kernels().check_inplace(base)
+        inplace = True
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
     chosen = None if whole else rows
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
+    if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
+        inplace = False
     return scatter_add(stream, out, rows, layer_scale, inplace, relu)
 
 

@@ -14,6 +14,7 @@ import benchmark_results  # noqa: E402
 
 from benchmarks import compare, presets, rebuild, report  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from sdkernels import info  # noqa: E402
 
 EXTRA = (*presets.PRESETS["compile"].cases, *presets.PRESETS["break-even"].cases)
 
@@ -47,13 +48,21 @@ def test_report_holds_every_kind(everything, tmp_path):
     text = (tmp_path / "report.md").read_text()
     for heading in (
         *("Ops", "Blocks, forward", "Models, forward", "Stacks of many", "Blocks under torch"),
-        *("Host cost", "Few rows dropped", "Training a small ViT", "Reach", "Skipped"),
+        *(
+            "Kernels against",
+            "Host cost",
+            "Few rows dropped",
+            "Training a small ViT",
+            "Reach",
+            "Skipped",
+        ),
     ):
         assert f"## {heading}" in text
     assert "**Incomplete" in text
     assert "out of memory: 8 GiB" in text
     assert result["command"] in text
     assert result["environment"]["cpu"] in text
+    assert f"CPU kernels for {info.collect().build['cpu_capability']}" in text
     for path in written[1:]:
         assert f"]({path.name})" in text
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -84,14 +93,17 @@ def test_clocks_of_a_gpu_are_shown(everything):
     assert "250 ms" in section.markdown()
 
 
-@pytest.mark.parametrize("kind", ["op", "block", "model", "depth", "compile", "host", "break_even"])
+@pytest.mark.parametrize(
+    "kind", ["op", "kernel", "block", "model", "depth", "compile", "host", "break_even"]
+)
 def test_one_case_alone_is_drawn_and_reported(everything, kind, tmp_path):
     result = copy.deepcopy(everything)
     names = names_of(result, kind)[:1]
     result["cases"] = [case for case in result["cases"] if case["name"] in names]
     result |= {"training": None, "timeline": None, "reach": []}
     written = written_of(result, tmp_path)
-    assert len(written) >= (1 if kind == "depth" else 2)  # a line takes three depths
+    # A line takes three depths; kernels have a table alone.
+    assert len(written) >= (1 if kind in ("depth", "kernel") else 2)
 
 
 def test_a_case_that_could_not_run_is_no_obstacle(everything, tmp_path):

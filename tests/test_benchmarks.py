@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from benchmarks import (  # noqa: E402
     correctness,
     figures,
     flops,
+    kernels,
     memory,
     networks,
     ops,
@@ -207,6 +209,42 @@ def test_targets_of_a_model():
     assert floor.measured == pytest.approx(6.25 / 6.1)
 
 
+def kernel_record(seconds, dtype="fp32", **described):
+    turns = {name: [[value]] for name, value in seconds.items()}
+    described = {"norm": False, "copies": True, "in_cache": False, "dtype": dtype} | described
+    sizes = {"traffic_bytes": 300, "copy_bytes": 400}
+    kept = record("kernel", turns, "torch", "copy", **sizes, **described)
+    kept["case"]["name"] = f"kernel-x-{dtype}-4x4-t1"
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ({}, {targets.KERNEL: True, targets.BANDWIDTH: False}),
+        ({"in_cache": True}, {targets.KERNEL: True}),
+        ({"norm": True}, {targets.NORM_KERNEL: False}),
+        ({"norm": True, "in_cache": True}, {targets.KERNEL: True}),
+    ],
+)
+def test_targets_of_a_kernel(described, expected):
+    # 1.1 times as fast as PyTorch, at 75 bytes a second where the copy has 100.
+    kept = kernel_record({"fused": 4.0, "torch": 4.4, "copy": 4.0}, **described)
+    outcomes = targets.outcomes(figures.collect([kept]))
+    assert {outcome.target: outcome.met for outcome in outcomes} == expected
+
+
+def test_the_two_16_bit_types_are_compared():
+    pair = [
+        kernel_record({"fused": seconds, "torch": 9.0, "copy": 1.0}, dtype)
+        for dtype, seconds in (("bf16", 4.0), ("fp16", 5.0), ("fp32", 1.0))
+    ]
+    outcomes = [o for o in targets.outcomes(figures.collect(pair)) if o.target == targets.HALVES]
+    assert [(o.measured, o.met) for o in outcomes] == [(pytest.approx(1.25), False)]
+    (alone,) = targets.outcomes(figures.collect(pair[:1]))[:1]
+    assert alone.target != targets.HALVES
+
+
 # Presets
 
 
@@ -262,6 +300,31 @@ def test_providers_compute_the_same(case):
 @pytest.mark.parametrize("dtype", workload.DTYPES)
 def test_ops_compute_the_same(op, dtype):
     assert correctness.check(ops.OpCase(op, "fwd", dtype, "tiny", (8, 16, 32), 4), CPU) > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 32), (8, 16, 6, 6)], ids=["tokens", "images"])
+@pytest.mark.parametrize("dtype", [*workload.DTYPES, "mixed"])
+@pytest.mark.parametrize("op", kernels.KERNELS)
+def test_kernels_compute_the_same(op, dtype, shape):
+    assert correctness.check(kernels.KernelCase(op, dtype, shape), CPU) > 0
+
+
+def test_kernels_are_timed_on_the_threads_that_they_say():
+    before = torch.get_num_threads()
+    loads = kernels.KernelCase("compact", "fp32", (8, 16, 32), before + 1).workloads(CPU)
+    with loads["fused"].context():
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch):
+    case = kernels.KernelCase("compact", "fp32", (8, 16, 32))
+    wrong = replace(
+        kernels.KERNELS["compact"], op=lambda t: lambda: (1.01 * t.x.index_select(0, t.index),)
+    )
+    monkeypatch.setitem(kernels.KERNELS, "compact", wrong)
+    with pytest.raises(correctness.ProviderMismatch, match="output 0"):
+        correctness.check(case, CPU)
 
 
 @pytest.mark.parametrize(

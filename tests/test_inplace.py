@@ -183,3 +183,38 @@ def test_inference_mode():
     assert y is x
     assert z.is_inference()
     assert x[:, 0].tolist() == [-1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({}, True),
+        ({"layer_scale": torch.ones(4, dtype=torch.float64)}, False),  # a wider result
+        ({"activation": "relu"}, False),
+        ({"min_saving": 1.0}, False),  # the branch runs on x itself, and may save it
+        ({"rows": None, "p": 0.0}, False),
+        ({"training": False}, False),
+    ],
+    ids=["plain", "wider", "relu", "whole", "nothing dropped", "evaluation"],
+)
+def test_permitted(options, written):
+    """None: in place where it saves a pass and changes nothing else."""
+    leaf = torch.randn(3, 4, requires_grad=True)
+    given = {"p": 0.5, "rows": ROWS} | options
+    found = []
+    for inplace in (None, False):
+        x = leaf * 1.0
+        y = fused_stochastic_depth(x, torch.exp, **given, inplace=inplace)
+        assert (y is x) == (written and inplace is None)
+        found.append((y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]))
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_permitted_is_not_forced_on_a_list():
+    xs = [torch.ones(3, 4), torch.ones(3, 4)]
+    ys = fused_stochastic_depth(
+        xs, lambda kept: [-each for each in kept], 0.5, rows=[ROWS] * 2, inplace=None
+    )
+    assert all(y is not x for x, y in zip(xs, ys, strict=True))
+    assert all(x.eq(1).all() for x in xs)

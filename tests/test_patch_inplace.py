@@ -1,4 +1,7 @@
-"""patch(inplace=True): sums that a block has made are written into, and nothing else."""
+"""patch(inplace=...): sums that a block has made are written into, and nothing else.
+
+By default only where nobody can see it, which test_patch_unseen.py looks into.
+"""
 
 from typing import Any
 
@@ -16,16 +19,20 @@ each_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
 @each_net
-@pytest.mark.parametrize("options", [{}, {"empty": "skip"}], ids=["run", "skip"])
+@pytest.mark.parametrize(
+    "options",
+    [{"inplace": True}, {"inplace": True, "empty": "skip"}, {}, {"min_saving": 0.6}],
+    ids=["run", "skip", "unseen", "whole"],
+)
 def test_the_same_step(net, options):
     """Gradients too, which PyTorch refuses to compute from a saved tensor that was written into."""
     model, report = patched_copy(net.model().train(), net)
     freeze_norms(model)
     plan, x = make_rows(len(report.drop_probs)), net.inputs(BATCH)
-    sdkernels.patch(model, drop_probs=net.drop_probs, **options)
+    sdkernels.patch(model, drop_probs=net.drop_probs, **(options | {"inplace": False}))
     with report.use(plan):
         y, gradients = train_step(model, x)
-    sdkernels.patch(model, drop_probs=net.drop_probs, inplace=True, **options)
+    sdkernels.patch(model, drop_probs=net.drop_probs, **options)
     with report.use(plan):
         other, other_gradients = train_step(model, x)
     torch.testing.assert_close(other, y)
@@ -46,22 +53,24 @@ def test_the_same_step(net, options):
         ("transformers-dinov2", [False, True]),
     ],
 )
-def test_what_is_added_in_place(name, expected, monkeypatch):
+@pytest.mark.parametrize("inplace", [True, None, False])
+def test_what_is_added_in_place(name, expected, inplace, monkeypatch):
     """The first branch of a block never; those after it, where the sum is the block's own."""
     net = NETS[name]
     model = net.model().train()
-    report = sdkernels.patch(model, inplace=True)
+    report = sdkernels.patch(model, **({} if inplace is None else {"inplace": inplace}))
     seen = []
     op = blocks.fused_stochastic_depth
 
     def watch(x: Any, *args: Any, **options: Any) -> Any:
-        seen.append(options["inplace"])
-        return op(x, *args, **options)
+        total = op(x, *args, **options)
+        seen.append(total is (x if options["residual"] is None else options["residual"]))
+        return total
 
     monkeypatch.setattr(blocks, "fused_stochastic_depth", watch)
     with report.use(make_rows(len(report.drop_probs))):
         model(net.inputs(BATCH))
-    assert seen == expected * (len(seen) // len(expected))
+    assert seen == [inplace is not False and own for own in expected] * (len(seen) // len(expected))
 
 
 @pytest.mark.parametrize("empty", ["run", "skip"])  # what skips gives its input on, as it is
@@ -73,21 +82,23 @@ def test_intermediate_features(name, empty):
     freeze_norms(model)
     options = {} if name == "timm-cait" else {"intermediates_only": True}
     found = []
-    for inplace in (False, True):
+    for inplace in (False, True, None):
         report = sdkernels.patch(model, drop_probs=0.5, inplace=inplace, empty=empty)
         with torch.no_grad(), report.use(make_rows(len(report.drop_probs))):
             features = model.forward_intermediates(net.inputs(BATCH) * 0 + 1, **options)
         found.append(features if options else features[1])
     assert len(found[0]) > 1
-    for plain, written in zip(*found, strict=True):
-        assert_same_bits(written, plain)
+    for plain, *written in zip(*found, strict=True):
+        for each in written:
+            assert_same_bits(each, plain)
 
 
 @pytest.mark.parametrize("name", ["transformers-dinov2", "transformers-beit"])
-def test_hidden_states(name):
+@pytest.mark.parametrize("inplace", [True, None])
+def test_hidden_states(name, inplace):
     net = NETS[name]
     model: Any = net.model().train()
-    report = sdkernels.patch(model, drop_probs=0.5, inplace=True)
+    report = sdkernels.patch(model, drop_probs=0.5, inplace=inplace)
     streams: list[torch.Tensor] = []
     for entry in report.patched:
         entry.block.register_forward_pre_hook(

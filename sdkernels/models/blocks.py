@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ class Options:
     sampler: str = "bernoulli"
     rescale: str = "train"
     empty: str = "run"
-    inplace: bool = False
+    inplace: bool | None = None  # None: where nobody can see it
     min_saving: float | str = 0.0
 
     def rescale_of(self, law: Law) -> str:
@@ -172,7 +174,10 @@ class Add:
     """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
 
     In place it writes into sums that it has made itself. What came into the block may be somebody
-    else's too: saved by the activation before, kept among intermediate features.
+    else's too: saved by the activation before, kept among intermediate features. By default it
+    writes into a sum only if nothing holds it but a variable of the forward. (So a forward that
+    needs a sum later keeps it in a variable of another name, or in a view; a container that holds
+    it in the variable's place would not be noticed.)
     """
 
     def __init__(self, block: Any, laws: list[Law]) -> None:
@@ -225,6 +230,13 @@ class Add:
         )
         is_shared = residual is x  # the first of several branches of the same x
         stream = x if residual is None else residual
+        inplace: bool | None = False
+        if options.inplace is not False and stream is self.sum and not is_shared:
+            given = (norm, post_norm, layer_scale, residual, activation)
+            shape = "residual" if residual is not None else "keywords"
+            if not args and all(each is None for each in given):
+                shape = "positional"
+            inplace = True if options.inplace else self._permitted(stream, shape)
         total = fused_stochastic_depth(
             x,
             composed,
@@ -239,13 +251,24 @@ class Add:
             sampler=options.sampler,
             rescale=options.rescale_of(law),
             empty=options.empty,
-            inplace=options.inplace and stream is self.sum and not is_shared,
+            inplace=inplace,
             min_saving=options.min_saving,
             activation=activation,
         )
         if not _holds(total, stream):  # as with empty="skip"
             self.sum = total
         return total
+
+    def _permitted(self, stream: Any, shape: str) -> bool | None:
+        """The op's `inplace` for a sum: None, which permits it, where nobody can see it.
+
+        Whoever could holds it. A dispatch mode may hold it later: selective checkpointing gives
+        results out of a cache. `shape` says how the sum came: see below.
+        """
+        if type(stream) is not Tensor or is_compiling() or torch._C._len_torch_dispatch_stack():
+            return False
+        held, lone = _holders(stream), _holders_of_a_lone_sum()[shape]
+        return None if all(a <= b for a, b in zip(held, lone, strict=True)) else False
 
     def activated(
         self,
@@ -266,6 +289,44 @@ class Add:
             total.clone() if total is (x if residual is None else residual) else total
         )
         return result
+
+
+def _holders(total: Tensor) -> tuple[int, int, int]:
+    """How many hold it: in Python (a list, a hook), in C++ (what autograd saved), and its memory (a
+    view, a result that its own node saved)."""
+    memory = torch._C._storage_Use_Count(total.untyped_storage()._cdata)
+    return sys.getrefcount(total), total._use_count(), memory  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _holders_of_a_lone_sum() -> dict[str, tuple[int, int, int]]:
+    """The same of a sum that nothing but a variable of the forward holds.
+
+    Interpreter and PyTorch hold it too while it is passed on: how often depends on their versions,
+    and on whether it comes beside keywords or as one. So this is counted where it counts, in a
+    block like any other.
+    """
+    counted: dict[str, tuple[int, int, int]] = {}
+
+    class Counting(Add):
+        def _permitted(self, stream: Any, shape: str) -> bool | None:
+            counted[shape] = _holders(stream)
+            return False
+
+    def body(add: Add, x: Tensor) -> None:
+        total = add(0, x, torch.neg)
+        total = add(1, total, torch.neg)
+        total = add(2, total, torch.neg, layer_scale=x[0])
+        add(3, x, torch.neg, residual=total)
+
+    state = BlockState(Options(), (None,) * 4, [None] * 4)
+    rows = KeptRows.from_index(torch.tensor([0], device="cpu"), batch=2, scale=1.0)
+    state.rows = [rows] * 4
+    block = SimpleNamespace(_sdkernels=state, _runs_empty=True)
+    with torch.no_grad():
+        laws = [Law(0.5, "row", True, True)] * 4
+        body(Counting(block, laws), torch.zeros(2, 1, device="cpu"))
+    return counted
 
 
 Body = Callable[..., Any]

@@ -29,7 +29,7 @@ def patch(
     sampler: str = "bernoulli",
     rescale: str = "train",
     empty: str = "run",
-    inplace: bool = False,
+    inplace: bool | None = None,
     min_saving: float | str = 0.0,
 ) -> PatchReport:
     """Put the op into the blocks of a timm, torchvision or transformers model, in place.
@@ -56,8 +56,12 @@ def patch(
             ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
             original forward that runs there.
         inplace: add the branches after a block's first one into the sum that the block has made so
-            far. The block's input stays as it is: others may hold it (intermediate features, the
-            activation before). Nothing changes for blocks of one branch.
+            far, which saves a pass over the whole batch. The block's input stays as it is: others
+            may hold it (intermediate features, the activation before). Nothing changes for blocks
+            of one branch. None, the default, does so in training where nobody can see it: no one
+            else holds the sum (a hook, a list, autograd), no dispatch mode watches, the result has
+            the sum's dtype, nothing is compiled, and what goes in is one tensor, no list of them.
+            True does so for every sum of the block's own, False for none.
 
     Returns:
         A report of the blocks that were patched and those that were not. It prints as a table.

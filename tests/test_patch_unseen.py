@@ -1,0 +1,389 @@
+"""patch() by default: a sum of a block's own is written into where nobody can see it, and only
+there."""
+
+import ast
+import inspect
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_same_bits
+from patched_models import freeze_norms, make_rows
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from zoo import NETS
+
+import sdkernels
+from sdkernels import KeptRows
+from sdkernels.models import blocks, registry
+from sdkernels.models.blocks import Add, BlockState, Options
+from sdkernels.models.parts import Law
+
+ROWS = [
+    KeptRows.from_index(torch.tensor(index), batch=4, scale=2.0) for index in ([0, 2], [1, 2], [3])
+]
+
+SCALE = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a forward as a patched block would; what it returns, and which sums were written to."""
+    blocks._holders_of_a_lone_sum()  # runs the op too, the first time
+    op = blocks.fused_stochastic_depth
+    written: list[bool] = []
+
+    def watch(x: Any, *args: Any, **options: Any) -> Any:
+        stream = x if options["residual"] is None else options["residual"]
+        total = op(x, *args, **options)
+        written.append(total is stream)
+        return total
+
+    monkeypatch.setattr(blocks, "fused_stochastic_depth", watch)
+
+    def run(forward, x, laws=None, rows=ROWS, **options):
+        written.clear()
+        state = BlockState(Options(**options), (None,) * 3, [None] * 3)
+        state.rows = list(rows)
+        block = SimpleNamespace(_sdkernels=state, _runs_empty=True)
+        laws = laws or [Law(0.5, "row", True, True)] * 3
+        return forward(Add(block, laws), x), list(written)
+
+    return run
+
+
+def stream(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, generator=generator, dtype=dtype).requires_grad_()
+
+
+# Forwards whose sums nobody can see. Each returns a list of tensors.
+
+
+def chain(add, x):
+    x = add(0, x, torch.sin)
+    x = add(1, x, torch.exp)
+    return [add(2, x, torch.sin)]
+
+
+def with_keywords(add, x):
+    x = add(0, x, torch.sin, layer_scale=SCALE)
+    return [add(1, x, torch.exp, layer_scale=SCALE)]
+
+
+def nested(add, x):
+    return [add(1, add(0, x, torch.sin), torch.exp)]
+
+
+def side_by_side(add, x):
+    inputs = x
+    x = add(0, inputs, torch.sin, residual=x)
+    return [add(1, inputs, torch.exp, residual=x)]
+
+
+def read(add, x):
+    """What has been computed from a sum, and does not need it any more, does not mind."""
+    x = add(0, x, torch.sin)
+    total = x.detach().sum()
+    return [add(1, x, torch.exp), total]
+
+
+# And forwards with somebody who could.
+
+
+def variable(add, x):
+    x = add(0, x, torch.sin)
+    before = x
+    return [add(1, x, torch.exp), before]
+
+
+def listed(add, x):
+    x = add(0, x, torch.sin)
+    features = [x]
+    return [add(1, x, torch.exp), *features]
+
+
+def listed_with_keywords(add, x):
+    x = add(0, x, torch.sin, layer_scale=SCALE)
+    features = [x]
+    return [add(1, x, torch.exp, layer_scale=SCALE), *features]
+
+
+def listed_beside(add, x):
+    inputs = x
+    x = add(0, inputs, torch.sin, residual=x)
+    features = [x]
+    return [add(1, inputs, torch.exp, residual=x), *features]
+
+
+def view(add, x):
+    x = add(0, x, torch.sin)
+    first = x[0]
+    return [add(1, x, torch.exp), first]
+
+
+def detached(add, x):
+    x = add(0, x, torch.sin)
+    alias = x.detach()
+    return [add(1, x, torch.exp), alias]
+
+
+def saved(add, x):
+    x = add(0, x, torch.sin)
+    square = x * x
+    return [add(1, x, torch.exp), square]
+
+
+def captured(add, x):
+    """By a branch, in a closure."""
+    x = add(0, x, torch.sin)
+    return [add(1, x, lambda kept, before=x: kept + before[:2])]
+
+
+def argument(add, x):
+    """Of a branch, which keeps it."""
+    found = []
+
+    def branch(kept, before):
+        found.append(before)
+        return kept.exp()
+
+    x = add(0, x, torch.sin)
+    return [add(1, x, branch, args=(sdkernels.Shared(x),)), *found]
+
+
+UNSEEN = {
+    chain: [False, True, True],
+    **{forward: [False, True] for forward in (with_keywords, nested, side_by_side, read)},
+}
+SEEN = [
+    variable,
+    listed,
+    listed_with_keywords,
+    listed_beside,
+    view,
+    detached,
+    saved,
+    captured,
+    argument,
+]
+
+
+def gradients(found, x):
+    total = sum(each.square().sum() for each in found if each.requires_grad)
+    return torch.autograd.grad(total, x)[0]
+
+
+@pytest.mark.parametrize("forward", UNSEEN)
+def test_written_where_nobody_sees_it(forward, run):
+    x = stream()
+    found, written = run(forward, x)
+    assert written == UNSEEN[forward]
+    expected, before = run(forward, x, inplace=False)
+    assert not any(before)
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a.detach(), b.detach())
+    assert_same_bits(gradients(found, x), gradients(expected, x))
+
+
+@pytest.mark.parametrize("forward", SEEN)
+def test_not_written_where_somebody_could(forward, run):
+    x = stream()
+    found, written = run(forward, x)
+    assert not any(written)
+    expected, _ = run(forward, x, inplace=False)
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a.detach(), b.detach())
+    assert_same_bits(gradients(found, x), gradients(expected, x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_autograd(mode, run):
+    with mode():
+        (y,), written = run(chain, stream())
+        (expected,), _ = run(chain, stream(), inplace=False)
+    assert written == [False, True, True]
+    assert_same_bits(y, expected)
+
+
+def test_double_backward(run):
+    second = []
+    for options in ({}, {"inplace": False}):
+        x = stream()
+        (y,), _ = run(chain, x, **options)
+        (d_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(d_x.square().sum(), x)[0])
+    torch.testing.assert_close(*second)
+
+
+def test_result_of_a_wider_dtype(run):
+    """In place it would be rounded to the sum's."""
+    scale = torch.ones(3, dtype=torch.float32)
+
+    def widened(add, x):
+        return [add(1, add(0, x, torch.sin), torch.exp, layer_scale=scale)]
+
+    x = stream(torch.bfloat16)
+    (y,), written = run(widened, x)
+    assert written == [False, False]
+    assert y.dtype == torch.float32
+    (expected,), _ = run(widened, x, inplace=False)
+    assert_same_bits(y.detach(), expected.detach())
+    assert_same_bits(gradients([y], x), gradients([expected], x))
+    (y,), written = run(widened, stream())
+    assert written == [False, True]
+
+
+def test_branch_on_every_row(run):
+    """It may save the sum itself for its backward."""
+    x = stream()
+    every = KeptRows.from_index(torch.arange(4), batch=4, scale=1.0)  # no compaction at all
+    (y,), written = run(chain, x, rows=[ROWS[0], every, ROWS[2]])
+    assert written == [False, False, True]
+    gradients([y], x)
+    (y,), written = run(chain, x, min_saving=0.6)
+    assert written == [False, False, True]  # 2, 2 and 1 of 4 rows are kept
+    gradients([y], x)
+
+
+def test_evaluation(run):
+    """The paper's rule runs the op there too, densely."""
+    x = stream()
+    laws = [Law(0.5, "row", True, False)] * 3
+    (y,), written = run(chain, x, laws, rescale="eval")
+    assert not any(written)
+    gradients([y], x)
+
+
+def test_activation_stays_in_the_pass_that_adds(run):
+    def forward(add, x):
+        return [add(1, add(0, x, torch.sin), torch.exp, activation="relu")]
+
+    assert run(forward, stream())[1] == [False, False]
+
+
+def test_subclass(run):
+    class Own(Tensor):
+        pass
+
+    add = Add(SimpleNamespace(), [])
+    assert add._permitted(stream().detach().as_subclass(Own), "positional") is False
+    assert add._permitted(nn.Parameter(stream().detach()), "positional") is False
+
+
+def test_list(run):
+    def forward(add, x):
+        return add(1, add(0, [x, x + 1], torch.exp), torch.exp)
+
+    pairs = [[each, each] for each in ROWS]
+    assert run(forward, stream(), rows=pairs)[1] == [False, False]
+
+
+class Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_mode(run):
+    with Looking():
+        assert run(chain, stream())[1] == [False, False, False]
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
+def test_selective_checkpointing(policy, run):
+    """It gives results of the forward out of a cache, in which they must be as they were."""
+
+    def choose(ctx, op, *args, **kwargs):
+        return policy if "sdkernels" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    found = []
+    for options in ({}, {"inplace": False}):
+        x = stream()
+        y = checkpoint(
+            lambda x, options=options: run(chain, x, **options)[0][0],
+            x,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(choose),
+        )
+        found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, run):
+    found = []
+    for options in ({}, {"inplace": False}):
+        x = stream()
+        y = checkpoint(
+            lambda x, options=options: run(chain, x, **options)[0][0], x, use_reentrant=reentrant
+        )
+        y.square().sum().backward()
+        found.append(x.grad)
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward", "global"])
+def test_hooks_on_what_a_branch_is_made_of(kind):
+    """They see kept rows, which stay as they were, and may keep them."""
+    net = NETS["timm-vit"]
+    model: Any = net.model().train()
+    freeze_norms(model)
+    found = []
+    for options in ({}, {"inplace": False}):
+        report = sdkernels.patch(model, drop_probs=net.drop_probs, **options)
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def keep(module, inputs, *output, kept=kept):
+            if isinstance(inputs[0], Tensor):
+                kept.append((inputs[0], inputs[0].detach().clone()))
+
+        block = report.patched[-1].block
+        if kind == "global":
+            handles = [nn.modules.module.register_module_forward_pre_hook(keep)]
+        else:
+            register = "register_forward_pre_hook" if kind == "pre" else "register_forward_hook"
+            # Not the block itself; with one on a drop path it runs as before it was patched.
+            watched = [m for n, m in block.named_modules() if n and "drop_path" not in n]
+            handles = [getattr(module, register)(keep) for module in watched]
+        try:
+            torch.manual_seed(5)  # dropout draws from it
+            with report.use(make_rows(len(report.drop_probs))):
+                model(net.inputs(4)).sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert kept
+        for tensor, copy in kept:
+            assert_same_bits(tensor.detach(), copy)
+        found.append([copy for _, copy in kept])
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+BODIES = {
+    f"{library}-{known.body.__name__}": known.body
+    for library in registry.LIBRARIES
+    for known in registry._file_of(library).KNOWN
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_forwards_keep_sums_in_variables(body):
+    """A container in a variable's place is what the count of holders cannot tell from it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(body)))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("add", "add.activated")
+    ]
+    for call in calls:
+        streams = [call.args[1]] + [k.value for k in call.keywords if k.arg == "residual"]
+        for given in streams:
+            assert not isinstance(given, (ast.Attribute, ast.Subscript)), ast.unparse(given)

@@ -155,7 +155,8 @@ def cxx_flags(platform: str) -> list[str]:
     # -g0 undoes the -g that many Pythons are configured with: a third of the compile time.
     # pybind11's own symbols are hidden, and it warns about classes that are not.
     # gcc tells that passing wide vectors changed in gcc 4.6; the kernels pass them inlined only.
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
+    # Without contraction of a * b + c the sums have the same bits on every instruction set.
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=off"]
     if platform.startswith("linux"):
         # at::parallel_for is an OpenMP pragma in ATen's headers, so files that use it are compiled
         # with -fopenmp. The flag is not given to the linker: the symbols then come from the OpenMP

@@ -124,6 +124,27 @@ def test_every_instruction_set(capability, capabilities):
     assert first_line.endswith(capability)
 
 
+def test_same_bits_on_every_instruction_set(capabilities):
+    program = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from comparison import as_integers
+from test_determinism import PARALLEL_CASES, run_ours
+for case in PARALLEL_CASES:
+    for name, value in run_ours(case).items():
+        bits = as_integers(value).numpy().tobytes()
+        print(case, name, hashlib.sha256(bits).hexdigest())
+"""
+    printed = {}
+    for capability in capabilities:
+        result = run(program, str(TESTS), SDKERNELS_CPU_CAPABILITY=capability)
+        assert result.returncode == 0, result.stderr
+        printed[capability] = result.stdout.splitlines()
+    assert len(printed[capabilities[0]]) > 30
+    for capability in capabilities[1:]:
+        assert printed[capability] == printed[capabilities[0]]
+
+
 def test_every_op_has_a_backend_on_every_device():
     table = {(choice.op, choice.device) for choice in ops.backend_table()}
     assert table == {(op, d) for op in traceable.OPS for d in ("cpu", "cuda", "other")}

@@ -14,6 +14,15 @@ enum class Dtype : int8_t { f32, bf16, f16, f64 };
 
 // Arithmetic is float, and double where the data are double: the types marked "acc" below.
 
+// y[r] = x[map[r]]; a row of zeros where map[r] is negative.
+struct CopyRows {
+  char* y;
+  const char* x;
+  const int64_t* map;
+  int64_t lines, bytes;       // bytes of one line
+  Stride y_stride, x_stride;  // in bytes
+};
+
 // y = residual, and y[kept] += scale * row_weight * layer_scale * out.
 // Exactly one of slot and index is set: with slot, all B rows are written (out of place); with
 // index, only the k kept rows are (in place, y == residual).
@@ -110,10 +119,12 @@ struct CompactNormBackward {
 // Elements that two bytes of bits belong to: threads share no byte.
 constexpr int64_t kBitsOfWord = 16;
 
-// [begin, end) counts elements of [rows, lines, len] in ScatterAdd and ScatterAddBackward, words of
-// [rows, ceil(len / kBitsOfWord)] where there are bits, and lines of [rows, lines] in the norms.
-// The sums belong to the calling thread alone; they are arrays of acc, but row_weight_sum, of
-// double, has one entry for each row that [begin, end) touches. One that is not wanted is null.
+// [begin, end) counts bytes of [rows, lines, bytes] in CopyRows, elements of [rows, lines, len] in
+// ScatterAdd and ScatterAddBackward, words of [rows, ceil(len / kBitsOfWord)] where there are bits,
+// and lines of [rows, lines] in the norms. The sums belong to the calling thread alone; they are
+// arrays of acc, but row_weight_sum, of double, has one entry for each row that [begin, end)
+// touches. One that is not wanted is null.
+using CopyRowsKernel = void (*)(const CopyRows&, int64_t begin, int64_t end);
 using ScatterAddKernel = void (*)(const ScatterAdd&, int64_t begin, int64_t end);
 using ScatterAddBackwardKernel = void (*)(const ScatterAddBackward&, int64_t begin, int64_t end,
                                           void* layer_scale_sum, double* row_weight_sum);
@@ -127,6 +138,7 @@ using CompactNormBackwardKernel = void (*)(const CompactNormBackward&, int64_t b
 // Look-ups by dtype; null for a combination that is not instantiated.
 struct Kernels {
   const char* capability;
+  CopyRowsKernel copy_rows;
   ScatterAddKernel (*scatter_add)(Dtype y, Dtype residual, Dtype out);
   ScatterAddBackwardKernel (*scatter_add_backward)(Dtype grad, Dtype out);
   ScatterAddReluKernel (*scatter_add_relu)(Dtype y, Dtype residual, Dtype out);

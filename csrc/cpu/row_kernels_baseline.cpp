@@ -1,6 +1,10 @@
 // The kernels for the processor family's baseline, and the choice between the instruction sets.
 #include "row_kernels.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

@@ -38,10 +38,22 @@ SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, in
 template <class Y, class X>
 SDKERNELS_INLINE void copy(Y* y, const X* x, int64_t len) {
   if constexpr (std::is_same_v<Y, X>) {
-    __builtin_memcpy(y, x, len * sizeof(Y));
+    copy_bytes(reinterpret_cast<char*>(y), reinterpret_cast<const char*>(x), len * sizeof(Y));
   } else {
     for_vectors(len, [&](int64_t i, auto n) { store(y + i, load(x + i, n), n); });
   }
+}
+
+void copy_rows(const CopyRows& p, int64_t begin, int64_t end) {
+  for_segments(p.lines, p.bytes, begin, end,
+               [&](int64_t row, int64_t line, int64_t first, int64_t count) {
+                 char* y = at(p.y, p.y_stride, row, line) + first;
+                 const int64_t source = p.map[row];
+                 if (source < 0)
+                   __builtin_memset(y, 0, count);
+                 else
+                   copy_bytes(y, at(p.x, p.x_stride, source, line) + first, count);
+               });
 }
 
 template <class Y, class R, class O>
@@ -107,10 +119,12 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     Y* y = static_cast<Y*>(p.y) + row * p.len + first;
     uint8_t* positive = bits_at(p.positive, p.len, row, first);
     const R* residual = static_cast<const R*>(p.residual) + row * p.residual_row + first;
-    const auto finish = [&](int64_t c, const Vec<A>& sum, auto n) {
-      store(y + c, masked(sum, passes(sum)), n);
-      // Of what was stored: a positive sum may have been rounded to zero.
-      const uint16_t bits = bits_of(passes(load(y + c, n)));
+    const auto finish = [&](int64_t c, const Vec<A>& sum, auto n) SDKERNELS_INLINE_LAMBDA {
+      // Of what is stored: a positive sum may be rounded to zero.
+      const auto words = words_of<Y>(sum);
+      const auto mask = passes<Y>(words);
+      store_words(y + c, words & mask, n);
+      const uint16_t bits = bits_of(mask);
       __builtin_memcpy(positive + c / 8, &bits, n > 8 ? 2 : 1);
     };
     if (slot < 0) {
@@ -135,23 +149,18 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
 template <class G, class O>
 void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, int64_t end) {
   using A = Acc<G>;
-  using T = std::conditional_t<sizeof(G) == 2, uint16_t,
-                               std::conditional_t<sizeof(G) == 4, uint32_t, uint64_t>>;
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
   const A* row_weight = static_cast<const A*>(p.row_weight);
   for_words(p.len, begin, end, [&](int64_t row, int64_t first, int64_t count) {
     const G* grad = static_cast<const G*>(p.grad) + row * p.len + first;
     G* d_residual = static_cast<G*>(p.d_residual) + row * p.len + first;
     const uint8_t* positive = bits_at(p.positive, p.len, row, first);
-    // A copy of what passes, bit by bit; gives the mask of the lanes that do.
-    const auto pass = [&](int64_t c, auto n) {
+    // A copy of what passes, bit by bit; gives the bits of the lanes that do.
+    const auto pass = [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
       uint16_t bits = 0;
       __builtin_memcpy(&bits, positive + c / 8, n > 8 ? 2 : 1);
-      Words<T> words = {};
-      __builtin_memcpy(&words, grad + c, n * sizeof(T));
-      words &= mask_of<T>(bits);
-      __builtin_memcpy(d_residual + c, &words, n * sizeof(T));
-      return bits_as<Ints>(mask_of<uint32_t>(bits));
+      store_words(d_residual + c, load_words(grad + c, n) & mask_of<Word<G>>(bits), n);
+      return bits;
     };
     const int64_t slot = p.d_out ? p.slot[row] : -1;
     if (slot < 0) {
@@ -161,9 +170,9 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     O* d_out = static_cast<O*>(p.d_out) + slot * p.len + first;
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
     for_vectors(count, [&](int64_t c, auto n) {
-      const Ints mask = pass(c, n);
+      const auto mask = mask_of<Word<A>>(pass(c, n));
       Vec<A> d = scale * masked(load(grad + c, n), mask);
-      if (layer_scale) d *= load(layer_scale + first + c, n);
+      if (layer_scale) d = d * load(layer_scale + first + c, n);
       store(d_out + c, d, n);
     });
   });
@@ -182,10 +191,10 @@ SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer
     Vec<A> sums = {};
     for_vectors(left < kBlock ? left : kBlock, [&](int64_t c, auto n) {
       Vec<A> product = load(grad + first + c, n) * load(out + first + c, n);
-      if (gamma) product *= load(gamma + first + c, n);
+      if (gamma) product = product * load(gamma + first + c, n);
       sums += product;
     });
-    total += sum<A>(sums);
+    total += sum(sums);
   }
   return layer_scale && !gamma ? total * *layer_scale : total;
 }
@@ -222,7 +231,7 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
             if (total) sums += g * load(out + c, n);
             store(d_out + c, gamma * (scale * g), n);
           });
-          if (total) *total += scale * sum<A>(sums);
+          if (total) *total += scale * sum(sums);
         } else {
           for_vectors(count, [&](int64_t c, auto n) {
             const Vec<A> scaled = scale * load(grad + c, n);
@@ -233,23 +242,48 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
       });
 }
 
-// Four independent sums, so that additions overlap instead of waiting for each other.
+// Lines of a norm that are worked on together, stage by stage: the sums of one line would wait for
+// their own last additions, and those of several overlap. Longer lines would leave the nearest
+// cache between two stages.
+constexpr int64_t kLinesAtOnce = 4;
+constexpr int64_t kLongLine = 1024;
+
+// f(row, line, number of lines) for the lines [begin, end) of [rows, lines], at most `most` at once
+// and all of one row.
+template <class F>
+SDKERNELS_INLINE void for_lines(int64_t lines, int64_t begin, int64_t end, int64_t most, F f) {
+  int64_t row = begin / lines, line = begin % lines;
+  while (begin < end) {
+    int64_t count = lines - line < end - begin ? lines - line : end - begin;
+    if (count > most) count = most;
+    f(row, line, count);
+    begin += count;
+    line += count;
+    if (line == lines) {
+      line = 0;
+      ++row;
+    }
+  }
+}
+
+// The sum of f(x) over a line. Four independent sums, so that additions overlap.
 template <class T, class F>
 SDKERNELS_INLINE Acc<T> sum_line(const T* x, int64_t len, F f) {
-  using A = Acc<T>;
-  Vec<A> sums[4] = {};
+  Vec<T> sums[4] = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= len; i += 4 * kLanes)
-    for (int64_t u = 0; u < 4; ++u) sums[u] += f(load(x + i + u * kLanes));
-  for (; i + kLanes <= len; i += kLanes) sums[0] += f(load(x + i));
-  A total = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (i < len) {
-    // f of a missing lane need not be zero (it subtracts a mean), so the tail adds lane by lane.
-    A lanes[kLanes];
-    store(lanes, f(load(x + i, len - i)));
-    for (int64_t lane = 0; lane < len - i; ++lane) total += lanes[lane];
+  for (; i + 4 * kLanes <= len; i += 4 * kLanes) {
+    sums[0] += f(load(x + i));
+    sums[1] += f(load(x + i + kLanes));
+    sums[2] += f(load(x + i + 2 * kLanes));
+    sums[3] += f(load(x + i + 3 * kLanes));
   }
-  return total;
+  for (; i + kLanes <= len; i += kLanes) sums[0] += f(load(x + i));
+  // f of a missing lane need not be zero (it subtracts a mean).
+  if (i < len) {
+    const auto there = mask_of<Word<Acc<T>>>((1u << (len - i)) - 1);
+    sums[1] += masked(f(load(x + i, len - i)), there);
+  }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <class X, class N>
@@ -257,27 +291,96 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
   using A = Acc<X>;
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
-  for (int64_t i = begin; i < end; ++i) {
-    const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[i / p.lines], i % p.lines);
-    const A count = static_cast<A>(p.len);
-    A mean = 0;
+  const A len = static_cast<A>(p.len);
+  const int64_t most = p.len > kLongLine ? 1 : kLinesAtOnce;
+  for_lines(p.lines, begin, end, most, [&](int64_t j, int64_t line, int64_t count) {
+    const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
+    const int64_t first = j * p.lines + line;
+    A mean[kLinesAtOnce] = {}, rstd[kLinesAtOnce];
     if (p.mean) {
-      mean = sum_line(x, p.len, [](Vec<A> v) { return v; }) / count;
-      static_cast<A*>(p.mean)[i] = mean;
+      for (int64_t u = 0; u < count; ++u)
+        mean[u] = sum_line(x + u * p.x_stride.line, p.len, [](const Vec<A>& v) { return v; }) / len;
+      __builtin_memcpy(static_cast<A*>(p.mean) + first, mean, count * sizeof(A));
     }
-    const A variance =
-        sum_line(x, p.len, [&](Vec<A> v) { return (v - mean) * (v - mean); }) / count;
-    const A rstd = 1 / std::sqrt(variance + static_cast<A>(p.eps));
-    static_cast<A*>(p.rstd)[i] = rstd;
-    N* normed = static_cast<N*>(p.normed) + i * p.len;
-    for_vectors(p.len, [&](int64_t c, auto n) {
-      Vec<A> v = (load(x + c, n) - mean) * rstd;
-      if (weight) v *= load(weight + c, n);
-      if (bias) v += load(bias + c, n);
-      store(normed + c, v, n);
+    for (int64_t u = 0; u < count; ++u) {
+      const A center = mean[u];
+      const auto square = [=](const Vec<A>& v)
+                              SDKERNELS_INLINE_LAMBDA { return (v - center) * (v - center); };
+      const A variance = sum_line(x + u * p.x_stride.line, p.len, square) / len;
+      rstd[u] = 1 / std::sqrt(variance + static_cast<A>(p.eps));
+    }
+    __builtin_memcpy(static_cast<A*>(p.rstd) + first, rstd, count * sizeof(A));
+    for (int64_t u = 0; u < count; ++u) {
+      const X* from = x + u * p.x_stride.line;
+      N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
+      const A center = mean[u], factor = rstd[u];
+      for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+        Vec<A> v = (load(from + c, n) - center) * factor;
+        if (weight) v = v * load(weight + c, n);
+        if (bias) v += load(bias + c, n);
+        store(normed + c, v, n);
+      });
+      if (p.kept) copy(static_cast<X*>(p.kept) + (first + u) * p.len, from, p.len);
+    }
+  });
+}
+
+// The backward of `count` lines that follow each other in one kept row.
+template <class X, class N>
+struct KeptLines {
+  const N* d_normed;
+  const X* x;
+  X* d_x;             // null where it is not wanted
+  const X* d_stream;  // or null
+  int64_t d_x_line, d_stream_line;
+  const Acc<X>* mean;  // or null
+  const Acc<X>* rstd;
+};
+
+// d_x of each line, and their part of the sums: read and written once for `count` lines. Both null,
+// or one of them, where they are not wanted.
+template <int64_t count, class X, class N, class A>
+SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len, const A* weight,
+                                          A* d_weight, A* d_bias) {
+  A mean[count], rstd[count], mean_d[count] = {}, mean_d_x_hat[count] = {};
+  for (int64_t u = 0; u < count; ++u) {
+    const N* d_normed = p.d_normed + u * len;
+    const X* x = p.x + u * len;
+    const A center = mean[u] = p.mean ? p.mean[u] : 0;
+    const A factor = rstd[u] = p.rstd[u];
+    if (!p.d_x) continue;
+    Vec<A> sums = {}, sums_x_hat = {};
+    for_vectors(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+      Vec<A> d_x_hat = load(d_normed + c, n);  // a missing lane is zero and so are its products
+      if (weight) d_x_hat = d_x_hat * load(weight + c, n);
+      // The second pass walks several lines at once, which processors do not foresee.
+      if (p.d_stream) __builtin_prefetch(p.d_stream + u * p.d_stream_line + c);
+      __builtin_prefetch(p.d_x + u * p.d_x_line + c, 1);
+      sums += d_x_hat;
+      sums_x_hat += d_x_hat * ((load(x + c, n) - center) * factor);
     });
-    if (p.kept) copy(static_cast<X*>(p.kept) + i * p.len, x, p.len);
+    mean_d[u] = p.mean ? sum(sums) / static_cast<A>(len) : 0;
+    mean_d_x_hat[u] = sum(sums_x_hat) / static_cast<A>(len);
   }
+  for_vectors(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+    Vec<A> gamma, total_weight, total_bias;
+    if (weight) gamma = load(weight + c, n);
+    if (d_weight) total_weight = load(d_weight + c, n);
+    if (d_bias) total_bias = load(d_bias + c, n);
+    for (int64_t u = 0; u < count; ++u) {
+      Vec<A> d = load(p.d_normed + u * len + c, n);
+      const Vec<A> x_hat = (load(p.x + u * len + c, n) - mean[u]) * rstd[u];
+      if (d_weight) total_weight += d * x_hat;
+      if (d_bias) total_bias += d;
+      if (!p.d_x) continue;
+      if (weight) d = d * gamma;
+      Vec<A> v = (d - mean_d[u] - x_hat * mean_d_x_hat[u]) * rstd[u];
+      if (p.d_stream) v += load(p.d_stream + u * p.d_stream_line + c, n);
+      store(p.d_x + u * p.d_x_line + c, v, n);
+    }
+    if (d_weight) store(d_weight + c, total_weight, n);
+    if (d_bias) store(d_bias + c, total_bias, n);
+  });
 }
 
 template <class X, class N>
@@ -287,48 +390,46 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
   const A* weight = static_cast<const A*>(p.weight);
   A* d_weight = static_cast<A*>(weight_sum);
   A* d_bias = static_cast<A*>(bias_sum);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / p.lines;
-    const int64_t line = i % p.lines;
+  const int64_t most = p.len > kLongLine ? 1 : kLinesAtOnce;
+  for_lines(p.lines, begin, end, most, [&](int64_t row, int64_t line, int64_t count) {
     const int64_t slot = p.slot[row];
     X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
     const X* d_stream =
         p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line) : nullptr;
     if (slot < 0) {
-      if (d_x && d_stream) copy(d_x, d_stream, p.len);
-      if (d_x && !d_stream) __builtin_memset(d_x, 0, p.len * sizeof(X));
-      continue;
+      for (int64_t u = 0; d_x && u < count; ++u) {
+        X* to = d_x + u * p.d_x_stride.line;
+        if (d_stream)
+          copy(to, d_stream + u * p.d_stream_stride.line, p.len);
+        else
+          __builtin_memset(to, 0, p.len * sizeof(X));
+      }
+      return;
     }
-    const int64_t kept_line = slot * p.lines + line;
-    const X* x = static_cast<const X*>(p.kept) + kept_line * p.len;
-    const N* d_normed = static_cast<const N*>(p.d_normed) + kept_line * p.len;
-    const A mean = p.mean ? static_cast<const A*>(p.mean)[kept_line] : 0;
-    const A rstd = static_cast<const A*>(p.rstd)[kept_line];
-    Vec<A> sums = {}, sums_x_hat = {};
-    for_vectors(p.len, [&](int64_t c, auto n) {
-      const Vec<A> d = load(d_normed + c, n);  // a missing lane is zero and so are its products
-      const Vec<A> x_hat = (load(x + c, n) - mean) * rstd;
-      if (d_weight) store(d_weight + c, load(d_weight + c, n) + d * x_hat, n);
-      if (d_bias) store(d_bias + c, load(d_bias + c, n) + d, n);
-      const Vec<A> d_x_hat = weight ? d * load(weight + c, n) : d;
-      sums += d_x_hat;
-      sums_x_hat += d_x_hat * x_hat;
-    });
-    if (!d_x) continue;
-    const A count = static_cast<A>(p.len);
-    const A mean_d = p.mean ? sum<A>(sums) / count : 0;
-    const A mean_d_x_hat = sum<A>(sums_x_hat) / count;
-    for_vectors(p.len, [&](int64_t c, auto n) {
-      const Vec<A> x_hat = (load(x + c, n) - mean) * rstd;
-      Vec<A> d_x_hat = load(d_normed + c, n);
-      if (weight) d_x_hat *= load(weight + c, n);
-      Vec<A> v = rstd * (d_x_hat - mean_d - x_hat * mean_d_x_hat);
-      if (d_stream) v += load(d_stream + c, n);
-      store(d_x + c, v, n);
-    });
-  }
+    const int64_t first = slot * p.lines + line;
+    KeptLines<X, N> lines{static_cast<const N*>(p.d_normed) + first * p.len,
+                          static_cast<const X*>(p.kept) + first * p.len,
+                          d_x,
+                          d_stream,
+                          p.d_x_stride.line,
+                          p.d_stream_stride.line,
+                          p.mean ? static_cast<const A*>(p.mean) + first : nullptr,
+                          static_cast<const A*>(p.rstd) + first};
+    if (count == kLinesAtOnce) {
+      norm_backward_lines<kLinesAtOnce>(lines, p.len, weight, d_weight, d_bias);
+      return;
+    }
+    for (int64_t u = 0; u < count; ++u) {
+      norm_backward_lines<1>(lines, p.len, weight, d_weight, d_bias);
+      lines.d_normed += p.len;
+      lines.x += p.len;
+      if (d_x) lines.d_x += p.d_x_stride.line;
+      if (d_stream) lines.d_stream += p.d_stream_stride.line;
+      if (p.mean) ++lines.mean;
+      ++lines.rstd;
+    }
+  });
 }
-
 // Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are
 // instantiated, double goes with double only (the callers widen).
 template <class F>
@@ -419,12 +520,9 @@ CompactNormBackwardKernel find_compact_norm_backward(Dtype x, Dtype normed) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {SDKERNELS_ISA_NAME,
-                       find_scatter_add,
-                       find_scatter_add_backward,
-                       find_scatter_add_relu,
-                       find_scatter_add_relu_backward,
-                       find_compact_norm,
-                       find_compact_norm_backward};
+const Kernels table = {SDKERNELS_ISA_NAME,    copy_rows,
+                       find_scatter_add,      find_scatter_add_backward,
+                       find_scatter_add_relu, find_scatter_add_relu_backward,
+                       find_compact_norm,     find_compact_norm_backward};
 
 }  // namespace sdkernels::cpu::SDKERNELS_ISA

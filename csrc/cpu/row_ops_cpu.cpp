@@ -6,42 +6,11 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cstring>
-
 namespace sdkernels::cpu {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-struct CopyRows {
-  char* y;
-  const char* x;
-  const int64_t* map;         // row of y -> row of x, negative for a row of zeros
-  int64_t lines, bytes;       // bytes of one line
-  Stride y_stride, x_stride;  // in bytes
-};
-
-void copy_rows(const CopyRows& p, int64_t begin, int64_t end) {
-  int64_t first = begin % p.bytes;
-  int64_t line = begin / p.bytes % p.lines;
-  int64_t row = begin / p.bytes / p.lines;
-  while (begin < end) {
-    const int64_t count = std::min(p.bytes - first, end - begin);
-    char* y = p.y + row * p.y_stride.row + line * p.y_stride.line + first;
-    const int64_t source = p.map[row];
-    if (source < 0)
-      std::memset(y, 0, count);
-    else
-      std::memcpy(y, p.x + source * p.x_stride.row + line * p.x_stride.line + first, count);
-    begin += count;
-    first = 0;
-    if (++line == p.lines) {
-      line = 0;
-      ++row;
-    }
-  }
-}
 
 // y[r] = x[map[r]], zeros where map[r] < 0; y and x are of one dtype.
 void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
@@ -64,7 +33,7 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
                    in_bytes(geometry->strides[1])};
   const int64_t bytes = y.numel() * size;
   at::parallel_for(0, bytes, kGrain * size,
-                   [&](int64_t begin, int64_t end) { copy_rows(p, begin, end); });
+                   [&](int64_t begin, int64_t end) { kernels().copy_rows(p, begin, end); });
 }
 
 Tensor compact_rows(const Tensor& x, const Tensor& index) {

@@ -1,11 +1,26 @@
-// Sixteen lanes of float or double, in the vector extensions that gcc and clang share: one source
-// for every instruction set, and the same lane order (so the same sums) on each of them. Included
-// by row_kernels_impl.h inside the namespace of one instruction set. SDKERNELS_AVX2 and
+// Sixteen lanes of a type, held in as many registers as this instruction set needs: one source for
+// every instruction set, and the same lane order (so the same sums) on each of them. Included by
+// row_kernels_impl.h inside the namespace of one instruction set. SDKERNELS_AVX2 and
 // SDKERNELS_AVX512 say what the file that includes it is compiled for (the compiler's own macros do
-// not follow a target pragma); intrinsics stand only where the compiler does not find the
-// instruction itself.
+// not follow a target pragma).
+//
+// A vector type of the compilers is never wider than a register here: gcc takes wider ones apart
+// through memory. Intrinsics stand where neither compiler finds the instruction: conversions
+// between lanes of 16 and 32 bits, and masks. std::experimental::simd is not in clang's library,
+// and neither it, xsimd nor PyTorch's vectors have all of the 16-bit types and a lane count that
+// does not follow the instruction set; what would be left of this file is most of it.
 
 constexpr int64_t kLanes = 16;
+#if defined(SDKERNELS_AVX512)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(SDKERNELS_AVX2)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+
+#define SDKERNELS_INLINE static inline __attribute__((always_inline))
+#define SDKERNELS_INLINE_LAMBDA __attribute__((always_inline))
 
 struct bf16 {
   uint16_t bits;
@@ -25,194 +40,418 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
-using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
-using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+// N lanes: one register, or two halves.
+template <class T, int64_t N, bool fits = N * sizeof(T) <= kRegisterBytes>
+struct Lanes {
+  Lanes<T, N / 2> low, high;
+};
+template <class T, int64_t N>
+struct Lanes<T, N, true> {
+  typedef T Register __attribute__((vector_size(N * sizeof(T))));
+  Register value;
+};
+template <class V>
+constexpr bool kIsRegister = false;
+template <class T, int64_t N>
+constexpr bool kIsRegister<Lanes<T, N, true>> = true;
 
 template <class T>
-struct VecOf {
-  using type = Floats;
-};
-template <>
-struct VecOf<double> {
-  using type = Doubles;
-};
+using Vec = Lanes<Acc<T>, kLanes>;
+using Floats = Lanes<float, kLanes>;
+// What has as many bits as a T: masks (all bits of a lane, or none) and rounding are in these.
 template <class T>
-using Vec = typename VecOf<T>::type;
+using Word = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
-#define SDKERNELS_INLINE static inline __attribute__((always_inline))
-
-template <class To, class From>
-SDKERNELS_INLINE To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
+// f of every register of the vectors x, which are cut alike.
+template <class Result, class F, class... V>
+SDKERNELS_INLINE Result map(F f, const V&... x) {
+  if constexpr (kIsRegister<Result>) {
+    return {(typename Result::Register)f(x.value...)};
+  } else {
+    return {map<decltype(Result::low)>(f, x.low...), map<decltype(Result::high)>(f, x.high...)};
+  }
 }
 
-SDKERNELS_INLINE Ints select(Ints mask, Ints yes, Ints no) { return (mask & yes) | (~mask & no); }
+template <class T, int64_t N = kLanes>
+SDKERNELS_INLINE Lanes<T, N> splat(T x) {
+  using V = Lanes<T, N>;
+  if constexpr (kIsRegister<V>) {
+    return {typename V::Register{} + x};
+  } else {
+    const auto half = splat<T, N / 2>(x);
+    return {half, half};
+  }
+}
 
-SDKERNELS_INLINE Floats load(const float* p) {
-  Floats v;
-  __builtin_memcpy(&v, p, sizeof(v));
+#define SDKERNELS_OPERATOR(op)                                                                    \
+  template <class T, int64_t N>                                                                   \
+  SDKERNELS_INLINE Lanes<T, N> operator op(const Lanes<T, N>& a, const Lanes<T, N>& b) {          \
+    return map<Lanes<T, N>>([](auto x, auto y) SDKERNELS_INLINE_LAMBDA { return x op y; }, a, b); \
+  }                                                                                               \
+  template <class T, int64_t N>                                                                   \
+  SDKERNELS_INLINE Lanes<T, N> operator op(const Lanes<T, N>& a, T b) {                           \
+    return a op splat<T, N>(b);                                                                   \
+  }                                                                                               \
+  template <class T, int64_t N>                                                                   \
+  SDKERNELS_INLINE Lanes<T, N> operator op(T a, const Lanes<T, N>& b) {                           \
+    return splat<T, N>(a) op b;                                                                   \
+  }
+SDKERNELS_OPERATOR(+)
+SDKERNELS_OPERATOR(-)
+SDKERNELS_OPERATOR(*)
+SDKERNELS_OPERATOR(&)
+SDKERNELS_OPERATOR(|)
+#undef SDKERNELS_OPERATOR
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<T, N>& operator+=(Lanes<T, N>& a, const Lanes<T, N>& b) {
+  return a = a + b;
+}
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<T, N> operator<<(const Lanes<T, N>& a, int bits) {
+  return map<Lanes<T, N>>([=](auto x) SDKERNELS_INLINE_LAMBDA { return x << bits; }, a);
+}
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<T, N> operator>>(const Lanes<T, N>& a, int bits) {
+  return map<Lanes<T, N>>([=](auto x) SDKERNELS_INLINE_LAMBDA { return x >> bits; }, a);
+}
+
+template <class To, class T, int64_t N>
+SDKERNELS_INLINE Lanes<To, N> bits_as(const Lanes<T, N>& a) {
+  static_assert(sizeof(To) == sizeof(T));
+  if constexpr (kIsRegister<Lanes<T, N>>) {
+    return {(typename Lanes<To, N>::Register)a.value};
+  } else {
+    return {bits_as<To>(a.low), bits_as<To>(a.high)};
+  }
+}
+// mask ? yes : no, in every lane.
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint32_t, N> select(const Lanes<uint32_t, N>& mask,
+                                           const Lanes<uint32_t, N>& yes,
+                                           const Lanes<uint32_t, N>& no) {
+  return map<Lanes<uint32_t, N>>(
+      [](auto m, auto a, auto b) SDKERNELS_INLINE_LAMBDA { return m ? a : b; }, mask, yes, no);
+}
+// a < b and a == b of numbers below 2^31, as masks: SSE2 compares signed numbers only.
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint32_t, N> less(const Lanes<uint32_t, N>& a, uint32_t b) {
+  return map<Lanes<uint32_t, N>>([](auto x, auto y) SDKERNELS_INLINE_LAMBDA { return x < y; },
+                                 bits_as<int32_t>(a), splat<int32_t, N>(b));
+}
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint32_t, N> equal(const Lanes<uint32_t, N>& a, uint32_t b) {
+  return map<Lanes<uint32_t, N>>([](auto x, auto y) SDKERNELS_INLINE_LAMBDA { return x == y; }, a,
+                                 splat<uint32_t, N>(b));
+}
+SDKERNELS_INLINE Lanes<uint32_t, kLanes> is_number(const Floats& v) {
+  return map<Lanes<uint32_t, kLanes>>([](auto x) SDKERNELS_INLINE_LAMBDA { return x == x; }, v);
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<T, N> load_lanes(const void* p) {
+  Lanes<T, N> v;
+  if constexpr (kIsRegister<Lanes<T, N>>) {
+    __builtin_memcpy(&v.value, p, sizeof(v.value));
+  } else {
+    v.low = load_lanes<T, N / 2>(p);
+    v.high = load_lanes<T, N / 2>(static_cast<const T*>(p) + N / 2);
+  }
   return v;
 }
-SDKERNELS_INLINE Doubles load(const double* p) {
-  Doubles v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+template <class T, int64_t N>
+SDKERNELS_INLINE void store_lanes(void* p, const Lanes<T, N>& v) {
+  if constexpr (kIsRegister<Lanes<T, N>>) {
+    __builtin_memcpy(p, &v.value, sizeof(v.value));
+  } else {
+    store_lanes(p, v.low);
+    store_lanes(static_cast<T*>(p) + N / 2, v.high);
+  }
 }
-SDKERNELS_INLINE Ints load_halves(const void* p) {
+
+// Numbers of 16 bits as the upper halves of 32, and lanes of 32 bits that hold no more than 16.
+template <int64_t N = kLanes>
+SDKERNELS_INLINE Lanes<uint32_t, N> upper_halves(const uint16_t* p) {
+  using V = Lanes<uint32_t, N>;
+  if constexpr (!kIsRegister<V>) {
+    return {upper_halves<N / 2>(p), upper_halves<N / 2>(p + N / 2)};
+  } else {
 #if defined(SDKERNELS_AVX512)
-  return bits_as<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {(typename V::Register)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)};
+#elif defined(SDKERNELS_AVX2)
+    // One shuffle of bytes, of all eight in both 128-bit lanes: widening, then shifting, keeps the
+    // two ports busy that packing needs.
+    const __m256i bytes =
+        _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i twice = _mm256_broadcastsi128_si256(halves);
+    return {(typename V::Register)_mm256_shuffle_epi8(twice, bytes)};
+#elif defined(__SSE2__)
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {(typename V::Register)_mm_unpacklo_epi16(_mm_setzero_si128(), halves)};
 #else
-  Halves v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, Ints);
+    const auto halves = load_lanes<uint16_t, N>(p).value;
+    return V{__builtin_convertvector(halves, typename V::Register)} << 16;
+#endif
+  }
+}
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint16_t, N> narrow(const Lanes<uint32_t, N>& v) {
+  using Result = Lanes<uint16_t, N>;
+#if defined(SDKERNELS_AVX512)
+  return {(typename Result::Register)_mm512_cvtepi32_epi16((__m512i)v.value)};
+#else
+  if constexpr (!kIsRegister<Result>) {
+    return {narrow(v.low), narrow(v.high)};
+  } else {
+#if defined(SDKERNELS_AVX2)
+    // The pack takes 64 bits of its two sources in turn.
+    const __m256i packed = _mm256_packus_epi32((__m256i)v.low.value, (__m256i)v.high.value);
+    return {(typename Result::Register)_mm256_permute4x64_epi64(packed, 0xd8)};
+#elif defined(__SSE2__)
+    // SSE2 has the pack with signed saturation only.
+    const auto low = bits_as<int32_t>(v.low << 16) >> 16,
+               high = bits_as<int32_t>(v.high << 16) >> 16;
+    return {(typename Result::Register)_mm_packs_epi32((__m128i)low.value, (__m128i)high.value)};
+#else
+    Result result;
+    for (int64_t lane = 0; lane < N / 2; ++lane) {
+      result.value[lane] = v.low.value[lane];
+      result.value[lane + N / 2] = v.high.value[lane];
+    }
+    return result;
+#endif
+  }
 #endif
 }
-SDKERNELS_INLINE Floats load(const bf16* p) { return bits_as<Floats>(load_halves(p) << 16); }
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+SDKERNELS_INLINE Floats load(const float* p) { return load_lanes<float, kLanes>(p); }
+SDKERNELS_INLINE Vec<double> load(const double* p) { return load_lanes<double, kLanes>(p); }
+SDKERNELS_INLINE Floats load(const bf16* p) { return bits_as<float>(upper_halves(&p->bits)); }
+#if defined(SDKERNELS_AVX512)
 SDKERNELS_INLINE Floats load(const f16* p) {
-#if defined(SDKERNELS_AVX512)
-  return bits_as<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 #elif defined(SDKERNELS_AVX2)
+SDKERNELS_INLINE Floats load(const f16* p) {
   const __m128i* halves = reinterpret_cast<const __m128i*>(p);
-  const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)),
-                           _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-  return bits_as<Floats>(parts);
-#else
-  const Ints h = load_halves(p);
-  const Ints magnitude = (h & 0x7fff) << 13;
-  const Ints exponent = magnitude & 0x0f800000;
-  const Ints rebiased = magnitude + ((127 - 15) << 23);
-  const Ints infinite = rebiased + ((128 - 16) << 23);  // inf and nan keep an exponent of all ones
-  const Ints offset = Ints{} + (113 << 23);             // a subnormal: 2^-14 * (1 + m) - 2^-14
-  const Ints subnormal =
-      bits_as<Ints>(bits_as<Floats>(magnitude + offset) - bits_as<Floats>(offset));
-  Ints v = select(exponent == 0, subnormal, rebiased);
-  v = select(exponent == 0x0f800000, infinite, v);
-  return bits_as<Floats>(v | ((h & 0x8000) << 16));
-#endif
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(halves))},
+          {_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
 }
+#else
+SDKERNELS_INLINE Floats load(const f16* p) {
+  const auto h = upper_halves(&p->bits);
+  const auto magnitude = (h & 0x7fff0000u) >> 3;
+  const auto exponent = magnitude & 0x0f800000u;
+  const auto rebiased = magnitude + ((127u - 15) << 23);
+  const auto infinite = rebiased + ((128u - 16) << 23);  // inf and nan keep an exponent of all ones
+  const auto offset = splat(113u << 23);                 // a subnormal: 2^-14 * (1 + m) - 2^-14
+  const auto subnormal =
+      bits_as<uint32_t>(bits_as<float>(magnitude + offset) - bits_as<float>(offset));
+  auto v = select(equal(exponent, 0), subnormal, rebiased);
+  v = select(equal(exponent, 0x0f800000), infinite, v);
+  return bits_as<float>(v | (h & 0x80000000u));
+}
+#endif
 
-SDKERNELS_INLINE void store(float* p, const Floats& v) { __builtin_memcpy(p, &v, sizeof(v)); }
-SDKERNELS_INLINE void store(double* p, const Doubles& v) { __builtin_memcpy(p, &v, sizeof(v)); }
-SDKERNELS_INLINE void store_halves(void* p, Ints v) {
+// The bits that numbers of the arithmetic have when they are stored as T.
+template <class T>
+SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto u = bits_as<uint32_t>(v);
+    // To nearest, ties to even: 0x8000 more, one less where the bit above is zero. A NaN is cut
+    // off: what comes out of arithmetic is quiet, by a bit that stays.
+    const auto half = (equal(u & 0x10000u, 0) + 0x8000u) & is_number(v);
+    return narrow((u + half) >> 16);
+  } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(SDKERNELS_AVX512)
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
-#else
-  const Halves h = __builtin_convertvector(v, Halves);
-  __builtin_memcpy(p, &h, sizeof(h));
-#endif
-}
-SDKERNELS_INLINE void store(bf16* p, Floats v) {
-  const Ints u = bits_as<Ints>(v);
-  // The shift is arithmetic; only the low 16 bits of its result are stored.
-  const Ints rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Ints nan = (u & 0x7fffffff) > 0x7f800000;
-  store_halves(p, select(nan, (u >> 16) | 0x40, rounded));
-}
-SDKERNELS_INLINE void store(f16* p, Floats v) {
-#if defined(SDKERNELS_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    return {(typename Lanes<uint16_t, kLanes>::Register)_mm512_cvtps_ph(v.value,
+                                                                        _MM_FROUND_TO_NEAREST_INT)};
 #elif defined(SDKERNELS_AVX2)
-  __m256 parts[2];
-  __builtin_memcpy(parts, &v, sizeof(v));
-  __m128i* halves = reinterpret_cast<__m128i*>(p);
-  _mm_storeu_si128(halves, _mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT));
+    const __m128i low = _mm256_cvtps_ph(v.low.value, _MM_FROUND_TO_NEAREST_INT);
+    const __m128i high = _mm256_cvtps_ph(v.high.value, _MM_FROUND_TO_NEAREST_INT);
+    return {(typename Lanes<uint16_t, kLanes>::Register)_mm256_set_m128i(high, low)};
 #else
-  const Ints bits = bits_as<Ints>(v);
-  const Ints u = bits & 0x7fffffff;
-  const Ints offset = Ints{} + (((127 - 15) + (23 - 10) + 1) << 23);
-  // Adding 2^-1 * ulp-aligned offset lets the float adder round a result that is subnormal in half.
-  const Ints subnormal = bits_as<Ints>(bits_as<Floats>(u) + bits_as<Floats>(offset)) - offset;
-  const Ints normal = (u - ((127 - 15) << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
-  Ints h = select(u < (113 << 23), subnormal, normal);
-  h = select(u >= ((127 + 16) << 23), Ints{} + 0x7c00, h);  // overflow and infinity
-  h = select(u > 0x7f800000, Ints{} + 0x7e00, h);           // nan
-  store_halves(p, h | ((bits >> 16) & 0x8000));
+    const auto bits = bits_as<uint32_t>(v);
+    const auto u = bits & 0x7fffffffu;
+    // Adding 2^-1 * ulp-aligned offset lets the adder round a result that is subnormal in half.
+    const auto offset = splat(((127u - 15) + (23 - 10) + 1) << 23);
+    const auto subnormal = bits_as<uint32_t>(bits_as<float>(u) + bits_as<float>(offset)) - offset;
+    const auto normal = (u - ((127u - 15) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    auto h = select(less(u, 113 << 23), subnormal, normal);
+    h = select(less(u, (127 + 16) << 23), h, splat(0x7c00u));  // overflow and infinity
+    h = select(is_number(v), h, splat(0x7e00u));
+    return narrow(h | ((bits >> 16) & 0x8000u));
 #endif
+  } else {
+    return bits_as<Word<T>>(v);
+  }
+}
+template <class T>
+SDKERNELS_INLINE void store(T* p, const Vec<T>& v) {
+  store_lanes(p, words_of<T>(v));
 }
 
 // The last n < kLanes elements of a line: nothing beyond them is touched, missing lanes read as
-// zero.
+// zero. Pieces of constant size, as a call of memcpy takes longer than all of this.
+template <class T>
+SDKERNELS_INLINE void copy_few(T* to, const T* from, int64_t n) {
+  static_assert(kLanes == 16);
+  const auto piece = [&](int64_t size) SDKERNELS_INLINE_LAMBDA {
+    if (!(n & size)) return;
+    __builtin_memcpy(to, from, size * sizeof(T));
+    to += size;
+    from += size;
+  };
+  piece(8);
+  piece(4);
+  piece(2);
+  piece(1);
+}
 template <class T>
 SDKERNELS_INLINE Vec<T> load(const T* p, int64_t n) {
   T lanes[kLanes] = {};
-  __builtin_memcpy(lanes, p, n * sizeof(T));
+  copy_few(lanes, p, n);
   return load(lanes);
 }
 template <class T>
-SDKERNELS_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
+SDKERNELS_INLINE Lanes<Word<T>, kLanes> load_words(const T* p, int64_t n) {
+  T lanes[kLanes] = {};
+  copy_few(lanes, p, n);
+  return load_lanes<Word<T>, kLanes>(lanes);
+}
+template <class T>
+SDKERNELS_INLINE void store_words(T* p, const Lanes<Word<T>, kLanes>& words, int64_t n) {
   T lanes[kLanes];
-  store(lanes, v);
-  __builtin_memcpy(p, lanes, n * sizeof(T));
-}
-
-// A bit for each lane, of a mask that is -1 or 0 in every lane; and such a mask of bits.
-SDKERNELS_INLINE uint16_t bits_of(Ints mask) {
-#if defined(SDKERNELS_AVX512)
-  return _mm512_movepi32_mask(bits_as<__m512i>(mask));
-#elif defined(SDKERNELS_AVX2)
-  __m256 parts[2];
-  __builtin_memcpy(parts, &mask, sizeof(mask));
-  return _mm256_movemask_ps(parts[0]) | _mm256_movemask_ps(parts[1]) << 8;
-#else
-  uint16_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) bits |= (mask[lane] & 1) << lane;
-  return bits;
-#endif
-}
-template <class T>
-struct WordsOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-template <class T>  // an integer
-using Words = typename WordsOf<T>::type;
-template <class T>
-SDKERNELS_INLINE Words<T> mask_of(uint16_t bits) {
-  const Words<T> kBit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return bits_as<Words<T>>(((Words<T>{} + T(bits)) & kBit) != 0);
-}
-
-// What a ReLU lets pass: positive numbers, and NaN.
-SDKERNELS_INLINE Ints passes(const Floats& v) { return ~(v <= 0); }
-SDKERNELS_INLINE Ints passes(const Doubles& v) { return __builtin_convertvector(~(v <= 0), Ints); }
-SDKERNELS_INLINE Floats masked(const Floats& v, Ints mask) {
-  return bits_as<Floats>(bits_as<Ints>(v) & mask);
-}
-SDKERNELS_INLINE Doubles masked(const Doubles& v, Ints mask) {
-  using Longs = Words<int64_t>;
-  return bits_as<Doubles>(bits_as<Longs>(v) & __builtin_convertvector(mask, Longs));
-}
-
-// One order of addition for every instruction set: a tree over the lanes.
-template <class A, class V>
-SDKERNELS_INLINE A sum(const V& v) {
-  A lanes[kLanes];
-  __builtin_memcpy(lanes, &v, sizeof(v));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  store_lanes(lanes, words);
+  copy_few(p, lanes, n);
 }
 
 // f(offset, number of elements) over a line; the number is kLanes but for the last call. A constant
 // there lets the compiler drop the partial loads from the loop.
+using Whole = std::integral_constant<int64_t, kLanes>;
 template <class F>
 SDKERNELS_INLINE void for_vectors(int64_t len, F f) {
   int64_t i = 0;
-  for (; i + kLanes <= len; i += kLanes) f(i, std::integral_constant<int64_t, kLanes>{});
+  for (; i + kLanes <= len; i += kLanes) f(i, Whole{});
   if (i < len) f(i, len - i);
 }
 template <class T>
-SDKERNELS_INLINE Vec<T> load(const T* p, std::integral_constant<int64_t, kLanes>) {
+SDKERNELS_INLINE Vec<T> load(const T* p, Whole) {
   return load(p);
 }
 template <class T>
-SDKERNELS_INLINE void store(T* p, const Vec<T>& v, std::integral_constant<int64_t, kLanes>) {
-  store(p, v);
+SDKERNELS_INLINE Lanes<Word<T>, kLanes> load_words(const T* p, Whole) {
+  return load_lanes<Word<T>, kLanes>(p);
+}
+template <class T>
+SDKERNELS_INLINE void store_words(T* p, const Lanes<Word<T>, kLanes>& words, Whole) {
+  store_lanes(p, words);
+}
+template <class T, class Count>
+SDKERNELS_INLINE void store(T* p, const Vec<T>& v, Count n) {
+  store_words(p, words_of<T>(v), n);
+}
+
+// A copy of bytes. Not memcpy: from some KiB on it is a string instruction, which processors with
+// Zen cores execute ten times slower where the two pointers lie alike within their pages.
+SDKERNELS_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
+  using Block = Lanes<uint32_t, kLanes>;
+  constexpr int64_t kBlock = sizeof(Block);
+  int64_t i = 0;
+  for (; i + kBlock <= bytes; i += kBlock)
+    store_lanes(to + i, load_lanes<uint32_t, kLanes>(from + i));
+  for (; i + 8 <= bytes; i += 8) __builtin_memcpy(to + i, from + i, 8);
+  for (; i < bytes; ++i) to[i] = from[i];
+}
+
+// ---- masks --------------------------------------------------------------------------------------
+
+// What a ReLU lets pass of stored numbers: positive ones, and NaN.
+template <class T>
+SDKERNELS_INLINE Lanes<Word<T>, kLanes> passes(const Lanes<Word<T>, kLanes>& words) {
+  using Result = Lanes<Word<T>, kLanes>;
+  if constexpr (sizeof(T) > 2) {
+    return map<Result>([](auto x) SDKERNELS_INLINE_LAMBDA { return ~(x <= 0); }, bits_as<T>(words));
+  } else {
+    // As integers: what lies above the negative infinity, but zero. -0 is the least of all.
+    constexpr int16_t kNegativeInfinity = std::is_same_v<T, bf16> ? -0x80 : -0x400;
+    return map<Result>([](auto x)
+                           SDKERNELS_INLINE_LAMBDA { return (x > kNegativeInfinity) & (x != 0); },
+                       bits_as<int16_t>(words));
+  }
+}
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<T, N> masked(const Lanes<T, N>& v, const Lanes<Word<T>, N>& mask) {
+  return bits_as<T>(bits_as<Word<T>>(v) & mask);
+}
+// A bit for each lane of a mask; and such a mask of bits.
+template <class W, int64_t N>
+SDKERNELS_INLINE uint32_t bits_of(const Lanes<W, N>& mask) {
+  if constexpr (!kIsRegister<Lanes<W, N>>) {
+    return bits_of(mask.low) | bits_of(mask.high) << (N / 2);
+  } else {
+#if defined(SDKERNELS_AVX512)
+    if constexpr (sizeof(W) == 2) return _mm256_movepi16_mask((__m256i)mask.value);
+    if constexpr (sizeof(W) == 4) return _mm512_movepi32_mask((__m512i)mask.value);
+    if constexpr (sizeof(W) == 8) return _mm512_movepi64_mask((__m512i)mask.value);
+#elif defined(SDKERNELS_AVX2)
+    if constexpr (sizeof(W) == 2) {
+      const __m256i words = (__m256i)mask.value;
+      return _mm_movemask_epi8(
+          _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    }
+    if constexpr (sizeof(W) == 4) return _mm256_movemask_ps((__m256)mask.value);
+    if constexpr (sizeof(W) == 8) return _mm256_movemask_pd((__m256d)mask.value);
+#elif defined(__SSE2__)
+    if constexpr (sizeof(W) == 2)
+      return _mm_movemask_epi8(_mm_packs_epi16((__m128i)mask.value, _mm_setzero_si128()));
+    if constexpr (sizeof(W) == 4) return _mm_movemask_ps((__m128)mask.value);
+    if constexpr (sizeof(W) == 8) return _mm_movemask_pd((__m128d)mask.value);
+#else
+    uint32_t bits = 0;
+    for (int64_t lane = 0; lane < N; ++lane) bits |= uint32_t(mask.value[lane] & 1) << lane;
+    return bits;
+#endif
+  }
+}
+template <class W, int64_t N = kLanes, int64_t first = 0>
+SDKERNELS_INLINE Lanes<W, N> mask_of(uint32_t bits) {
+  using V = Lanes<W, N>;
+  if constexpr (kIsRegister<V>) {
+    static_assert(kLanes == 16);
+    constexpr W kBits[kLanes] = {1 << 0,  1 << 1,  1 << 2,  1 << 3, 1 << 4,  1 << 5,
+                                 1 << 6,  1 << 7,  1 << 8,  1 << 9, 1 << 10, 1 << 11,
+                                 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const auto bit = load_lanes<W, N>(kBits + first).value;
+    return {(typename V::Register)((splat<W, N>(W(bits)).value & bit) == bit)};
+  } else {
+    return {mask_of<W, N / 2, first>(bits), mask_of<W, N / 2, first + N / 2>(bits)};
+  }
+}
+
+// ---- sums ---------------------------------------------------------------------------------------
+
+// One order of addition for every instruction set: a tree over the lanes, upper half onto lower.
+template <class T, int64_t N>
+SDKERNELS_INLINE T sum(const Lanes<T, N>& v) {
+  if constexpr (!kIsRegister<Lanes<T, N>>) {
+    return sum(v.low + v.high);
+  } else if constexpr (N == 2) {
+    return v.value[0] + v.value[1];
+  } else if constexpr (N == 4) {
+    return (v.value[0] + v.value[2]) + (v.value[1] + v.value[3]);
+  } else {
+    Lanes<T, N / 2, true> low, high;
+    __builtin_memcpy(&low.value, &v.value, sizeof(low.value));
+    __builtin_memcpy(&high.value, reinterpret_cast<const char*>(&v.value) + sizeof(low.value),
+                     sizeof(high.value));
+    return sum(low + high);
+  }
 }

@@ -204,7 +204,10 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
              wants_row_weight ? &row_sums[chunk * rows_of_chunk] : nullptr);
   });
   Tensor d_layer_scale = none(), d_row_weight = none();
-  if (wants_layer_scale) {
+  if (wants_layer_scale && layer_scale->scalar_type() == acc && layer_scale->is_contiguous() &&
+      gamma->is_contiguous() && gamma->numel() == layer_scale->numel()) {
+    d_layer_scale = sum.total(0, layer_scale->sizes());
+  } else if (wants_layer_scale) {
     // A layer scale that was written out for a whole row is summed back to its own shape.
     Tensor total = sum.total(0, {gamma->numel()}).as_strided(gamma->sizes(), gamma->strides());
     if (gamma->sizes() != layer_scale->sizes())

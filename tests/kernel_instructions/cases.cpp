@@ -81,6 +81,17 @@ void run(const Types& types, int64_t len) {
   std::vector<float> mean(kRows * kLines), rstd(kRows * kLines), sums(2 * row);
   const Stride stride{row, len};
 
+  // Of B rows, every other one of zeros.
+  const int64_t size = size_of(types.stream);
+  CopyRows rows{};
+  rows.y = y.data();
+  rows.x = x.data();
+  rows.map = half.data();
+  rows.lines = kLines;
+  rows.bytes = len * size;
+  rows.y_stride = rows.x_stride = {row * size, len * size};
+  count(name("copy_rows"), elements, [&] { kernels.copy_rows(rows, 0, elements * size); });
+
   ScatterAdd add{};
   add.y = y.data();
   add.residual = residual.data();

@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .backends import namespace
 from .backends.ops import C, is_compiling
 
 P = ParamSpec("P")
@@ -120,7 +121,7 @@ def _sample_in_graph(
     host = torch.device("cpu")
     device = host if device is None else device
     if generator is None and not _backward_may_draw_again():
-        index, slot = torch.ops.sdkernels.sample_rows(
+        index, slot = namespace.ops.sample_rows(
             batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
         )
     else:
@@ -188,7 +189,7 @@ def _warn_of_graph_break(what: str) -> None:
 # the generator of `device` around an op that a checkpoint runs twice: rows are drawn on the host.
 # A CUDA graph would replay the rows that it has seen, so Inductor leaves the op out of them.
 @torch.library.custom_op(
-    "sdkernels::sample_rows",
+    namespace.qualified("sample_rows"),
     mutates_args=(),
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import compiled, extension, traceable
+from .namespace import NAMESPACE, qualified
 
 if TYPE_CHECKING:
     from .. import _C as C
@@ -95,7 +96,7 @@ def _choose(requested: str, op: str, device: str) -> tuple[str, str]:
 
 def _refusal(op: str, reason: str) -> Callable[..., object]:
     def refuse(*args: object) -> object:
-        raise RuntimeError(f"sdkernels::{op}: {reason}")
+        raise RuntimeError(f"{qualified(op)}: {reason}")
 
     return refuse
 
@@ -110,7 +111,7 @@ def _triton(op: str, asked: bool) -> Callable[..., object]:
             if reason is None:
                 loaded.append(importlib.import_module(".triton", __package__).OPS[op])
             elif asked:
-                raise RuntimeError(f"sdkernels::{op}: SDKERNELS_BACKEND=triton, but {reason}")
+                raise RuntimeError(f"{qualified(op)}: SDKERNELS_BACKEND=triton, but {reason}")
             else:
                 loaded.append(traceable.OPS[op])
         return loaded[0](*args)
@@ -141,7 +142,7 @@ def _override(
 
 def _register_backends() -> tuple[torch.library.Library, list[BackendChoice]]:
     requested = _requested()
-    library = torch.library.Library("sdkernels", "IMPL")
+    library = torch.library.Library(NAMESPACE, "IMPL")
     table = []
     for op, function in traceable.OPS.items():
         # PyTorch code serves every device that no kernel of ours is registered for.
@@ -177,17 +178,17 @@ def backend_table() -> list[BackendChoice]:
     return table
 
 
-@torch.library.register_fake("sdkernels::compact_rows")
+@torch.library.register_fake(qualified("compact_rows"))
 def _(x: Tensor, index: Tensor) -> Tensor:
     return traceable.empty_rows(x, index.shape[0], x.dtype)
 
 
-@torch.library.register_fake("sdkernels::expand_rows")
+@torch.library.register_fake(qualified("expand_rows"))
 def _(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return traceable.empty_rows(kept, slot.shape[0], kept.dtype)
 
 
-@torch.library.register_fake("sdkernels::scatter_add_rows")
+@torch.library.register_fake(qualified("scatter_add_rows"))
 def _(
     residual: Tensor,
     out: Tensor,
@@ -201,7 +202,7 @@ def _(
     return traceable.empty_rows(residual, residual.shape[0], dtype)
 
 
-@torch.library.register_fake("sdkernels::scatter_add_rows_")
+@torch.library.register_fake(qualified("scatter_add_rows_"))
 def _(
     residual: Tensor,
     out: Tensor,
@@ -214,7 +215,7 @@ def _(
     return None
 
 
-@torch.library.register_fake("sdkernels::scatter_add_rows_backward")
+@torch.library.register_fake(qualified("scatter_add_rows_backward"))
 def _(
     grad: Tensor,
     out: Tensor | None,
@@ -233,7 +234,7 @@ def _(
     )
 
 
-@torch.library.register_fake("sdkernels::scatter_add_relu_rows")
+@torch.library.register_fake(qualified("scatter_add_relu_rows"))
 def _(
     residual: Tensor,
     out: Tensor,
@@ -248,7 +249,7 @@ def _(
     return y, traceable.empty_bits(y)
 
 
-@torch.library.register_fake("sdkernels::scatter_add_relu_rows_backward")
+@torch.library.register_fake(qualified("scatter_add_relu_rows_backward"))
 def _(
     grad: Tensor,
     positive: Tensor,
@@ -267,7 +268,7 @@ def _(
     return d_residual, traceable.empty_rows(d_residual, index.shape[0], dtype)
 
 
-@torch.library.register_fake("sdkernels::compact_norm")
+@torch.library.register_fake(qualified("compact_norm"))
 def _(
     x: Tensor,
     index: Tensor,
@@ -292,7 +293,7 @@ def _(
     )
 
 
-@torch.library.register_fake("sdkernels::compact_norm_backward")
+@torch.library.register_fake(qualified("compact_norm_backward"))
 def _(
     d_stream: Tensor | None,
     d_normed: Tensor,
@@ -314,7 +315,7 @@ def _(
     )
 
 
-@torch.library.register_fake("sdkernels::compact_mask")
+@torch.library.register_fake(qualified("compact_mask"))
 def _(mask: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     count: int | torch.SymInt
     if k is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..traceable import acc_type
-from .checks import check_batch, check_norm, check_rows, check_shape
+from ..checks import check_batch, check_norm, check_rows, check_shape
 from .geometry import in_lines
 from .launching import ACC, launch
 from .norm_kernels import (

@@ -14,7 +14,7 @@ from ..traceable import (
     row_format,
     scatter_add_dtype,
 )
-from .checks import (
+from ..checks import (
     check_batch,
     check_bits,
     check_dtype,

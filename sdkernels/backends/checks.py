@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..traceable import check_layer_scale, check_normalized_shape
+from .traceable import check_layer_scale, check_normalized_shape
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -66,7 +66,7 @@ def load() -> ModuleType:
     if wanted not in ("auto", "off"):
         raise ValueError(f"SDKERNELS_EXTENSION: expected auto or off, got {wanted!r}")
     if wanted == "off":
-        off = ExtensionMissingError("SDKERNELS_EXTENSION=off: sdkernels runs without its extension")
+        off = ExtensionMissingError("unset SDKERNELS_EXTENSION to load the extension")
         off.short = "SDKERNELS_EXTENSION=off"
         raise off
     spec = importlib.util.find_spec(_NAME)

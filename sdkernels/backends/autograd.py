@@ -28,12 +28,17 @@ Gradient = Tensor | None
 _PLAIN = (Tensor, nn.Parameter)
 _on_cpu = "cpu" in traceable_devices
 _modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._are_functorch_transforms_active
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether the dispatcher, which costs as much as an op, would end at the PyTorch code."""
-    return _on_cpu and x.is_cpu and type(x) in _PLAIN and not _modes() and not _transforms()
+    return (
+        _on_cpu
+        and x.is_cpu
+        and type(x) in _PLAIN
+        and not _modes()
+        and not checks.transforms_active()
+    )
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -317,15 +322,6 @@ class _CompactNorm(torch.autograd.Function):
 # ---- what `_C.pyi` offers ------------------------------------------------------------------------
 
 
-def _refuse_functorch() -> None:
-    if _transforms():
-        raise NotImplementedError(
-            "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the "
-            "compacted branch; use torch.autograd, or evaluation mode (training=False), where the "
-            "op is plain PyTorch"
-        )
-
-
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -348,7 +344,7 @@ def _stream_of(x: Tensor, with_stream: bool, inplace: bool) -> Stream:
 def compact(
     x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_rows_tensor(x, "x")
     checks.check_kept_rows(x, index, slot)
     check_row_values(index, slot)
@@ -372,7 +368,7 @@ def compact_norm(
     with_stream: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_norm(x, normalized_shape, weight, bias)
     checks.check_kept_rows(x, index, slot)
     check_row_values(index, slot)
@@ -424,7 +420,7 @@ def check_scatter_add(
     layer_scale: Tensor | None,
     row_weight: Tensor | None,
 ) -> None:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
     check_row_values(index, slot)
 

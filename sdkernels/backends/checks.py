@@ -55,6 +55,18 @@ def bytes_of_bits(x: Tensor) -> int:
     return -(-prod(x.shape[1:]) // 8)
 
 
+transforms_active = torch._C._are_functorch_transforms_active
+
+
+def refuse_functorch() -> None:
+    if transforms_active():
+        raise NotImplementedError(
+            "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the "
+            "compacted branch; use torch.autograd, or evaluation mode (training=False), where the "
+            "op is plain PyTorch"
+        )
+
+
 # ---- tensors -------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,9 @@ def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
 
 def scatter_add_dtype(residual: Tensor, out: Tensor, layer_scale: Tensor | None) -> torch.dtype:
     """The dtype of ``residual + layer_scale * out``."""
-    dtype = torch.promote_types(residual.dtype, out.dtype)
+    dtype = residual.dtype
+    if out.dtype is not dtype:
+        dtype = torch.promote_types(dtype, out.dtype)
     if layer_scale is None or layer_scale.dim() == 0:
         return dtype
     return torch.promote_types(dtype, layer_scale.dtype)
@@ -63,10 +65,28 @@ def _scaled(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    scaled = out.to(dtype) * scale
+    scaled = out.to(dtype)
+    if scale != 1.0:
+        scaled = scaled * scale
     if row_weight is not None:
         scaled = scaled * _per_row(row_weight, scaled)
     return scaled if layer_scale is None else scaled * layer_scale.to(dtype)
+
+
+def _sum_of_kept(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    acc: torch.dtype,
+) -> Tensor:
+    """The kept rows of the result, in the type of the arithmetic."""
+    kept = residual.index_select(0, index)
+    if layer_scale is None and row_weight is None and kept.dtype is acc and out.dtype is acc:
+        return torch.add(kept, out, alpha=scale)  # one operation where it is that simple
+    return kept.to(acc) + _scaled(out, layer_scale, row_weight, scale, acc)
 
 
 def scatter_add_rows(
@@ -79,10 +99,8 @@ def scatter_add_rows(
     scale: float,
 ) -> Tensor:
     dtype = scatter_add_dtype(residual, out, layer_scale)
-    acc = acc_type(dtype)
-    added = _scaled(out, layer_scale, row_weight, scale, acc)
-    added = residual.index_select(0, index).to(acc) + added
-    return residual.to(dtype, copy=True).index_copy_(0, index, added.to(dtype))
+    kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc_type(dtype))
+    return residual.to(dtype).index_copy(0, index, kept.to(dtype))
 
 
 def scatter_add_rows_(
@@ -95,9 +113,8 @@ def scatter_add_rows_(
     scale: float,
 ) -> None:
     acc = acc_type(residual.dtype, out.dtype)
-    added = _scaled(out, layer_scale, row_weight, scale, acc)
-    added = residual.index_select(0, index).to(acc) + added
-    residual.index_copy_(0, index, added.to(residual.dtype))
+    kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc)
+    residual.index_copy_(0, index, kept.to(residual.dtype))
 
 
 def scatter_add_rows_backward(
@@ -166,9 +183,10 @@ def scatter_add_relu_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    y = scatter_add_rows(residual, out, index, slot, layer_scale, row_weight, scale).relu_()
-    ordered = y if row_format(y) is torch.contiguous_format else y.movedim(1, -1)
-    passes = ~(ordered <= 0)  # the gradient of a NaN too, as in PyTorch
+    y = scatter_add_rows(residual, out, index, slot, layer_scale, row_weight, scale)
+    blocked = y <= 0  # not a NaN, whose gradient passes, as in PyTorch
+    y.masked_fill_(blocked, 0.0)  # -0 as well
+    passes = ~(blocked if row_format(y) is torch.contiguous_format else blocked.movedim(1, -1))
     return y, _packed(passes.reshape(y.shape[0], math.prod(y.shape[1:])))
 
 

@@ -25,9 +25,9 @@ Gradient = Tensor | None
 
 # ---- the ops, below autograd ---------------------------------------------------------------------
 
-_PLAIN = (Tensor, nn.Parameter)
 _on_cpu = "cpu" in traceable_devices
 _modes = torch._C._len_torch_dispatch_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # a gradient under vmap
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -35,9 +35,10 @@ def _is_plain(x: Tensor) -> bool:
     return (
         _on_cpu
         and x.is_cpu
-        and type(x) in _PLAIN
+        and (type(x) is Tensor or type(x) is nn.Parameter)
         and not _modes()
         and not checks.transforms_active()
+        and not _is_batched(x)
     )
 
 

@@ -73,6 +73,24 @@ def _scaled(
     return scaled if layer_scale is None else scaled * layer_scale.to(dtype)
 
 
+def is_plain_sum(
+    residual: Tensor, out: Tensor, layer_scale: Tensor | None, row_weight: Tensor | None
+) -> bool:
+    """Whether PyTorch's index_add is all there is to it, on the CPU.
+
+    It rounds once where the data have the type of the arithmetic, and loses other layouts.
+    """
+    dtype = residual.dtype
+    return (
+        layer_scale is None
+        and row_weight is None
+        and dtype is out.dtype
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and residual.is_cpu
+        and residual.is_contiguous()
+    )
+
+
 def _sum_of_kept(
     residual: Tensor,
     out: Tensor,
@@ -83,10 +101,9 @@ def _sum_of_kept(
     acc: torch.dtype,
 ) -> Tensor:
     """The kept rows of the result, in the type of the arithmetic."""
-    kept = residual.index_select(0, index)
-    if layer_scale is None and row_weight is None and kept.dtype is acc and out.dtype is acc:
-        return torch.add(kept, out, alpha=scale)  # one operation where it is that simple
-    return kept.to(acc) + _scaled(out, layer_scale, row_weight, scale, acc)
+    return residual.index_select(0, index).to(acc) + _scaled(
+        out, layer_scale, row_weight, scale, acc
+    )
 
 
 def scatter_add_rows(
@@ -98,9 +115,11 @@ def scatter_add_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
+    if is_plain_sum(residual, out, layer_scale, row_weight):
+        return residual.index_add(0, index, out, alpha=scale)
     dtype = scatter_add_dtype(residual, out, layer_scale)
     kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc_type(dtype))
-    return residual.to(dtype).index_copy(0, index, kept.to(dtype))
+    return residual.to(dtype, copy=True).index_copy_(0, index, kept.to(dtype))
 
 
 def scatter_add_rows_(
@@ -112,6 +131,9 @@ def scatter_add_rows_(
     row_weight: Tensor | None,
     scale: float,
 ) -> None:
+    if is_plain_sum(residual, out, layer_scale, row_weight):
+        residual.index_add_(0, index, out, alpha=scale)
+        return
     acc = acc_type(residual.dtype, out.dtype)
     kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc)
     residual.index_copy_(0, index, kept.to(residual.dtype))

@@ -221,6 +221,11 @@ class _ScatterAddRows(torch.autograd.Function):
         if not needs_out and not wants_sum:
             return grad, None, None, None, *nothing
         if fused:
+            if not wants_sum and _is_plain(grad):
+                d_out = traceable.gradient_of_out(
+                    grad, index, layer_scale, row_weight, scale, dtype
+                )
+                return grad, d_out, None, None, *nothing
             out = out if wants_sum else None
             sums = _scatter_add_backward_op(
                 grad, out, index, layer_scale, row_weight, scale, dtype, wanted
@@ -327,6 +332,12 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+# Function.apply looks for functorch's transforms first; they were refused.
+_compact_rows_apply = super(torch.autograd.Function, _CompactRows).apply
+_compact_norm_apply = super(torch.autograd.Function, _CompactNorm).apply
+_scatter_add_apply = super(torch.autograd.Function, _ScatterAddRows).apply
+
+
 def _stream_of(x: Tensor, with_stream: bool, inplace: bool) -> Stream:
     """In place, x itself passes through the node.
 
@@ -350,9 +361,9 @@ def compact(
     checks.check_kept_rows(x, index, slot)
     check_row_values(index, slot)
     stream = _stream_of(x, with_stream, inplace)
-    if not _needs_grad(x):
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return _compact_op(x, index), x.detach() if stream is Stream.ALIAS else x
-    outputs = _CompactRows.apply(x, index, slot, stream)
+    outputs = _compact_rows_apply(x, index, slot, stream)
     return (outputs, x) if stream is Stream.NONE else outputs
 
 
@@ -379,7 +390,7 @@ def compact_norm(
         shape = options[0]
         normed = _compact_norm_op(x, index, shape, weight, bias, eps, rms, dtype, False)[0]
         return normed, x.detach() if stream is Stream.ALIAS else x
-    outputs = _CompactNorm.apply(x, weight, bias, index, slot, *options, stream)
+    outputs = _compact_norm_apply(x, weight, bias, index, slot, *options, stream)
     return outputs[0], x if stream is Stream.NONE else outputs[2]
 
 
@@ -401,11 +412,11 @@ def scatter_add(
         _check_inplace(residual, _needs_grad(*tensors))
         for read in tensors[1:]:
             check_no_overlap(residual, read)
-        _ScatterAddRows.apply(*tensors, index, slot, scale, Sum.INPLACE)
+        _scatter_add_apply(*tensors, index, slot, scale, Sum.INPLACE)
         return residual.relu_() if relu else residual
     if _needs_grad(residual, out, layer_scale, row_weight):
         kind = Sum.RELU if relu else Sum.PLAIN
-        return _ScatterAddRows.apply(  # type: ignore[no-any-return]
+        return _scatter_add_apply(  # type: ignore[no-any-return]
             residual, out, layer_scale, row_weight, index, slot, scale, kind
         )
     args = residual, out, index, slot, layer_scale, row_weight, scale

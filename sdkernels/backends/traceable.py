@@ -65,7 +65,7 @@ def _scaled(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    scaled = out.to(dtype)
+    scaled = out if out.dtype is dtype else out.to(dtype)
     if scale != 1.0:
         scaled = scaled * scale
     if row_weight is not None:
@@ -139,6 +139,23 @@ def scatter_add_rows_(
     residual.index_copy_(0, index, kept.to(residual.dtype))
 
 
+def gradient_of_out(
+    grad: Tensor,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The first result of scatter_add_rows_backward where no sum is wanted."""
+    kept = compact_rows(grad, index)
+    acc = acc_type(grad.dtype, dtype)
+    if layer_scale is None and row_weight is None and kept.dtype is acc and acc is dtype:
+        return kept.mul_(scale)
+    d_out = _scaled(kept, layer_scale, row_weight, scale, acc)
+    return d_out if acc is dtype else d_out.to(dtype)
+
+
 def scatter_add_rows_backward(
     grad: Tensor,
     out: Tensor | None,
@@ -149,12 +166,13 @@ def scatter_add_rows_backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
+    if out is None:
+        d_out = gradient_of_out(grad, index, layer_scale, row_weight, scale, dtype)
+        return d_out, d_layer_scale, d_row_weight
     acc = acc_type(grad.dtype, dtype)
     kept = compact_rows(grad, index)
     d_out = _scaled(kept, layer_scale, row_weight, scale, acc).to(dtype)
-    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
-    if out is None:
-        return d_out, d_layer_scale, d_row_weight
     if wanted[0] and layer_scale is not None:
         product = _scaled(kept, None, row_weight, scale, acc) * out.to(acc)
         total = product.sum_to_size(layer_scale.shape)

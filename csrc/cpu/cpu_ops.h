@@ -4,12 +4,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../row_ops.h"
+#include "parallel.h"
 #include "row_kernels.h"
 
 namespace sdkernels::cpu {

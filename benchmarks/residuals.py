@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from sdkernels import KeptRows, reference
-from sdkernels.backends import ops, traceable
+from sdkernels.backends import choice, traceable
 
 Rule = Callable[..., Tensor]
 
@@ -254,9 +254,9 @@ def why_missing(package: str, device: torch.device) -> str | None:
 
 def other_backends(device: torch.device) -> dict[str, str | None]:
     """The backends that do not serve this device by default, with the reason if they cannot."""
-    chosen = {c.backend for c in ops.backend_table() if c.device == device.type}
+    chosen = {c.backend for c in choice.backend_table() if c.device == device.type}
     candidates = ["triton"] * (device.type == "cuda") + ["traceable"]
-    return {name: ops._missing(name, device.type) for name in candidates if name not in chosen}
+    return {name: choice.missing(name, device.type) for name in candidates if name not in chosen}
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def backend(name: str, device: torch.device) -> Iterator[None]:
     )
     library = torch.library.Library("sdkernels", "IMPL")
     for op, function in functions.items():
-        ops._override(library, op, function, device.type)
+        choice.override(library, op, function, device.type)
     try:
         yield
     finally:

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.checks import FLOATING, acc_type
 from .backends.ops import kernels
-from .backends.traceable import acc_type
 from .rows import KeptRows
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
-
-DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
@@ -228,7 +226,7 @@ def _check_batched(x: Any, name: str = "x") -> None:
 
 def check_input(x: Any, name: str = "x") -> None:
     _check_batched(x, name)
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, "
             f"got {str(x.dtype).removeprefix('torch.')}"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .backends.checks import check_layer_scale
 from .backends.ops import is_compiling, kernels
-from .backends.traceable import check_layer_scale
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
     check_activation,

@@ -16,6 +16,7 @@ from typing import Any
 
 _VARIABLES = (
     "SDKERNELS_BACKEND",
+    "SDKERNELS_EXTENSION",
     "SDKERNELS_BUILD",
     "SDKERNELS_CPU_CAPABILITY",
     "SDKERNELS_MIN_SAVING",
@@ -50,8 +51,12 @@ def collect() -> Info:
     try:
         from .backends import extension
 
-        info.build = extension.load().build_config()
-        info.devices = devices(info.build["cuda_arch_list"])
+        if extension.module is None:
+            # What serves instead, and why, is in the table of backends.
+            info.build = {"extension": f"not used; {extension.absence}"}
+        else:
+            info.build = extension.module.build_config()
+        info.devices = devices(info.build.get("cuda_arch_list", ""))
 
         from . import break_even
         from .backends import ops

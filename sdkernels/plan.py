@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.ops import C, is_compiling
+from .backends.ops import host, is_compiling
 from .rows import KeptRows
 from .sampling import check_batch, check_generator, check_law, law
 from .schedules import check_probability
@@ -258,8 +258,8 @@ class DepthPlan:
 
     def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
         draws = [law for laws in self._laws for law, _ in laws]
-        step = None if self._step is None else C.StepKey(*self._step)
+        step = None if self._step is None else host.StepKey(*self._step)
         pin_memory = device.type == "cuda"
-        rows, kept = C.sample_plan(self._batches, draws, self._generator, step, pin_memory)
+        rows, kept = host.sample_plan(self._batches, draws, self._generator, step, pin_memory)
         crops = len(self._batches)
         return rows, [kept[i : i + crops] for i in range(0, len(kept), crops)]

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from .backends import namespace
 from .sampling import check_batch, check_generator, check_law, sample_rows
 from .schedules import check_probability
 
@@ -187,7 +188,7 @@ class KeptRows:
             raise ValueError(f"mask: expected shape [batch], got {tuple(mask.shape)}")
         if k is not None and (not isinstance(k, Integral) or isinstance(k, bool)):
             raise TypeError(f"k: expected an integer, got {type(k).__name__}")
-        index, slot = torch.ops.sdkernels.compact_mask(mask, k)
+        index, slot = namespace.ops.compact_mask(mask, k)
         return cls(index, slot, scale, _weight_of_kept(weight, index, slot))
 
     @classmethod

@@ -13,7 +13,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .backends.ops import C, is_compiling
+from .backends import namespace
+from .backends.ops import host, is_compiling
 
 P = ParamSpec("P")
 
@@ -73,10 +74,10 @@ def fixed_count(batch: int, p: float) -> int:
 
 
 @lru_cache(maxsize=4096)
-def law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[C.Draw, float]:
+def law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[host.Draw, float]:
     """What to draw, and the scale of the kept rows; the arguments were looked at before."""
     count = fixed_count(batch, p) if sampler == "fixed" else -1
-    draw = C.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
+    draw = host.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
     return draw, _scale(batch, count, p, sampler, rescale)
 
 
@@ -104,7 +105,7 @@ def sample_rows(
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
     draw, scale = law(batch, p, mode, sampler, rescale)
-    index, slot = C.sample_rows(batch, draw, generator, device)
+    index, slot = host.sample_rows(batch, draw, generator, device)
     return index, slot, scale
 
 
@@ -117,11 +118,11 @@ def _sample_in_graph(
     generator: torch.Generator | None,
     device: torch.device | None,
 ) -> tuple[Tensor, Tensor, float]:
-    host = torch.device("cpu")
-    device = host if device is None else device
+    cpu = torch.device("cpu")
+    device = cpu if device is None else device
     if generator is None and not _backward_may_draw_again():
-        index, slot = torch.ops.sdkernels.sample_rows(
-            batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=host
+        index, slot = namespace.ops.sample_rows(
+            batch, p, mode, sampler, _next_draw(), device.type == "cuda", device=cpu
         )
     else:
         _warn_of_graph_break(
@@ -132,7 +133,7 @@ def _sample_in_graph(
         )
         index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
     scale = _scale(batch, index.shape[0], p, sampler, rescale)
-    if device != host:
+    if device != cpu:
         index, slot = (rows.to(device, non_blocking=True) for rows in (index, slot))
     return index, slot, scale
 
@@ -188,7 +189,7 @@ def _warn_of_graph_break(what: str) -> None:
 # the generator of `device` around an op that a checkpoint runs twice: rows are drawn on the host.
 # A CUDA graph would replay the rows that it has seen, so Inductor leaves the op out of them.
 @torch.library.custom_op(
-    "sdkernels::sample_rows",
+    namespace.qualified("sample_rows"),
     mutates_args=(),
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
@@ -202,7 +203,7 @@ def _sample_rows(
     *,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    index, slot = C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
+    index, slot = host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
     return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
 
 
@@ -236,4 +237,4 @@ def _(
 def _sample_outside_graph(
     batch: int, p: float, mode: str, sampler: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    return C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)
+    return host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

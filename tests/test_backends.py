@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdkernels.backends import ops, traceable
+from sdkernels.backends import extension, ops, traceable
 
 TESTS = Path(__file__).resolve().parent
 
@@ -32,8 +32,8 @@ def run(program: str, *arguments: str, **environ: str) -> subprocess.CompletedPr
 # Who serves the CPU, and why; then the tests that are named on the command line, if any.
 PROGRAM = """
 import sys
-from sdkernels.backends import ops
-capability = ops.C.build_config()["cpu_capability"]
+from sdkernels.backends import extension, ops
+capability = extension.module and extension.module.build_config()["cpu_capability"]
 print(*{(c.backend, c.reason) for c in ops.backend_table() if c.device == "cpu"}, capability)
 if sys.argv[1:]:
     import pytest
@@ -106,9 +106,9 @@ def capabilities() -> list[str]:
 
 
 def test_widest_instruction_set_is_chosen(capabilities):
-    assert ops.C.build_config()["cpu_capability"] in capabilities
+    assert extension.module.build_config()["cpu_capability"] in capabilities
     if "SDKERNELS_CPU_CAPABILITY" not in os.environ:
-        assert ops.C.build_config()["cpu_capability"] == capabilities[0]
+        assert extension.module.build_config()["cpu_capability"] == capabilities[0]
     if platform.machine() == "x86_64":
         every = ["avx512", "avx2", "baseline"]
         assert capabilities == every[-len(capabilities) :]

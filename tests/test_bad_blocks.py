@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from backends import native
 
 from sdkernels import (
     KeptRows,
@@ -10,7 +9,6 @@ from sdkernels import (
     compact_rms_norm,
     compact_rows,
     scatter_add_rows,
-    traceable,
 )
 
 X = torch.arange(12.0).view(4, 3)
@@ -104,17 +102,15 @@ OVERLAPS = {
 }
 
 
-@pytest.mark.parametrize("module", [torch.ops.sdkernels, traceable], ids=["op", "traceable"])
 @pytest.mark.parametrize("part", [X[:1], X[:, :1]], ids=["rows", "columns"])
-def test_residual_that_overlaps_itself(module, part):
+def test_residual_that_overlaps_itself(part):
     x = part.clone().expand(X.shape)
     before = x.clone()
-    with pytest.raises((RuntimeError, ValueError), match=r"single memory location|of its own"):
-        module.scatter_add_rows_(x, OUT, INDEX, SLOT, None, None, 1.0)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.ops.sdkernels.scatter_add_rows_(x, OUT, INDEX, SLOT, None, None, 1.0)
     assert torch.equal(x, before)
 
 
-@native
 @pytest.mark.parametrize("add", OVERLAPS.values(), ids=OVERLAPS.keys())
 def test_input_that_overlaps_what_is_written(add):
     x = X.clone()

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from backends import native
-
-pytestmark = native
 
 X = torch.arange(12.0).view(4, 3)
 OUT = torch.ones(2, 3)
@@ -35,6 +32,19 @@ OPS = {
         "scale": 1.0,
         "dtype": torch.float32,
         "wanted": [True, True],
+    },
+    "scatter_add_relu_rows": ADD,
+    "scatter_add_relu_rows_backward": {
+        "grad": X,
+        "positive": torch.zeros(4, 1, dtype=torch.uint8),
+        "index": INDEX,
+        "slot": SLOT,
+        "layer_scale": torch.ones(3),
+        "row_weight": torch.ones(2),
+        "scale": 1.0,
+        "dtype": torch.float32,
+        "memory_format": torch.contiguous_format,
+        "wants_out": True,
     },
     "compact_mask": {"mask": SLOT >= 0, "k": 2},
     "compact_norm": {
@@ -97,6 +107,13 @@ WRONG = {
         "int": OUT.int(),
         "float8": OUT.to(FLOAT8),
     },
+    "positive": {
+        "bool": X > 0,
+        "few-rows": torch.zeros(3, 1, dtype=torch.uint8),
+        "wide": torch.zeros(4, 2, dtype=torch.uint8),
+        "expanded": torch.zeros(1, 1, dtype=torch.uint8).expand(4, 1),
+    },
+    "memory_format": {"channels": torch.channels_last, "preserve": torch.preserve_format},
     "kept": {"few-rows": OUT[:1], "all-rows": X, "0d": X[0, 0]},
     "layer_scale": {"width": torch.ones(2), "rows": torch.ones(2, 3), "int": INDEX},
     "row_weight": {"few": torch.ones(1), "2d": torch.ones(2, 1), "int": INDEX},

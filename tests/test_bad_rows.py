@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from backends import native
 
 from sdkernels import (
     KeptRows,
@@ -52,7 +51,6 @@ FUNCTIONS = {
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 
 
-@native
 @each_function
 @pytest.mark.parametrize(("index", "slot", "message"), VALUES.values(), ids=VALUES.keys())
 def test_values_of_hand_made_rows(index, slot, message, function):
@@ -67,7 +65,6 @@ def test_values_of_hand_made_rows(index, slot, message, function):
     assert leaf.grad is None
 
 
-@native
 @each_function
 def test_values_that_changed_behind_the_package(function):
     # from_index does not copy: what it looked at may be overwritten later.

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backends import native
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkernels import DepthPlan, KeptRows, fused_stochastic_depth, linear_decay
@@ -141,7 +140,6 @@ def test_fixed_rows_taken_before_change_with_the_plan():
     assert rows.k == plan[0].k == 32
 
 
-@native
 def test_bernoulli_rows_taken_before_are_refused():
     plan = DepthPlan.sample(64, [0.5], generator=seeded(5))
     rows = plan[0]

@@ -11,10 +11,10 @@ from cases import Case
 from op_samples import arguments, call
 from test_backends import run
 
-from sdkernels.backends import ops, traceable
+from sdkernels.backends import choice, traceable
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or ops._missing("triton", "cuda") is not None,
+    not torch.cuda.is_available() or choice.missing("triton", "cuda") is not None,
     reason="no GPU for Triton",
 )
 

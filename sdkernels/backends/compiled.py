@@ -14,12 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .traceable import (
-    acc_type,
-    check_layer_scale,
-    check_normalized_shape,
-    scatter_add_dtype,
-)
+from .checks import acc_type, check_layer_scale, check_normalized_shape
+from .traceable import scatter_add_dtype
 
 
 def _per_row(values: Tensor, dims: int) -> Tensor:

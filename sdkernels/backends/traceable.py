@@ -1,7 +1,8 @@
 """The row ops in PyTorch code: correct on every device, and what the kernels are compared with.
 
-Each function has the signature of the op of the same name (``csrc/module.cpp``). Arithmetic is in
-float32 (float64 for float64 data) with one rounding at the end, as in the kernels.
+Each function has the signature of the op of the same name (``contract.py``), whose checks have run
+before it. Arithmetic is in float32 (float64 for float64 data) with one rounding at the end, as in
+the kernels.
 """
 
 from __future__ import annotations
@@ -13,29 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def acc_type(*dtypes: torch.dtype) -> torch.dtype:
-    """The type of the arithmetic on data of these dtypes."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def check_layer_scale(layer_scale: Tensor, row: Sequence[int]) -> None:
-    """It must broadcast against one row without enlarging it (as in ``csrc/row_ops.h``)."""
-    sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
-    if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(
-            f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
-            f"of shape {list(row)}"
-        )
-
-
-def check_normalized_shape(x: Tensor, shape: Sequence[int]) -> None:
-    """It must be the last dimensions of one row."""
-    if not 0 < len(shape) < x.dim() or list(x.shape[-len(shape) :]) != list(shape):
-        raise ValueError(
-            f"norm: normalizes over {list(shape)}, which are not the last dimensions of one row "
-            f"of x, shape {list(x.shape)}"
-        )
+from .checks import acc_type, bytes_of_bits
 
 
 def empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -160,7 +139,7 @@ def row_format(x: Tensor) -> torch.memory_format:
 
 def empty_bits(x: Tensor) -> Tensor:
     """Room for a bit for every element of the rows of `x`."""
-    return x.new_empty((x.shape[0], -(-math.prod(x.shape[1:]) // 8)), dtype=torch.uint8)
+    return x.new_empty((x.shape[0], bytes_of_bits(x)), dtype=torch.uint8)
 
 
 def _packed(flags: Tensor) -> Tensor:

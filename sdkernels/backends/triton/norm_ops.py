@@ -8,8 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..traceable import acc_type
-from .checks import check_batch, check_norm, check_rows, check_shape
+from ..checks import acc_type
 from .geometry import in_lines
 from .launching import ACC, launch
 from .norm_kernels import (
@@ -32,8 +31,6 @@ def compact_norm(
     keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = tuple(normalized_shape)
-    check_norm(x, shape, weight, bias)
-    check_rows(index, "rows.index", x)
     acc = acc_type(x.dtype)
     k = index.shape[0]
     row = x.shape[1:]
@@ -77,16 +74,6 @@ def compact_norm_backward(
     k, batch, row = kept.shape[0], slot.shape[0], tuple(kept.shape[1:])
     lines, length = prod(row[: len(row) - len(shape)]), prod(shape)
     acc = acc_type(kept.dtype)
-    check_norm(kept, shape, weight)
-    check_batch(kept, "kept", index.shape[0])
-    check_rows(slot, "rows.slot", kept)
-    check_shape(d_normed, "d_normed", tuple(kept.shape), kept)
-    if d_stream is not None:
-        check_shape(d_stream, "d_stream", (batch, *row), kept)
-        if d_stream.dtype != kept.dtype:
-            raise TypeError(f"d_stream: expected {kept.dtype}, got {d_stream.dtype}")
-    for statistic, name in ((rstd, "rstd"), *(() if rms else ((mean, "mean"),))):
-        check_shape(statistic, name, (k * lines,), kept)
     d_x = kept.new_empty((batch, *row) if wanted[0] else 0)
 
     def zeros(is_wanted: bool) -> Tensor:

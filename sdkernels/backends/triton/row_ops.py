@@ -7,24 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..traceable import (
-    acc_type,
-    empty_bits,
-    empty_rows,
-    row_format,
-    scatter_add_dtype,
-)
-from .checks import (
-    check_batch,
-    check_bits,
-    check_dtype,
-    check_floating,
-    check_memory_format,
-    check_rows,
-    check_scales,
-    check_shape,
-    check_written,
-)
+from ..checks import acc_type
+from ..traceable import empty_bits, empty_rows, row_format, scatter_add_dtype
 from .geometry import Walk, walk_rows
 from .launching import ACC, launch
 from .row_kernels import (
@@ -40,8 +24,6 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compact_rows(x: Tensor, index: Tensor) -> Tensor:
-    check_batch(x, "x")
-    check_rows(index, "rows.index", x)
     kept = empty_rows(x, index.shape[0], x.dtype)
     if kept.numel():
         _copy_rows(_bits(kept), _bits(x), index, negative_is_zero=False)
@@ -49,8 +31,6 @@ def compact_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    check_batch(kept, "kept", index.shape[0])
-    check_rows(slot, "rows.slot", kept)
     x = empty_rows(kept, slot.shape[0], kept.dtype)
     if not kept.numel():
         return x.zero_()
@@ -132,7 +112,6 @@ def scatter_add_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
-    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
     dtype = scatter_add_dtype(residual, out, layer_scale)
     y = empty_rows(residual, residual.shape[0], dtype)
     if y.numel():
@@ -149,8 +128,6 @@ def scatter_add_rows_(
     row_weight: Tensor | None,
     scale: float,
 ) -> None:
-    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
-    check_written(residual, "residual")
     if out.numel():
         # What is read must not be overwritten first.
         out = _apart_from(residual, out)
@@ -165,22 +142,6 @@ def _apart_from(written: Tensor, x: Tensor) -> Tensor:
     """x, or a copy of it where both may lie in the same memory."""
     shared = x.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
     return x.clone() if shared else x
-
-
-def _check_scatter_add(
-    residual: Tensor,
-    out: Tensor,
-    index: Tensor,
-    slot: Tensor,
-    layer_scale: Tensor | None,
-    row_weight: Tensor | None,
-) -> None:
-    check_batch(residual, "residual", slot.shape[0])
-    check_floating(residual, "residual")
-    check_rows(index, "rows.index", residual)
-    check_rows(slot, "rows.slot", residual)
-    check_shape(out, "out", (index.shape[0], *residual.shape[1:]), residual)
-    check_scales(layer_scale, row_weight, residual, index.shape[0])
 
 
 def _scatter_add_into(
@@ -229,17 +190,7 @@ def scatter_add_rows_backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_batch(grad, "grad")
-    check_floating(grad, "grad")
-    check_rows(index, "rows.index", grad)
     k = index.shape[0]
-    check_scales(layer_scale, row_weight, grad, k)
-    if out is not None:
-        check_shape(out, "out", (k, *grad.shape[1:]), grad)
-    if any(wanted) and out is None:
-        raise ValueError("out: expected the branch's output, which the wanted gradients need")
-    if (wanted[0] and layer_scale is None) or (wanted[1] and row_weight is None):
-        raise ValueError("wanted: asks for the gradient of a factor that is not there")
     d_out = empty_rows(grad if out is None else out, k, dtype)
     d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
     if not d_out.numel():
@@ -333,7 +284,6 @@ def scatter_add_relu_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
     dtype = scatter_add_dtype(residual, out, layer_scale)
     y = empty_rows(residual, residual.shape[0], dtype)
     positive = empty_bits(y)
@@ -373,14 +323,6 @@ def scatter_add_relu_rows_backward(
     memory_format: torch.memory_format,
     wants_out: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_batch(grad, "grad", slot.shape[0])
-    check_floating(grad, "grad")
-    check_rows(index, "rows.index", grad)
-    check_rows(slot, "rows.slot", grad)
-    check_scales(layer_scale, row_weight, grad, index.shape[0])
-    check_dtype(dtype, "dtype")
-    check_memory_format(memory_format, grad)
-    check_bits(positive, "positive", grad)
     d_residual = torch.empty_like(grad, memory_format=memory_format)
     if wants_out:
         d_out = empty_rows(d_residual, index.shape[0], dtype)

@@ -60,6 +60,8 @@ qualified = add_op_namespace_prefix
 NAMESPACE = qualified("").removesuffix("::")
 '''
 
+INSTALLED_VERSION = 'version("sdkernels")'  # in sdkernels/__init__.py: a kernel is not installed
+
 OPS = '''\
 import torch
 
@@ -83,6 +85,10 @@ def write(folder: Path) -> None:
     source = folder / "torch-ext/sdkernels"
     shutil.copytree(ROOT / "sdkernels", source, ignore=LEFT_OUT)
     (source / "backends/namespace.py").write_text(NAMESPACE)
+    init = (source / "__init__.py").read_text()
+    if init.count(INSTALLED_VERSION) != 1:
+        raise ValueError(f"sdkernels/__init__.py: expected one {INSTALLED_VERSION}")
+    (source / "__init__.py").write_text(init.replace(INSTALLED_VERSION, repr(VERSION)))
     revision = digest(source)
     for backend in BACKENDS:
         variant = folder / "build" / f"torch-{backend}"

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # for build_tools
 # What a copy of a checkout leaves out: what was built in it, environments, records of benchmarks.
 LEFT_OUT = (
     ".git .venv build dist *.egg-info __pycache__ *.so _build.json .*_cache .hypothesis "

@@ -1,6 +1,7 @@
 """What is decided to be built, what is checked before the extension is loaded, and `info`."""
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -12,17 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from installing import ROOT
 
 import sdkernels
+from build_tools import decision as build
+from build_tools import metadata
+from build_tools.extension import cuda_arch_list, cxx_flags
 from sdkernels import info
 from sdkernels.backends import extension, ops
 from sdkernels.backends.extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-from build_tools import decision as build  # noqa: E402
-from build_tools import metadata  # noqa: E402
-from build_tools.extension import cuda_arch_list, cxx_flags  # noqa: E402
 
 PACKAGE = Path(sdkernels.__file__).resolve().parent
 
@@ -420,3 +419,23 @@ def test_info_text():
     for choice in ops.backend_table():
         row = [choice.op, choice.device, choice.backend, *choice.reason.split()]
         assert row in lines
+
+
+def test_a_package_that_was_built_without_an_extension(tmp_path):
+    """It says so in its record, which is no damage and no warning."""
+    record = tmp_path / "_build.json"
+    record.write_text(json.dumps({"torch": None, "cuda": None, "reason": "no compiler"}))
+    with pytest.raises(ExtensionMissingError, match="built without it: no compiler"):
+        extension.check(record, CPU)
+
+
+def test_info_names_the_installation_that_a_source_tree_hides(monkeypatch, tmp_path):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    for folder in ("tree", "site"):
+        (tmp_path / folder / "sdkernels").mkdir(parents=True)
+    tree, site = tmp_path / "tree/sdkernels", tmp_path / "site/sdkernels"
+    monkeypatch.setattr(sys, "path", [str(tree.parent), str(site.parent)])
+    assert info._hidden_installation(tree) is None
+    (site / f"_C{suffix}").touch()
+    assert info._hidden_installation(tree) == site
+    assert info._hidden_installation(site) is None

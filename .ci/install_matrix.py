@@ -3,8 +3,7 @@
     .ci/install_matrix.py --python python3.12 --torch 2.11.0 --build cpu --compiler clang++-14
 
 Everything happens in a folder whose name has a space, and the package is run outside of the source
-tree: two training steps of a network, against naive masking with the same rows, and the doctests of
-the public functions. `--environment FOLDER` keeps the virtual environment (torch takes gigabytes)
+tree, by check_installation.py. `--environment FOLDER` keeps the environment (torch takes gigabytes)
 for the next cell; `--tree FOLDER` keeps the copy of the sources, so that the next cell finds what
 another torch left there.
 """
@@ -36,45 +35,7 @@ COLUMNS = (
     "checked",
     "seconds",
 )
-CHECK = """
-import doctest, warnings
-warnings.simplefilter("error")
-import torch, sdkernels
-from sdkernels.backends import extension, ops
-
-torch.manual_seed(0)
-drop_probs = sdkernels.linear_decay(4, 0.5)
-branches = [torch.nn.Linear(96, 96, dtype=torch.float64) for _ in drop_probs]
-norm = torch.nn.LayerNorm(96, dtype=torch.float64)
-parameters = [p for m in (*branches, norm) for p in m.parameters()]
-
-def step(kind, plan, x):
-    for p, rows, branch in zip(drop_probs, plan, branches):
-        if kind == "fused":
-            x = sdkernels.fused_stochastic_depth(x, branch, p, norm=norm, rows=rows)
-        else:
-            mask = (rows.slot >= 0).to(x.dtype)[:, None, None] * rows.scale
-            x = x + mask * branch(norm(x))
-    x.square().mean().backward()
-    grads = [p.grad.clone() for p in parameters]
-    for p in parameters:
-        p.grad = None
-    return [x.detach(), *grads]
-
-for sampler in ("bernoulli", "fixed"):
-    plan = sdkernels.DepthPlan.sample(33, drop_probs, sampler=sampler)
-    x = torch.randn(33, 50, 96, dtype=torch.float64)
-    for ours, naive in zip(step("fused", plan, x), step("masked", plan, x), strict=True):
-        torch.testing.assert_close(ours, naive)
-failed = sum(doctest.testmod(module)[0] for module in (
-    __import__("sdkernels." + name, fromlist=["_"])
-    for name in ("functional", "modules", "rows", "plan", "schedules", "building_blocks")
-))
-assert failed == 0
-served = {(c.device, c.backend) for c in ops.backend_table() if c.op == "compact_rows"}
-backend = dict(served)["cpu"]
-print("OK", torch.__version__, "extension" if extension.module else "PyTorch code", backend)
-"""
+CHECK = ROOT / ".ci/check_installation.py"
 
 
 def run(*command: object, cwd: Path, **changes: str) -> str:
@@ -141,14 +102,14 @@ def cell(options: argparse.Namespace, work: Path) -> list[str]:
         run(*pip, "install", "--force-reinstall", "--no-deps", wheel, cwd=work)
         kind = wheel.name
     run(*pip, "check", cwd=work)
-    said = run(python, "-c", CHECK, cwd=work).splitlines()[-1].split()
+    wants = [] if options.build == "none" else ["--extension"]
+    torch, what = run(python, CHECK, *wants, cwd=work).splitlines()[-1].split(maxsplit=1)
     run(python, "-m", "sdkernels.info", cwd=work)
     run(*pip, "uninstall", "--yes", "--quiet", "sdkernels", cwd=work)
     version = run(python, "-c", "import platform; print(platform.python_version())", cwd=work)
     ninja = "-" if options.build == "none" else "no" if options.no_ninja else "yes"
     seconds = f"{time.monotonic() - start:.0f}"
-    what = " ".join(said[2:-1])
-    return [version.strip(), said[1], compiler, ninja, kind, what, "yes", seconds]
+    return [version.strip(), torch, compiler, ninja, kind, what, "yes", seconds]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

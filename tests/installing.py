@@ -15,8 +15,6 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # for build_tools
 # What a copy of a checkout leaves out: what was built in it, environments, records of benchmarks.
@@ -142,11 +140,3 @@ def pip_install(python: Path, *arguments: object, **changes: object) -> str:
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
     pip = [sys.executable, "-m", "pip", "--python", python, "install", *options]
     return succeed(*pip, *arguments, cwd=python.parent, **changes)
-
-
-def needs(program: str) -> str:
-    """The path of a program; the test is skipped where it is missing."""
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not installed")
-    return found

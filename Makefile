@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-BUILT := sdkernels/_build.json
+BUILT := build/.built
 
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
@@ -20,11 +20,12 @@ BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -
 LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/requirements.txt
 endif
 
-.PHONY: help build test bench paper gpu-check lint clean
+.PHONY: help build test test-install bench paper gpu-check lint clean
 
 help:
-	@echo 'make build       compile the extension'
+	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
 	@echo 'make test        run the tests and the examples in the docstrings'
+	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
 	@echo 'make bench       run the quick benchmarks'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
 	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
@@ -35,6 +36,9 @@ build: $(BUILT)
 
 test: $(BUILT)
 	$(RUN) -m pytest
+
+test-install: $(BUILT)
+	$(RUN) -m pytest -m install
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick
@@ -52,10 +56,11 @@ lint: $(TOOLS)
 	$(CLANG_FORMAT) --dry-run -Werror \
 		$$(find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
-# The build writes this file last. Folders are listed by find too: a deleted source is a change.
-$(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc)
+# Folders are listed by find too: a deleted source is a change.
+$(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc build_tools/*.py)
 	$(LIBRARIES)
 	$(BUILD)
+	mkdir -p $(@D) && touch $@
 
 # What compiles and lints; mypy needs torch as well. `test` and `bench` packages follow with the build.
 $(TOOLS): constraints.txt
@@ -64,6 +69,6 @@ $(TOOLS): constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info sdkernels/_C.*.so $(BUILT)
+	rm -rf build dist *.egg-info sdkernels/_C.*.so sdkernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out benchmarks/paper/out
-	find sdkernels tests benchmarks -name __pycache__ -exec rm -rf {} +
+	find sdkernels tests benchmarks build_tools -name __pycache__ -exec rm -rf {} +

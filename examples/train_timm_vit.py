@@ -12,14 +12,24 @@ import argparse
 import time
 from collections.abc import Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
 from digits import accuracy, digits
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 
 import sdkernels  # sdkernels
+
+try:
+    import timm
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+except RuntimeError as error:  # timm imports torchvision
+    if "torchvision::" not in str(error):
+        raise
+    raise SystemExit(
+        f"{error}: this torchvision was built for another build of PyTorch (PyPI's is for CUDA, this "
+        f"is torch {torch.__version__}); install the one that belongs to it: pip install "
+        "--force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
+    ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

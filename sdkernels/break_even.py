@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 __all__ = [
     "MEASURED",
@@ -141,7 +142,7 @@ def min_saving_table() -> list[MinSaving]:
     return [_automatic(device) for device in [*sorted({*MEASURED, "cpu", "cuda"}), "other"]]
 
 
-def check_min_saving(value: object) -> float | str:
+def check_min_saving(value: object) -> float | Literal["auto"]:
     return "auto" if isinstance(value, str) and value == "auto" else _share("min_saving", value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from .backends.checks import FLOATING, acc_type
 from .backends.ops import kernels
 from .rows import KeptRows
+
+Activation = Literal["relu"]
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 
@@ -120,7 +122,7 @@ def scatter_add_rows(
     layer_scale: Tensor | None = None,
     *,
     inplace: bool = False,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Add a branch's output to the kept rows.
 

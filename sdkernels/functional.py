@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .backends.ops import is_compiling, kernels
 from .backends.traceable import scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
+    Activation,
     check_activation,
     check_input,
     check_rows,
@@ -23,12 +24,15 @@ from .building_blocks import (
     scatter_add,
 )
 from .rows import KeptRows, draw
-from .sampling import check_choice, check_generator, check_law
+from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 
-EMPTY = ("run", "skip")
+Empty = Literal["run", "skip"]
+EMPTY: tuple[str, ...] = get_args(Empty)
+# One tensor, or a list of them (multi-crop).
+X = TypeVar("X", Tensor, list[Tensor])
 # Forwards of subclasses of the two norms that compute what PyTorch's own do, each with what must
 # hold of the module for that. sdkernels.models adds those of other libraries.
 PLAIN_NORM_FORWARDS: dict[Callable[..., Any], Callable[[Any], bool]] = {}
@@ -207,25 +211,25 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
 
 
 def fused_stochastic_depth(
-    x: Tensor | Sequence[Tensor],
-    branch: Callable[..., Any],
+    x: X,
+    branch: Callable[..., X],
     p: float,
-    mode: str = "row",
+    mode: Mode = "row",
     training: bool = True,
     *,
     args: Sequence[Any] = (),
     norm: nn.LayerNorm | nn.RMSNorm | None = None,
     layer_scale: Tensor | None = None,
-    residual: Tensor | Sequence[Tensor] | None = None,
+    residual: X | None = None,
     rows: KeptRows | Sequence[KeptRows] | None = None,
-    sampler: str = "bernoulli",
-    rescale: str = "train",
+    sampler: Sampler = "bernoulli",
+    rescale: Rescale = "train",
     generator: torch.Generator | None = None,
-    empty: str = "run",
+    empty: Empty = "run",
     inplace: bool | None = False,
-    min_saving: float | str = 0.0,
-    activation: str | None = None,
-) -> Any:
+    min_saving: float | Literal["auto"] = 0.0,
+    activation: Activation | None = None,
+) -> X:
     """Stochastic depth that runs the residual branch on the kept rows only.
 
     Equivalent PyTorch code::

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.machinery
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 _VARIABLES = (
@@ -54,6 +56,11 @@ def collect() -> Info:
         if extension.module is None:
             # What serves instead, and why, is in the table of backends.
             info.build = {"extension": f"not used; {extension.absence}"}
+            if hidden := _hidden_installation(Path(__file__).resolve().parent):
+                info.build["hidden"] = (
+                    f"the installed {hidden} has an extension, but {Path(__file__).parent} comes "
+                    "before it on sys.path; start Python in another folder, or install with -e"
+                )
         else:
             info.build = extension.module.build_config()
         info.devices = devices(info.build.get("cuda_arch_list", ""))
@@ -66,6 +73,20 @@ def collect() -> Info:
     except Exception as error:  # whatever it is, printing it is what this command is for
         info.error = f"{type(error).__name__}: {error}"
     return info
+
+
+def _hidden_installation(package: Path) -> Path | None:
+    """Another sdkernels on sys.path, with an extension, behind the one that runs.
+
+    Python looks into the folder it was started in first: that may be a source tree.
+    """
+    for entry in sys.path:
+        other = Path(entry).resolve() / "sdkernels"
+        if other != package and any(
+            (other / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES
+        ):
+            return other
+    return None
 
 
 def is_covered(arch_list: str, capability: tuple[int, int]) -> bool | None:

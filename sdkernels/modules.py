@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .break_even import check_min_saving
-from .building_blocks import check_activation
-from .functional import EMPTY, check_norm, fused_stochastic_depth
+from .building_blocks import Activation, check_activation
+from .functional import EMPTY, Empty, X, check_norm, fused_stochastic_depth
 from .rows import KeptRows
-from .sampling import check_choice, check_law
+from .sampling import Mode, Rescale, Sampler, check_choice, check_law
 from .schedules import check_probability
 
 __all__ = ["StochasticDepth"]
@@ -51,16 +51,16 @@ class StochasticDepth(nn.Module):
         self,
         branch: nn.Module | Callable[..., Any],
         p: float,
-        mode: str = "row",
+        mode: Mode = "row",
         *,
         norm: nn.LayerNorm | nn.RMSNorm | None = None,
         layer_scale: Tensor | None = None,
-        sampler: str = "bernoulli",
-        rescale: str = "train",
-        empty: str = "run",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
+        empty: Empty = "run",
         inplace: bool = False,
-        min_saving: float | str = 0.0,
-        activation: str | None = None,
+        min_saving: float | Literal["auto"] = 0.0,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         check_law(mode, sampler, rescale)
@@ -84,12 +84,12 @@ class StochasticDepth(nn.Module):
 
     def forward(
         self,
-        x: Any,
+        x: X,
         *args: Any,
-        residual: Any = None,
-        rows: KeptRows | list[KeptRows] | None = None,
+        residual: X | None = None,
+        rows: KeptRows | Sequence[KeptRows] | None = None,
         generator: torch.Generator | None = None,
-    ) -> Any:
+    ) -> X:
         """Args as in :func:`sdkernels.fused_stochastic_depth`; `args` go on to the branch."""
         return fused_stochastic_depth(
             x,
@@ -110,6 +110,17 @@ class StochasticDepth(nn.Module):
             min_saving=self.min_saving,
             activation=self.activation,
         )
+
+    if TYPE_CHECKING:  # what nn.Module says of it is Any
+
+        def __call__(
+            self,
+            x: X,
+            *args: Any,
+            residual: X | None = None,
+            rows: KeptRows | Sequence[KeptRows] | None = None,
+            generator: torch.Generator | None = None,
+        ) -> X: ...
 
     def extra_repr(self) -> str:
         text = (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
 from .backends.ops import host, is_compiling
 from .rows import KeptRows
-from .sampling import check_batch, check_generator, check_law, law
+from .sampling import Mode, Rescale, Sampler, check_batch, check_generator, check_law, law
 from .schedules import check_probability
 
 __all__ = ["BranchLaw", "DepthPlan"]
@@ -65,7 +65,18 @@ def _process_rank() -> int:
     return distributed.get_rank() if started else 0
 
 
-class DepthPlan:
+# KeptRows; of a plan for a list of batches, a list of them.
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    R = TypeVar("R", bound=KeptRows | list[KeptRows], default=KeptRows)
+else:
+    from typing import TypeVar
+
+    R = TypeVar("R")  # the standard library's has no default before Python 3.13
+
+
+class DepthPlan(Generic[R]):
     """The kept rows of every branch of a step, drawn together and sent to the device in one copy.
 
     Make one with :meth:`sample` or :meth:`for_step`. ``len(plan)`` is the number of branches and
@@ -91,12 +102,40 @@ class DepthPlan:
         self._laws = [[law(batch, *branch) for batch in self._batches] for branch in self._branches]
         self._generator = generator
         self._step = step
-        self._views: dict[int, KeptRows | list[KeptRows]] = {}
+        self._views: dict[int, list[KeptRows]] = {}
         target = torch.device("cpu" if device is None else device)
         rows, self._kept = self._draw(target)
         # [branches, 2, rows of all batches]: slot, then index, batch after batch; of the space for
         # the index of a batch, the first kept[branch][batch] entries are used.
         self._rows = rows.to(target, non_blocking=True)
+
+    @overload
+    @classmethod
+    def sample(
+        cls,
+        batch: int,
+        drop_probs: Iterable[float],
+        *,
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan[KeptRows]: ...
+
+    @overload
+    @classmethod
+    def sample(
+        cls,
+        batch: Sequence[int],
+        drop_probs: Iterable[float],
+        *,
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> DepthPlan[list[KeptRows]]: ...
 
     @classmethod
     def sample(
@@ -104,12 +143,12 @@ class DepthPlan:
         batch: int | Sequence[int],
         drop_probs: Iterable[float],
         *,
-        mode: str = "row",
-        sampler: str = "bernoulli",
-        rescale: str = "train",
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-    ) -> DepthPlan:
+    ) -> DepthPlan[Any]:
         """Draw the rows of every branch.
 
         Args:
@@ -136,6 +175,38 @@ class DepthPlan:
         """
         return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, generator)
 
+    @overload
+    @classmethod
+    def for_step(
+        cls,
+        seed: int,
+        step: int,
+        batch: int,
+        drop_probs: Iterable[float],
+        *,
+        rank: int | None = None,
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
+        device: torch.device | str | None = None,
+    ) -> DepthPlan[KeptRows]: ...
+
+    @overload
+    @classmethod
+    def for_step(
+        cls,
+        seed: int,
+        step: int,
+        batch: Sequence[int],
+        drop_probs: Iterable[float],
+        *,
+        rank: int | None = None,
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
+        device: torch.device | str | None = None,
+    ) -> DepthPlan[list[KeptRows]]: ...
+
     @classmethod
     def for_step(
         cls,
@@ -145,11 +216,11 @@ class DepthPlan:
         drop_probs: Iterable[float],
         *,
         rank: int | None = None,
-        mode: str = "row",
-        sampler: str = "bernoulli",
-        rescale: str = "train",
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
         device: torch.device | str | None = None,
-    ) -> DepthPlan:
+    ) -> DepthPlan[Any]:
         """Draw the rows of a training step as a function of its number.
 
         The rows follow from the arguments alone, whatever else has drawn random numbers before
@@ -188,7 +259,7 @@ class DepthPlan:
         key = step_key(seed, step, rank)
         return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, step=key)
 
-    def resample_(self) -> DepthPlan:
+    def resample_(self) -> DepthPlan[R]:
         """Draw new rows for every branch, in place; returns self.
 
         A plan of :meth:`for_step` goes on to the next step. KeptRows taken from the plan before
@@ -208,7 +279,7 @@ class DepthPlan:
         return self
 
     @property
-    def batch(self) -> Any:
+    def batch(self) -> int | list[int]:
         """Number of rows B of the batch; of a plan for a list of batches, the list of theirs."""
         return list(self._batches) if self._is_list else self._batches[0]
 
@@ -220,21 +291,20 @@ class DepthPlan:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, branch: int) -> Any:
+    def __getitem__(self, branch: int) -> R:
         if not isinstance(branch, int):
             raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
         if is_compiling():
             # Views that a graph remembers between calls are a reason to compile it again.
             views = self._views_of(branch)
-            return views if self._is_list else views[0]
-        view = self._views.get(branch)
-        if view is None:
-            views = self._views_of(branch)
-            view = self._views[branch] = views if self._is_list else views[0]
+        elif branch in self._views:
+            views = self._views[branch]
+        else:
+            views = self._views[branch] = self._views_of(branch)
         # The list is the caller's; the rows in it are frozen.
-        return list(view) if isinstance(view, list) else view
+        return cast("R", list(views) if self._is_list else views[0])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[R]:
         return (self[branch] for branch in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import namespace
-from .sampling import check_batch, check_generator, check_law, sample_rows
+from .sampling import Mode, Rescale, Sampler, check_batch, check_generator, check_law, sample_rows
 from .schedules import check_probability
 
 __all__ = ["KeptRows"]
@@ -102,9 +102,9 @@ class KeptRows:
         batch: int,
         p: float,
         *,
-        mode: str = "row",
-        sampler: str = "bernoulli",
-        rescale: str = "train",
+        mode: Mode = "row",
+        sampler: Sampler = "bernoulli",
+        rescale: Rescale = "train",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> KeptRows:

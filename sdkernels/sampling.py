@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 from numbers import Integral
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ P = ParamSpec("P")
 
 T = TypeVar("T")
 
-MODES = ("row", "batch")
-SAMPLERS = ("bernoulli", "fixed")
-RESCALES = ("train", "eval", "none")
+Mode = Literal["row", "batch"]
+Sampler = Literal["bernoulli", "fixed"]
+Rescale = Literal["train", "eval", "none"]
+MODES: tuple[str, ...] = get_args(Mode)
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+RESCALES: tuple[str, ...] = get_args(Rescale)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
-"""What setup.py decides to build, what is checked before the extension is loaded, and `info`."""
+"""What is decided to be built, what is checked before the extension is loaded, and `info`."""
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -10,24 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from installing import ROOT
 
 import sdkernels
+from build_tools import decision as build
+from build_tools import metadata
+from build_tools.extension import cuda_arch_list, cxx_flags
 from sdkernels import info
 from sdkernels.backends import extension, ops
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(sdkernels.__file__).resolve().parent
-
-
-def import_setup():
-    spec = importlib.util.spec_from_file_location("sdkernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-build = import_setup()
 
 
 def run(*arguments, cwd=ROOT, **environ):
@@ -47,7 +40,9 @@ OTHER_MAJOR = dataclasses.replace(TOOLKIT, version="12.8")
 
 def environment(requested="auto", **changes):
     """Everything that a CUDA build needs, but for `changes`."""
-    complete = build.Environment(requested, "77.0.3", "2.13.0", "13.0", TOOLKIT, has_kernels=True)
+    complete = build.Environment(
+        requested, "77.0.3", "2.13.0", "13.0", TOOLKIT, "c++", has_kernels=True
+    )
     return dataclasses.replace(complete, **changes)
 
 
@@ -71,10 +66,27 @@ OUTCOMES = {
     "complete-cpu": (environment("cpu"), "cpu", "SDKERNELS_BUILD=cpu"),
     "other-minor": (environment(toolkit=OTHER_MINOR), "cuda", "CUDA 13"),
     "old-setuptools": (environment(setuptools="65.5.0"), "stop", "65.5.0 is too old, install 77"),
-    "invalid-mode": (environment("gpu"), "stop", "auto, cpu, cuda; got 'gpu'"),
+    "invalid-mode": (environment("gpu"), "stop", "auto, none, cpu, cuda; got 'gpu'"),
+    "none": (environment("none"), "none", "SDKERNELS_BUILD=none"),
 }
-for mode in build.MODES:
-    OUTCOMES[f"no-torch-{mode}"] = (no_torch(mode), "stop", "--no-build-isolation")
+NO_EXTENSION = {
+    "no-torch": (no_torch("auto"), "--no-build-isolation"),
+    "old-torch": (environment(torch="2.9.1+cpu"), "torch 2.9.1+cpu is older than 2.10"),
+    "no-compiler": (environment(compiler=None), "no C++ compiler was found"),
+    "failed": (environment(failure="g++ says no"), "g++ says no"),
+}
+for name, (case, reason) in NO_EXTENSION.items():
+    OUTCOMES[name] = (case, "none", reason)
+    for mode in ("cpu", "cuda"):
+        asked = dataclasses.replace(case, requested=mode)
+        message = f"SDKERNELS_BUILD={mode} is impossible: "
+        OUTCOMES[f"{name}-{mode}"] = (asked, "stop", message)
+        assert reason in build.decide(asked).reason
+    OUTCOMES[f"{name}-none"] = (
+        dataclasses.replace(case, requested="none"),
+        "none",
+        "SDKERNELS_BUILD=none",
+    )
 for name, (case, reason) in OBSTACLES.items():
     OUTCOMES[name] = (case, "cpu", reason)
     OUTCOMES[f"{name}-cuda"] = (dataclasses.replace(case, requested="cuda"), "stop", reason)
@@ -131,13 +143,37 @@ def test_inspect_environment():
 
 def test_inspect_environment_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
-    assert build.inspect_environment({}).torch is None
+    here = build.inspect_environment({})
+    assert (here.torch, here.failure) == (None, None)
+
+
+def test_inspect_environment_with_a_broken_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open')")
+    code = "import os; from build_tools.decision import *; print(decide(inspect_environment({})))"
+    result = run("-c", code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert "target='none'" in result.stdout
+    assert "torch cannot be imported (OSError: libcudart.so.13: cannot open)" in result.stdout
+
+
+def test_torch_is_not_imported_where_it_is_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert build.decide(build.inspect_environment({"SDKERNELS_BUILD": "none"})).target == "none"
+
+
+def test_find_compiler(tmp_path):
+    compiler = tmp_path / "my c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    path = {"PATH": str(tmp_path)}
+    assert build.find_compiler(path) is None
+    assert build.find_compiler({**path, "CXX": "'my c++' -v"}) == "'my c++' -v"
+    assert build.find_compiler({**path, "CXX": "clang++"}) is None
 
 
 def test_invalid_mode_stops_setup():
     result = run("setup.py", "--version", SDKERNELS_BUILD="gpu")
     assert result.returncode == 1
-    message = "sdkernels: SDKERNELS_BUILD should be auto, cpu, cuda; got 'gpu'"
+    message = "sdkernels: SDKERNELS_BUILD should be auto, none, cpu, cuda; got 'gpu'"
     assert result.stderr.strip() == message
 
 
@@ -156,20 +192,76 @@ ARCH = "TORCH_CUDA_ARCH_LIST"
     ids=["cuda-12.6", "cuda-12.8", "cuda-13.0", "gpus", "chosen"],
 )
 def test_cuda_arch_list(environ, toolkit_version, capabilities, expected):
-    assert build.cuda_arch_list(environ, toolkit_version, capabilities) == expected
+    assert cuda_arch_list(environ, toolkit_version, capabilities) == expected
 
 
 def test_flags_reach_the_compiler():
     config = extension.load().build_config()
-    assert config["cxx_flags"] == " ".join(build.cxx_flags(sys.platform))
+    assert config["cxx_flags"] == " ".join(cxx_flags())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP is used on Linux only")
 def test_openmp_library_is_torchs():
     library = Path(extension.load().__file__).read_bytes()
-    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
-    assert b"libgomp" not in library
-    assert b"libomp" not in library
+    assert b"GOMP_parallel" in library
+    # What clang makes of a pragma; a library with a pool of threads of its own.
+    for other in (b"__kmpc_fork_call", b"libgomp", b"libomp", b"libiomp"):
+        assert other not in library
+
+
+BINARY = environment(torch="2.13.0+cu130")
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "command", "version", "requirement"),
+    [
+        (BINARY, "cuda", "bdist_wheel", "0.1.0+torch2.13.cu130", "torch==2.13.*"),
+        (BINARY, "cpu", "bdist_wheel", "0.1.0+torch2.13.cpu", "torch==2.13.*"),
+        (environment("none"), "none", "bdist_wheel", "0.1.0", "torch>=2.10"),
+        (BINARY, "cpu", "editable_wheel", "0.1.0", "torch>=2.10"),
+        (BINARY, "cpu", "sdist", "0.1.0", "torch>=2.10"),
+    ],
+)
+def test_metadata(case, target, command, version, requirement):
+    made = metadata.metadata(case, build.Decision(target, ""), command, {})
+    assert made["version"] == version.replace("0.1.0", metadata.VERSION)
+    assert made["install_requires"] == [requirement]
+    assert made["project_urls"] == {}
+
+
+def test_a_wheel_from_an_sdist_has_its_version(monkeypatch, tmp_path):
+    (tmp_path / "PKG-INFO").touch()
+    monkeypatch.setattr(metadata, "ROOT", tmp_path)
+    assert metadata.local_version(BINARY, build.Decision("cpu", "")) == ""
+
+
+def test_links_of_the_readme():
+    text = "[a](docs/b.md#c) ![d](e/f.png) [g](https://h.org/i) [j](#k) [l](mailto:m@n.org)"
+    assert metadata.with_absolute_links(text, "") == text
+    base = f"https://example.org/o/r/{{}}/v{metadata.VERSION}"
+    assert metadata.with_absolute_links(text, "https://example.org/o/r") == (
+        f"[a]({base.format('blob')}/docs/b.md#c) ![d]({base.format('raw')}/e/f.png) "
+        "[g](https://h.org/i) [j](#k) [l](mailto:m@n.org)"
+    )
+
+
+def test_every_link_of_the_readme_becomes_absolute():
+    environ = {"SDKERNELS_REPOSITORY": "https://example.org/o/r/"}
+    made = metadata.metadata(environment(), build.Decision("none", ""), "sdist", environ)
+    links = re.findall(r"\]\(([^)]*)\)", made["long_description"])
+    assert len(links) > 5
+    assert all(link.startswith(("https://", "#")) for link in links)
+    assert made["project_urls"]["Issues"] == "https://example.org/o/r/issues"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text()):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_changelog_knows_the_version():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert "Unreleased" in headings or any(metadata.VERSION in line for line in headings)
 
 
 @pytest.mark.parametrize(
@@ -231,3 +323,23 @@ def test_info_text():
     for choice in ops.backend_table():
         row = [choice.op, choice.device, choice.backend, *choice.reason.split()]
         assert row in lines
+
+
+def test_a_package_that_was_built_without_an_extension(tmp_path):
+    """It says so in its record, which is no damage and no warning."""
+    record = tmp_path / "_build.json"
+    record.write_text(json.dumps({"torch": None, "cuda": None, "reason": "no compiler"}))
+    with pytest.raises(ExtensionMissingError, match="built without it: no compiler"):
+        extension.check(record, CPU)
+
+
+def test_info_names_the_installation_that_a_source_tree_hides(monkeypatch, tmp_path):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    for folder in ("tree", "site"):
+        (tmp_path / folder / "sdkernels").mkdir(parents=True)
+    tree, site = tmp_path / "tree/sdkernels", tmp_path / "site/sdkernels"
+    monkeypatch.setattr(sys, "path", [str(tree.parent), str(site.parent)])
+    assert info._hidden_installation(tree) is None
+    (site / f"_C{suffix}").touch()
+    assert info._hidden_installation(tree) == site
+    assert info._hidden_installation(site) is None

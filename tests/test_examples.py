@@ -69,6 +69,23 @@ def test_timm(example, capsys):
     assert epochs_of(capsys.readouterr().out) == first
 
 
+def test_torchvision_of_another_build_of_torch(tmp_path):
+    """What PyPI's torchvision does beside a CPU build of PyTorch."""
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "timm.py").write_text(broken)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "train_timm_vit.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "pip install --force-reinstall --no-deps torchvision --index-url" in result.stderr
+    assert "operator torchvision::nms does not exist" in result.stderr
+
+
 @needs_gloo
 def test_ddp():
     epochs = torchrun("ddp_digits.py", "--epochs", "2")

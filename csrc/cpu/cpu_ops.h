@@ -4,18 +4,21 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../row_ops.h"
+#include "parallel.h"
 #include "row_kernels.h"
 
 namespace sdkernels::cpu {
 
-// Elements of work that are worth a thread, as in ATen's own elementwise kernels.
-constexpr int64_t kGrain = 32768;
+// Elements that are worth a thread of their own where they are copied or added, and where they are
+// summed up (in norms, in gradients of a layer scale): some 10 us of work, as a second thread takes
+// 2 to 3 to join in.
+constexpr int64_t kGrain = 65536;
+constexpr int64_t kSumGrain = 16384;
 
 inline Dtype dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
@@ -78,6 +81,8 @@ class ChunkedSum {
   }
 
   int64_t chunks() const { return partials_.size(0); }
+  // Chunks that are worth a thread, where so many units of work are.
+  int64_t grain(int64_t units) const { return at::divup(units, size_); }
   int64_t begin(int64_t chunk) const { return chunk * size_; }
   int64_t end(int64_t chunk) const { return std::min(work_, begin(chunk) + size_); }
   void* partial(int64_t chunk) const {

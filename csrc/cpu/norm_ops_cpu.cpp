@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   p.lines = lines;
   p.len = len;
   p.x_stride = *line_stride(lines_of_x, normalized_shape.size());
-  at::parallel_for(0, rstd.numel(), at::divup(kGrain, len),
-                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(0, rstd.numel(), at::divup(kSumGrain, len),
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {normed, kept, mean, rstd};
 }
 
@@ -101,20 +101,21 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   p.d_x_stride = {lines * len, len};
   if (stream) p.d_stream_stride = *line_stride(*stream, normalized_shape.size());
   if (!wanted[1] && !wanted[2]) {
-    at::parallel_for(0, all_lines, at::divup(kGrain, len),
-                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
+    parallel_for(0, all_lines, at::divup(kSumGrain, len),
+                 [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
     return {d_x, zeros(false), zeros(false)};
   }
   // One array of partial sums: the weight's, then the bias's.
   const ChunkedSum sum(2 * len, all_lines, len, acc);
   const int64_t bias_offset = len * static_cast<int64_t>(c10::elementSize(acc));
-  at::parallel_for(0, sum.chunks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      char* partial = static_cast<char*>(sum.partial(chunk));
-      kernel(p, sum.begin(chunk), sum.end(chunk), wanted[1] ? partial : nullptr,
-             wanted[2] ? partial + bias_offset : nullptr);
-    }
-  });
+  parallel_for(0, sum.chunks(), sum.grain(at::divup(kSumGrain, len)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t chunk = begin; chunk < end; ++chunk) {
+                   char* partial = static_cast<char*>(sum.partial(chunk));
+                   kernel(p, sum.begin(chunk), sum.end(chunk), wanted[1] ? partial : nullptr,
+                          wanted[2] ? partial + bias_offset : nullptr);
+                 }
+               });
   return {d_x, wanted[1] ? sum.total(0, normalized_shape) : zeros(false),
           wanted[2] ? sum.total(len, normalized_shape) : zeros(false)};
 }

@@ -32,8 +32,8 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
                    in_bytes(geometry->strides[0]),
                    in_bytes(geometry->strides[1])};
   const int64_t bytes = y.numel() * size;
-  at::parallel_for(0, bytes, kGrain * size,
-                   [&](int64_t begin, int64_t end) { kernels().copy_rows(p, begin, end); });
+  parallel_for(0, bytes, kGrain * static_cast<int64_t>(sizeof(float)),
+               [&](int64_t begin, int64_t end) { kernels().copy_rows(p, begin, end); });
 }
 
 Tensor compact_rows(const Tensor& x, const Tensor& index) {
@@ -106,8 +106,8 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   p.layer_scale_line = geometry->layer_scale_line;
   p.layer_scale_element = geometry->layer_scale_element;
   const int64_t rows = inplace ? index.size(0) : slot.size(0);
-  at::parallel_for(0, rows * p.lines * p.len, kGrain,
-                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(0, rows * p.lines * p.len, kGrain,
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 Tensor scatter_add_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
     return {d_out.to(dtype), d_layer_scale, d_row_weight};
   }
 
-  const auto [wants_layer_scale, wants_row_weight] = wanted;
+  // Not a structured binding: clang before 16 does not let a lambda capture one.
+  const bool wants_layer_scale = wanted[0], wants_row_weight = wanted[1];
   const int64_t k = index.size(0);
   Tensor d_out = empty_rows(out ? *out : grad, k, dtype);
   const auto none = [&] { return at::empty({0}, grad.options()); };
@@ -190,15 +191,15 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
   p.layer_scale_element = geometry->layer_scale_element;
   const int64_t elements = d_out.numel(), row = p.lines * p.len;
   if (!out) {
-    at::parallel_for(0, elements, kGrain,
-                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
+    parallel_for(0, elements, kGrain,
+                 [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
     return {d_out, none(), none()};
   }
   const ChunkedSum sum(wants_layer_scale ? gamma->numel() : 0, elements, 1, acc);
   // The sum of a row that several chunks share is put together from theirs.
   const int64_t rows_of_chunk = sum.end(0) / row + 2;
   std::vector<double> row_sums(wants_row_weight ? sum.chunks() * rows_of_chunk : 0);
-  at::parallel_for(0, sum.chunks(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sum.chunks(), sum.grain(kSumGrain), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       kernel(p, sum.begin(chunk), sum.end(chunk), wants_layer_scale ? sum.partial(chunk) : nullptr,
              wants_row_weight ? &row_sums[chunk * rows_of_chunk] : nullptr);
@@ -266,8 +267,8 @@ void scatter_add_relu_into(const Tensor& y, const Tensor& positive, const Tensor
   p.len = geometry->len;
   p.residual_row = geometry->strides[1].row;
   p.out_row = geometry->strides[2].row;
-  at::parallel_for(0, y.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
-                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(0, y.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> scatter_add_relu_rows(const Tensor& residual, const Tensor& out,
@@ -321,8 +322,8 @@ std::tuple<Tensor, Tensor> scatter_add_relu_rows_backward(
   p.slot = slot.const_data_ptr<int64_t>();
   p.scale = scale;
   p.len = grad.numel() / grad.size(0);
-  at::parallel_for(0, grad.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
-                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(0, grad.size(0) * at::divup(p.len, kBitsOfWord), kGrain / kBitsOfWord,
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {d_residual, d_out};
 }
 

@@ -97,6 +97,8 @@ def check(record: Path, running: TorchBuild, file: Path | None = None) -> None:
     """
     try:
         fields = json.loads(record.read_text())
+        if fields["torch"] is None:
+            raise ExtensionMissingError(f"sdkernels was built without it: {fields['reason']}")
         built = TorchBuild(fields["torch"], fields["cuda"])
         same_release = _release(built.version) == _release(running.version)
         # An extension without CUDA code fits the CUDA build of its torch as well.

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import fused_stochastic_depth
+from ..building_blocks import Activation
+from ..functional import Empty, fused_stochastic_depth
 from ..rows import KeptRows
+from ..sampling import Mode, Rescale, Sampler
 from .branches import Composed, NeverEmpty, entries, entry
 from .parts import Law, drop_law, is_bare, layer_scale_of
 
@@ -53,10 +55,10 @@ class Branch:
 class Options:
     """The options of the op that hold for every branch of a model."""
 
-    mode: str | None = None  # None: as the drop path module says
-    sampler: str = "bernoulli"
-    rescale: str = "train"
-    empty: str = "run"
+    mode: Mode | None = None  # None: as the drop path module says
+    sampler: Sampler = "bernoulli"
+    rescale: Rescale = "train"
+    empty: Empty = "run"
     inplace: bool | None = None  # None: where nobody can see it
     min_saving: float | str = 0.0
 
@@ -195,7 +197,7 @@ class Add:
         post_norm: nn.Module | None = None,
         layer_scale: nn.Module | Tensor | None = None,
         residual: Tensor | None = None,
-        activation: str | None = None,
+        activation: Activation | None = None,
         args: Sequence[Any] = (),
     ) -> Any:
         """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..functional import PLAIN_NORM_FORWARDS
+from ..sampling import Mode
 from .fingerprint import fingerprint
 
 __all__ = ["Law", "drop_law", "is_bare", "layer_scale_of", "looks_like_drop_path", "trust_norm"]
@@ -38,7 +39,7 @@ class Law(NamedTuple):
     """How a block's own drop path module draws."""
 
     p: float
-    mode: str  # "row" or "batch"
+    mode: Mode
     scaled: bool  # divides by the survival probability
     training: bool
 

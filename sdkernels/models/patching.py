@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Real
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..functional import fused_stochastic_depth
+from ..functional import Empty, fused_stochastic_depth
+from ..sampling import Mode, Rescale, Sampler
 from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Branch, Options
 from .parts import is_bare, layer_scale_of, looks_like_drop_path
@@ -25,12 +26,12 @@ def patch(
     model: nn.Module,
     *,
     drop_probs: float | Sequence[float] | None = None,
-    mode: str | None = None,
-    sampler: str = "bernoulli",
-    rescale: str = "train",
-    empty: str = "run",
+    mode: Mode | None = None,
+    sampler: Sampler = "bernoulli",
+    rescale: Rescale = "train",
+    empty: Empty = "run",
     inplace: bool | None = None,
-    min_saving: float | str = 0.0,
+    min_saving: float | Literal["auto"] = 0.0,
 ) -> PatchReport:
     """Put the op into the blocks of a timm, torchvision or transformers model, in place.
 

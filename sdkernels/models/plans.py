@@ -87,7 +87,7 @@ def _draw(
     device: torch.device | str | None,
     generator: torch.Generator | None = None,
     step: tuple[int, int, int] | None = None,
-) -> DepthPlan:
+) -> DepthPlan[Any]:
     check_model(model)
     if device is None:
         device = next((p.device for p in model.parameters()), None)
@@ -104,7 +104,7 @@ def sample_plan(
     *,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-) -> DepthPlan:
+) -> DepthPlan[Any]:
     """Draw the rows of every branch of a patched model as its blocks would draw them.
 
     Drop probabilities and modes are those of the blocks as they are now, sampler and rescaling
@@ -138,7 +138,7 @@ def plan_for_step(
     *,
     rank: int | None = None,
     device: torch.device | str | None = None,
-) -> DepthPlan:
+) -> DepthPlan[Any]:
     """:func:`sample_plan` as a function of the number of the step.
 
     Args:
@@ -160,7 +160,7 @@ def plan_for_step(
     return _draw(model, batch, device, step=step_key(seed, step, rank))
 
 
-def _check_plan(plan: DepthPlan, blocks: list[Any]) -> None:
+def _check_plan(plan: DepthPlan[Any], blocks: list[Any]) -> None:
     """Refuse a plan of another law: training would no longer average to what evaluation computes.
 
     Mode and sampler are a plan's own choice: they keep every row with the same probability.
@@ -185,7 +185,7 @@ def _check_plan(plan: DepthPlan, blocks: list[Any]) -> None:
 
 
 @contextmanager
-def use(model: nn.Module, plan: DepthPlan | Sequence[Any]) -> Iterator[None]:
+def use(model: nn.Module, plan: DepthPlan[Any] | Sequence[Any]) -> Iterator[None]:
     """Run a patched model with the rows of a plan: ``plan[i]`` goes to its i-th branch.
 
     The rows are bound to the branches, not handed out in the order of calls: a block that

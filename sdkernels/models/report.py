@@ -68,7 +68,7 @@ class PatchReport:
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-    ) -> DepthPlan:
+    ) -> DepthPlan[Any]:
         """:func:`sdkernels.models.sample_plan` with the model."""
         return sample_plan(self.model, batch, generator=generator, device=device)
 
@@ -80,7 +80,7 @@ class PatchReport:
         *,
         rank: int | None = None,
         device: torch.device | str | None = None,
-    ) -> DepthPlan:
+    ) -> DepthPlan[Any]:
         """:func:`sdkernels.models.plan_for_step` with the model."""
         return plan_for_step(self.model, seed, step, batch, rank=rank, device=device)
 

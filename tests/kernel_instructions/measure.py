@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -10,7 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+
+from build_tools.extension import cxx_flags
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -32,16 +32,6 @@ def _compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def _setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sdkernels_setup_flags", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def _run(*command: object, cwd: Path) -> str:
     result = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
     if result.returncode != 0:
@@ -52,10 +42,10 @@ def _run(*command: object, cwd: Path) -> str:
 def count(folder: Path, sources: Path = ROOT / "csrc/cpu") -> dict[str, float]:
     """Instructions per element by case, as ``cases.cpp`` names them: kernel-types-length.
 
-    The kernels of `sources` are compiled into `folder` with the flags of setup.py.
+    The kernels of `sources` are compiled into `folder` with the flags of the build.
     """
     kernels = sources / "row_kernels_avx2.cpp"
-    flags = _setup().cxx_flags(sys.platform)
+    flags = cxx_flags()
     _run(_compiler(), "-std=c++17", *flags, "-c", kernels, "-o", "kernels.o", cwd=folder)
     driver = HERE / "cases.cpp"
     warnings = ["-Wall", "-Wextra", "-Werror"]

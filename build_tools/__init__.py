@@ -1,0 +1,1 @@
+"""How sdkernels is built: `setup.py` and the build backend of pyproject.toml use it."""

@@ -83,6 +83,14 @@ def test_build_that_was_stopped(tmp_path):
         extension.check(tmp_path / "_build.json", CPU, file=tmp_path / "_C.so")
 
 
+def test_a_package_that_was_built_without_an_extension(tmp_path):
+    """It says so in its record, which is no damage and no warning."""
+    record = tmp_path / "_build.json"
+    record.write_text(json.dumps({"torch": None, "cuda": None, "reason": "no compiler"}))
+    with pytest.raises(ExtensionMissingError, match="built without it: no compiler"):
+        extension.check(record, CPU)
+
+
 @native
 def test_extension_built_for_another_python(monkeypatch):
     monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", lambda name, path: None)

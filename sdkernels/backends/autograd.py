@@ -20,6 +20,7 @@ from .checks import acc_type
 from .choice import traceable_devices
 from .overlap import check_no_internal_overlap, check_no_overlap
 from .row_values import check_row_values
+from .untraced import untraced
 
 Gradient = Tensor | None
 
@@ -103,6 +104,7 @@ class _CompactRows(torch.autograd.Function):
         return kept if stream is Stream.NONE else (kept, _pass_through(ctx, x, stream))
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, d_kept: Gradient, d_stream: Gradient = None) -> tuple[Gradient, ...]:
         index, slot = ctx.saved_tensors
         return _merge_gradients(d_kept, d_stream, index, slot), None, None, None
@@ -116,6 +118,7 @@ class _ExpandRows(torch.autograd.Function):
         return _expand_op(kept, index, slot)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Gradient) -> tuple[Gradient, ...]:
         if grad is None:
             return None, None, None
@@ -164,6 +167,7 @@ class _PassRelu(torch.autograd.Function):
         return _scatter_add_relu_backward_op(grad, positive, index, slot, *options)[0]
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Gradient) -> tuple[Gradient, ...]:
         if grad is not None:
             grad = _PassRelu.apply(grad, *ctx.saved_tensors, ctx.memory_format)
@@ -202,6 +206,7 @@ class _ScatterAddRows(torch.autograd.Function):
         return y
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Gradient) -> tuple[Gradient, ...]:
         nothing = (None, None, None, None)
         if grad is None:
@@ -283,6 +288,7 @@ class _CompactNorm(torch.autograd.Function):
         return normed, kept, _pass_through(ctx, x, stream)
 
     @staticmethod
+    @untraced
     def backward(
         ctx: Any, d_normed: Gradient, d_kept: Gradient, d_stream: Gradient = None
     ) -> tuple[Gradient, ...]:
@@ -353,6 +359,7 @@ def _stream_of(x: Tensor, with_stream: bool, inplace: bool) -> Stream:
     return Stream.INPLACE
 
 
+@untraced
 def compact(
     x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -367,6 +374,7 @@ def compact(
     return (outputs, x) if stream is Stream.NONE else outputs
 
 
+@untraced
 def compact_norm(
     x: Tensor,
     index: Tensor,
@@ -394,6 +402,7 @@ def compact_norm(
     return outputs[0], x if stream is Stream.NONE else outputs[2]
 
 
+@untraced
 def scatter_add(
     residual: Tensor,
     out: Tensor,
@@ -424,6 +433,7 @@ def scatter_add(
     return y
 
 
+@untraced
 def check_scatter_add(
     residual: Tensor,
     out: Tensor,
@@ -437,6 +447,7 @@ def check_scatter_add(
     check_row_values(index, slot)
 
 
+@untraced
 def check_inplace(x: Tensor) -> None:
     """Raise what PyTorch raises where x must not be written in place."""
     _check_inplace(x, _needs_grad(x))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .overlap import check_no_internal_overlap, check_no_overlap
 from .row_values import are_trusted, check_index_values, check_row_values
+from .untraced import untraced
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -400,6 +401,7 @@ def checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The op's function behind the op's checks."""
     check = CHECKS[op]
 
+    @untraced
     def call(*args: Any) -> Any:
         check(*args)
         return function(*args)

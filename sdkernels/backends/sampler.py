@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checks import refuse_functorch
 from .row_values import trust_rows
+from .untraced import untraced
 
 _INT64_MIN = -(2**63)
 _MOST_LISTED = 256  # rows up to which Python's lists are faster than PyTorch's operations
@@ -158,6 +159,7 @@ def _slots(mask: Tensor) -> Tensor:
     return mask.cumsum(-1).mul_(mask).sub_(1)
 
 
+@untraced
 def sample_rows(
     batch: int, draw: Draw, generator: torch.Generator | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
@@ -175,6 +177,7 @@ def sample_rows(
     return sent[batch:], sent[:batch]
 
 
+@untraced
 def sample_plan(
     batches: Sequence[int],
     draws: Sequence[Draw],

@@ -26,8 +26,8 @@ except RuntimeError as error:  # timm imports torchvision
     if "torchvision::" not in str(error):
         raise
     raise SystemExit(
-        f"{error}: this torchvision was built for another build of PyTorch (PyPI's is for CUDA, this "
-        f"is torch {torch.__version__}); install the one that belongs to it: pip install "
+        f"{error}: this torchvision was built for another build of PyTorch (PyPI's is for CUDA, "
+        f"this is torch {torch.__version__}); install the one that belongs to it: pip install "
         "--force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
     ) from error
 

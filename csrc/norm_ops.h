@@ -59,8 +59,8 @@ inline void check_compact_norm_backward(const std::optional<at::Tensor>& d_strea
   check_same_device(*d_stream, "d_stream", kept.device(), "kept");
   TORCH_CHECK_VALUE(
       d_stream->sizes() == at::IntArrayRef(sizes) && d_stream->scalar_type() == kept.scalar_type(),
-      "d_stream: expected shape ", sizes, " and ", kept.scalar_type(), ", got ", d_stream->sizes(),
-      " and ", d_stream->scalar_type());
+      "d_stream: expected shape ", at::IntArrayRef(sizes), " and ", kept.scalar_type(), ", got ",
+      d_stream->sizes(), " and ", d_stream->scalar_type());
 }
 
 // A parameter in the type of the arithmetic.

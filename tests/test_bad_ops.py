@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sdkernels.backends import namespace
+
 X = torch.arange(12.0).view(4, 3)
 OUT = torch.ones(2, 3)
 INDEX, SLOT = torch.tensor([0, 2]), torch.tensor([0, -1, 1, -1])
@@ -147,7 +149,7 @@ NO_KERNEL = {
 
 def call(op, changes):
     arguments = OPS[op] | {name: value for name, value in changes.items() if name in OPS[op]}
-    getattr(torch.ops.sdkernels, op)(**arguments)
+    getattr(namespace.ops, op)(**arguments)
 
 
 def assert_refused(op, changes):
@@ -158,20 +160,36 @@ def assert_refused(op, changes):
     assert torch.equal(residual.double(), changes.get("residual", X).double())
 
 
+def one_wrong_argument():
+    """op-argument-kind -> the op, and what is changed."""
+    return {
+        f"{op}-{name}-{kind}": (op, {name: value})
+        for op, arguments in OPS.items()
+        for name, values in WRONG.items()
+        for kind, value in values.items()
+        if name in arguments
+    }
+
+
+def refusals():
+    """The type and the words of every refusal."""
+    dtypes = {f"dtype-{case}": (case.split("-")[0], NONE | NO_KERNEL[case]) for case in NO_KERNEL}
+    found = {}
+    for case, (op, changes) in (one_wrong_argument() | dtypes).items():
+        try:
+            call(op, {"residual": X.clone()} | changes)
+        except (TypeError, ValueError) as error:
+            found[case] = [type(error).__name__, str(error)]
+    return found
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_what_fits_is_accepted(op):
     call(op, {"residual": X.clone()})
 
 
 @pytest.mark.parametrize(
-    ("op", "changes"),
-    [
-        pytest.param(op, {name: value}, id=f"{op}-{name}-{kind}")
-        for op, arguments in OPS.items()
-        for name, values in WRONG.items()
-        for kind, value in values.items()
-        if name in arguments
-    ],
+    ("op", "changes"), one_wrong_argument().values(), ids=one_wrong_argument().keys()
 )
 def test_one_wrong_argument(op, changes):
     assert_refused(op, changes)

@@ -5,8 +5,6 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,6 @@ from build_tools import metadata
 from build_tools.extension import cuda_arch_list, cxx_flags
 from sdkernels import info
 from sdkernels.backends import extension, ops
-from sdkernels.backends.extension import ExtensionMismatchError, ExtensionMissingError, TorchBuild
 
 PACKAGE = Path(sdkernels.__file__).resolve().parent
 
@@ -265,99 +262,6 @@ def test_links_of_the_readme_lead_somewhere():
 def test_the_changelog_knows_the_version():
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert "Unreleased" in headings or any(metadata.VERSION in line for line in headings)
-
-
-CPU = TorchBuild("2.13.0+cpu", None)
-CUDA = TorchBuild("2.13.0+cu130", "13.0")
-
-
-def write_record(path, built):
-    path.write_text(json.dumps({"torch": built.version, "cuda": built.cuda}))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("built", "running"),
-    [
-        (CPU, CPU),
-        (CPU, CUDA),
-        (CUDA, CUDA),
-        (CUDA, TorchBuild("2.13.0+cu132", "13.2")),
-    ],
-    ids=str,
-)
-def test_extension_fits(built, running, tmp_path):
-    extension.check(write_record(tmp_path / "_build.json", built), running)
-
-
-@pytest.mark.parametrize(
-    ("built", "running"),
-    [
-        (CPU, TorchBuild("2.13.1+cpu", None)),
-        (CPU, TorchBuild("2.14.0.dev20261101+cpu", None)),
-        (CUDA, CPU),
-        (CUDA, TorchBuild("2.13.0+cu128", "12.8")),
-        (CUDA, TorchBuild("2.12.0+cu130", "13.0")),
-    ],
-    ids=str,
-)
-def test_extension_mismatch(built, running, tmp_path):
-    message = f"built for {built}, this is {running}; rebuild with: pip install "
-    with pytest.raises(ExtensionMismatchError, match=re.escape(message)):
-        extension.check(write_record(tmp_path / "_build.json", built), running)
-
-
-def test_load_looks_at_the_running_torch(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.10.0")
-    with pytest.raises(ExtensionMismatchError, match=r"this is torch 2\.10\.0"):
-        extension.load()
-
-
-def test_extension_never_built(tmp_path):
-    with pytest.raises(ExtensionMissingError, match="build it with: pip install --no-build-iso"):
-        extension.check(tmp_path / "_build.json", CPU)
-
-
-def test_extension_built_for_another_python(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExtensionMissingError, match=r"not built for Python 3\.\d+; build it with"):
-        extension.load()
-
-
-@pytest.fixture
-def misfit(tmp_path):
-    """A folder with a copy of the package that says it was built for an older torch."""
-    copy = tmp_path / "sdkernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    write_record(copy / "_build.json", TorchBuild("2.0.0", None))
-    return tmp_path
-
-
-def test_import_of_a_misfit(misfit):
-    result = run("-c", "import sdkernels", cwd=misfit)
-    assert result.returncode == 1
-    error = result.stderr.splitlines()[-1]
-    assert error.startswith(
-        "sdkernels.backends.extension.ExtensionMismatchError: sdkernels was built for"
-    )
-
-
-def test_info_reports_a_misfit(misfit):
-    result = run("-m", "sdkernels.info", cwd=misfit)
-    assert result.returncode == 1
-    assert torch.__version__ in result.stdout
-    assert "ExtensionMismatchError: sdkernels was built for torch 2.0.0" in result.stdout
-
-
-def test_info_reports_a_missing_extension(misfit):
-    (misfit / "sdkernels/_build.json").unlink()
-    result = run("-m", "sdkernels.info", "--json", cwd=misfit)
-    assert result.returncode == 1
-    printed = json.loads(result.stdout)
-    assert printed["versions"]["torch"] == torch.__version__
-    assert printed["error"].startswith("ExtensionMissingError: ")
-    assert printed["build"] == {}
-    assert printed["backends"] == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from backends import native
 from cases import Case, generated_cases
 from comparison import assert_same_bits, run_fused
 from hypothesis import given, settings
@@ -38,6 +39,7 @@ def run_ours(case: Case) -> dict[str, Tensor]:
     return {name: value for name, value in results.items() if not name.startswith("branch.")}
 
 
+@native
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("case", PARALLEL_CASES, ids=str)
 def test_any_number_of_threads(case):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import native
 from layouts import LAYOUTS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -162,6 +163,7 @@ def every_second(x: Tensor) -> KeptRows:
     return KeptRows.from_index(torch.arange(0, len(x), 2), len(x), 2.0)
 
 
+@native
 @pytest.mark.parametrize("view", MORE_VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporaries(view, dtype):
@@ -177,6 +179,7 @@ def test_no_temporaries(view, dtype):
     assert peak_bytes(lambda: scatter_add_rows(x, out, rows, inplace=True)) <= SMALL
 
 
+@native
 @pytest.mark.parametrize("layout", ["contiguous", "sequence_first", "every_second_row"])
 def test_no_temporaries_in_the_norm(layout):
     """Without gradients nothing is kept for a backward."""
@@ -188,6 +191,7 @@ def test_no_temporaries_in_the_norm(layout):
     assert peak_bytes(lambda: compact_layer_norm(x, rows, 96, weight, bias)) <= bound
 
 
+@native
 def test_backward_merges_the_gradients():
     """d_x of compact + scatter-add is one tensor: no zeros to scatter into, no sum of two."""
     x = torch.randn(16, 30, 96, requires_grad=True)
@@ -200,6 +204,7 @@ def test_backward_merges_the_gradients():
         assert peak_bytes(lambda y=y: torch.autograd.grad(y, x, grad)) <= bound
 
 
+@native
 def test_backward_of_a_relu_merges_the_gradients():
     """The gradient that the ReLU passes becomes d_x: the kept rows are added to it in place."""
     x = torch.randn(16, 30, 96, requires_grad=True)
@@ -211,6 +216,7 @@ def test_backward_of_a_relu_merges_the_gradients():
     assert peak_bytes(lambda: torch.autograd.grad(y, x, grad)) <= bound
 
 
+@native
 @pytest.mark.parametrize("view", VIEWS)
 def test_backward_of_layer_scale_needs_no_temporary(view):
     grad = make_x(view, torch.float32)

@@ -25,15 +25,21 @@ Gradient = Tensor | None
 
 # ---- the ops, below autograd ---------------------------------------------------------------------
 
-_PLAIN = (Tensor, nn.Parameter)
 _on_cpu = "cpu" in traceable_devices
 _modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # a gradient under vmap
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether the dispatcher, which costs as much as an op, would end at the PyTorch code."""
-    return _on_cpu and x.is_cpu and type(x) in _PLAIN and not _modes() and not _transforms()
+    return (
+        _on_cpu
+        and x.is_cpu
+        and (type(x) is Tensor or type(x) is nn.Parameter)
+        and not _modes()
+        and not checks.transforms_active()
+        and not _is_batched(x)
+    )
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -215,6 +221,11 @@ class _ScatterAddRows(torch.autograd.Function):
         if not needs_out and not wants_sum:
             return grad, None, None, None, *nothing
         if fused:
+            if not wants_sum and _is_plain(grad):
+                d_out = traceable.gradient_of_out(
+                    grad, index, layer_scale, row_weight, scale, dtype
+                )
+                return grad, d_out, None, None, *nothing
             out = out if wants_sum else None
             sums = _scatter_add_backward_op(
                 grad, out, index, layer_scale, row_weight, scale, dtype, wanted
@@ -317,17 +328,14 @@ class _CompactNorm(torch.autograd.Function):
 # ---- what `_C.pyi` offers ------------------------------------------------------------------------
 
 
-def _refuse_functorch() -> None:
-    if _transforms():
-        raise NotImplementedError(
-            "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the "
-            "compacted branch; use torch.autograd, or evaluation mode (training=False), where the "
-            "op is plain PyTorch"
-        )
-
-
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# Function.apply looks for functorch's transforms first; they were refused.
+_compact_rows_apply = super(torch.autograd.Function, _CompactRows).apply
+_compact_norm_apply = super(torch.autograd.Function, _CompactNorm).apply
+_scatter_add_apply = super(torch.autograd.Function, _ScatterAddRows).apply
 
 
 def _stream_of(x: Tensor, with_stream: bool, inplace: bool) -> Stream:
@@ -348,14 +356,14 @@ def _stream_of(x: Tensor, with_stream: bool, inplace: bool) -> Stream:
 def compact(
     x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_rows_tensor(x, "x")
     checks.check_kept_rows(x, index, slot)
     check_row_values(index, slot)
     stream = _stream_of(x, with_stream, inplace)
-    if not _needs_grad(x):
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return _compact_op(x, index), x.detach() if stream is Stream.ALIAS else x
-    outputs = _CompactRows.apply(x, index, slot, stream)
+    outputs = _compact_rows_apply(x, index, slot, stream)
     return (outputs, x) if stream is Stream.NONE else outputs
 
 
@@ -372,7 +380,7 @@ def compact_norm(
     with_stream: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_norm(x, normalized_shape, weight, bias)
     checks.check_kept_rows(x, index, slot)
     check_row_values(index, slot)
@@ -382,7 +390,7 @@ def compact_norm(
         shape = options[0]
         normed = _compact_norm_op(x, index, shape, weight, bias, eps, rms, dtype, False)[0]
         return normed, x.detach() if stream is Stream.ALIAS else x
-    outputs = _CompactNorm.apply(x, weight, bias, index, slot, *options, stream)
+    outputs = _compact_norm_apply(x, weight, bias, index, slot, *options, stream)
     return outputs[0], x if stream is Stream.NONE else outputs[2]
 
 
@@ -404,11 +412,11 @@ def scatter_add(
         _check_inplace(residual, _needs_grad(*tensors))
         for read in tensors[1:]:
             check_no_overlap(residual, read)
-        _ScatterAddRows.apply(*tensors, index, slot, scale, Sum.INPLACE)
+        _scatter_add_apply(*tensors, index, slot, scale, Sum.INPLACE)
         return residual.relu_() if relu else residual
     if _needs_grad(residual, out, layer_scale, row_weight):
         kind = Sum.RELU if relu else Sum.PLAIN
-        return _ScatterAddRows.apply(  # type: ignore[no-any-return]
+        return _scatter_add_apply(  # type: ignore[no-any-return]
             residual, out, layer_scale, row_weight, index, slot, scale, kind
         )
     args = residual, out, index, slot, layer_scale, row_weight, scale
@@ -424,7 +432,7 @@ def check_scatter_add(
     layer_scale: Tensor | None,
     row_weight: Tensor | None,
 ) -> None:
-    _refuse_functorch()
+    checks.refuse_functorch()
     checks.check_scatter_add(residual, out, index, slot, layer_scale, row_weight)
     check_row_values(index, slot)
 

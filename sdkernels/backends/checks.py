@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .overlap import check_no_internal_overlap, check_no_overlap
-from .row_values import check_index_values, check_row_values
+from .row_values import are_trusted, check_index_values, check_row_values
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -55,6 +55,18 @@ def bytes_of_bits(x: Tensor) -> int:
     return -(-prod(x.shape[1:]) // 8)
 
 
+transforms_active = torch._C._are_functorch_transforms_active
+
+
+def refuse_functorch() -> None:
+    if transforms_active():
+        raise NotImplementedError(
+            "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot go through the "
+            "compacted branch; use torch.autograd, or evaluation mode (training=False), where the "
+            "op is plain PyTorch"
+        )
+
+
 # ---- tensors -------------------------------------------------------------------------------------
 
 
@@ -86,7 +98,9 @@ def check_index_tensor(index: Tensor, name: str, device: torch.device) -> None:
 
 
 def check_kept_rows(x: Tensor, index: Tensor, slot: Tensor) -> None:
-    """The kept rows against a batch: types, sizes and device."""
+    """The kept rows against a batch."""
+    if x.is_cpu and are_trusted(index, slot) and slot.shape[0] == x.shape[0]:
+        return  # on the path of every call
     device = x.device
     check_index_tensor(index, "rows.index", device)
     check_index_tensor(slot, "rows.slot", device)

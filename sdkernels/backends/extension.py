@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -69,7 +69,8 @@ def load() -> ModuleType:
         off = ExtensionMissingError("unset SDKERNELS_EXTENSION to load the extension")
         off.short = "SDKERNELS_EXTENSION=off"
         raise off
-    spec = importlib.util.find_spec(_NAME)
+    # In this folder only: an editable installation's finder knows of another copy's, too.
+    spec = importlib.machinery.PathFinder.find_spec(_NAME, [str(_PACKAGE)])
     file = None if spec is None or spec.origin is None else Path(spec.origin)
     # First of all: importing a library that does not fit ends in an undefined symbol, or a crash.
     check(_RECORD, TorchBuild(torch.__version__, torch.version.cuda), file)

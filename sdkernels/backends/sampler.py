@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .checks import refuse_functorch
 from .row_values import trust_rows
 
 _INT64_MIN = -(2**63)
@@ -161,6 +162,7 @@ def sample_rows(
     batch: int, draw: Draw, generator: torch.Generator | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
     """index [k] and slot [batch], int64, on `device`: one copy from the host, no waiting."""
+    refuse_functorch()
     index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
     if device is None or device.type == "cpu":
         trust_rows(index, slot)

@@ -45,7 +45,9 @@ def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
 
 def scatter_add_dtype(residual: Tensor, out: Tensor, layer_scale: Tensor | None) -> torch.dtype:
     """The dtype of ``residual + layer_scale * out``."""
-    dtype = torch.promote_types(residual.dtype, out.dtype)
+    dtype = residual.dtype
+    if out.dtype is not dtype:
+        dtype = torch.promote_types(dtype, out.dtype)
     if layer_scale is None or layer_scale.dim() == 0:
         return dtype
     return torch.promote_types(dtype, layer_scale.dtype)
@@ -63,10 +65,45 @@ def _scaled(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    scaled = out.to(dtype) * scale
+    scaled = out if out.dtype is dtype else out.to(dtype)
+    if scale != 1.0:
+        scaled = scaled * scale
     if row_weight is not None:
         scaled = scaled * _per_row(row_weight, scaled)
     return scaled if layer_scale is None else scaled * layer_scale.to(dtype)
+
+
+def is_plain_sum(
+    residual: Tensor, out: Tensor, layer_scale: Tensor | None, row_weight: Tensor | None
+) -> bool:
+    """Whether PyTorch's index_add is all there is to it, on the CPU.
+
+    It rounds once where the data have the type of the arithmetic, and loses other layouts.
+    """
+    dtype = residual.dtype
+    return (
+        layer_scale is None
+        and row_weight is None
+        and dtype is out.dtype
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and residual.is_cpu
+        and residual.is_contiguous()
+    )
+
+
+def _sum_of_kept(
+    residual: Tensor,
+    out: Tensor,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    acc: torch.dtype,
+) -> Tensor:
+    """The kept rows of the result, in the type of the arithmetic."""
+    return residual.index_select(0, index).to(acc) + _scaled(
+        out, layer_scale, row_weight, scale, acc
+    )
 
 
 def scatter_add_rows(
@@ -78,11 +115,11 @@ def scatter_add_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> Tensor:
+    if is_plain_sum(residual, out, layer_scale, row_weight):
+        return residual.index_add(0, index, out, alpha=scale)
     dtype = scatter_add_dtype(residual, out, layer_scale)
-    acc = acc_type(dtype)
-    added = _scaled(out, layer_scale, row_weight, scale, acc)
-    added = residual.index_select(0, index).to(acc) + added
-    return residual.to(dtype, copy=True).index_copy_(0, index, added.to(dtype))
+    kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc_type(dtype))
+    return residual.to(dtype, copy=True).index_copy_(0, index, kept.to(dtype))
 
 
 def scatter_add_rows_(
@@ -94,10 +131,29 @@ def scatter_add_rows_(
     row_weight: Tensor | None,
     scale: float,
 ) -> None:
+    if is_plain_sum(residual, out, layer_scale, row_weight):
+        residual.index_add_(0, index, out, alpha=scale)
+        return
     acc = acc_type(residual.dtype, out.dtype)
-    added = _scaled(out, layer_scale, row_weight, scale, acc)
-    added = residual.index_select(0, index).to(acc) + added
-    residual.index_copy_(0, index, added.to(residual.dtype))
+    kept = _sum_of_kept(residual, out, index, layer_scale, row_weight, scale, acc)
+    residual.index_copy_(0, index, kept.to(residual.dtype))
+
+
+def gradient_of_out(
+    grad: Tensor,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The first result of scatter_add_rows_backward where no sum is wanted."""
+    kept = compact_rows(grad, index)
+    acc = acc_type(grad.dtype, dtype)
+    if layer_scale is None and row_weight is None and kept.dtype is acc and acc is dtype:
+        return kept.mul_(scale)
+    d_out = _scaled(kept, layer_scale, row_weight, scale, acc)
+    return d_out if acc is dtype else d_out.to(dtype)
 
 
 def scatter_add_rows_backward(
@@ -110,12 +166,13 @@ def scatter_add_rows_backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
+    if out is None:
+        d_out = gradient_of_out(grad, index, layer_scale, row_weight, scale, dtype)
+        return d_out, d_layer_scale, d_row_weight
     acc = acc_type(grad.dtype, dtype)
     kept = compact_rows(grad, index)
     d_out = _scaled(kept, layer_scale, row_weight, scale, acc).to(dtype)
-    d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
-    if out is None:
-        return d_out, d_layer_scale, d_row_weight
     if wanted[0] and layer_scale is not None:
         product = _scaled(kept, None, row_weight, scale, acc) * out.to(acc)
         total = product.sum_to_size(layer_scale.shape)
@@ -166,9 +223,10 @@ def scatter_add_relu_rows(
     row_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    y = scatter_add_rows(residual, out, index, slot, layer_scale, row_weight, scale).relu_()
-    ordered = y if row_format(y) is torch.contiguous_format else y.movedim(1, -1)
-    passes = ~(ordered <= 0)  # the gradient of a NaN too, as in PyTorch
+    y = scatter_add_rows(residual, out, index, slot, layer_scale, row_weight, scale)
+    blocked = y <= 0  # not a NaN, whose gradient passes, as in PyTorch
+    y.masked_fill_(blocked, 0.0)  # -0 as well
+    passes = ~(blocked if row_format(y) is torch.contiguous_format else blocked.movedim(1, -1))
     return y, _packed(passes.reshape(y.shape[0], math.prod(y.shape[1:])))
 
 

@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,11 @@ import pytest
 import torch
 from installing import ROOT
 
-import sdkernels
 from build_tools import decision as build
 from build_tools import metadata
 from build_tools.extension import cuda_arch_list, cxx_flags
 from sdkernels import info
 from sdkernels.backends import extension, ops
-
-PACKAGE = Path(sdkernels.__file__).resolve().parent
 
 
 def run(*arguments, cwd=ROOT, **environ):
@@ -329,8 +327,9 @@ def test_a_package_that_was_built_without_an_extension(tmp_path):
     """It says so in its record, which is no damage and no warning."""
     record = tmp_path / "_build.json"
     record.write_text(json.dumps({"torch": None, "cuda": None, "reason": "no compiler"}))
-    with pytest.raises(ExtensionMissingError, match="built without it: no compiler"):
-        extension.check(record, CPU)
+    running = extension.TorchBuild("2.13.0+cpu", None)
+    with pytest.raises(extension.ExtensionMissingError, match="built without it: no compiler"):
+        extension.check(record, running)
 
 
 def test_info_names_the_installation_that_a_source_tree_hides(monkeypatch, tmp_path):

@@ -14,14 +14,11 @@ import pytest
 import torch
 from installing import ROOT
 
-import sdkernels
 from build_tools import decision as build
 from build_tools import metadata
 from build_tools.extension import cuda_arch_list, cxx_flags
 from sdkernels import info
 from sdkernels.backends import extension, ops
-
-PACKAGE = Path(sdkernels.__file__).resolve().parent
 
 
 def run(*arguments, cwd=ROOT, **environ):

@@ -207,3 +207,13 @@ def test_the_sdist_builds_both_kinds(sdist, compiler, tmp_path):
     assert wheel.version == Wheel(tmp_path / "pure").version
     assert wheel.torch == f"torch=={MAJOR}.{MINOR}.*"
     assert "sdkernels/gone.py" not in wheel.files
+
+
+@pytest.mark.install
+def test_the_sdist_holds_what_its_tests_import(sdist):
+    """pytest collects all of them there, without a file of the checkout."""
+    output = succeed(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", cwd=sdist, PYTHONPATH=sdist
+    )
+    assert "error" not in output.splitlines()[-1]
+    assert int(output.splitlines()[-1].split("/")[0].split()[0]) > 1000

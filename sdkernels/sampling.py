@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 from numbers import Integral
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,37 @@ def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> floa
     return 1.0 / keep if rescale == "train" and keep > 0 else 1.0
 
 
+# The kinds of devices, of those that PyTorch is built for, whose work can be captured: it is then
+# launched again without the host.
+_CAPTURING_DEVICES: Any = [
+    module
+    for module, is_built in (
+        (torch.cuda, torch.backends.cuda.is_built()),
+        (torch.xpu, torch.xpu._is_compiled()),
+    )
+    if is_built and hasattr(module, "is_current_stream_capturing")
+]
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream; initialises no device."""
+    # Initialised: without a driver, and in a forked process, the question itself is an error.
+    for module in _CAPTURING_DEVICES:
+        if module.is_initialized() and module.is_current_stream_capturing():
+            return True
+    return False
+
+
+def refuse_capture() -> None:
+    """Before every draw: a graph replays what has reached the device, and the host draws once."""
+    if is_capturing():
+        raise RuntimeError(
+            "rows: cannot be drawn while a CUDA graph is being captured, which would replay the "
+            'same rows for ever; draw a DepthPlan with sampler="fixed" before the capture, run '
+            "the step with its rows (rows=, report.use) and call plan.resample_() between replays"
+        )
+
+
 def sample_rows(
     batch: int,
     p: float,
@@ -103,6 +134,7 @@ def sample_rows(
     """Index, slot and scale, for arguments that were looked at before."""
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
+    refuse_capture()
     draw, scale = law(batch, p, mode, sampler, rescale)
     index, slot = C.sample_rows(batch, draw, generator, device)
     return index, slot, scale
@@ -202,6 +234,7 @@ def _sample_rows(
     *,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
+    refuse_capture()
     index, slot = C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
     return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
 
@@ -236,4 +269,5 @@ def _(
 def _sample_outside_graph(
     batch: int, p: float, mode: str, sampler: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
+    refuse_capture()
     return C.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

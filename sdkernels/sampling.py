@@ -163,7 +163,9 @@ def _sample_in_graph(
             else "rows from a generator= of their own"
         )
         index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
-    scale = _scale(batch, index.shape[0], p, sampler, rescale)
+    # Of a fixed count both sizes are constants of the graph. B / k as a value of the graph would be
+    # a number, which cannot go from one of DistributedDataParallel's subgraphs to the next.
+    scale = _scale(slot.shape[0], index.shape[0], p, sampler, rescale)
     if device != host:
         index, slot = (rows.to(device, non_blocking=True) for rows in (index, slot))
     return index, slot, scale
@@ -253,7 +255,8 @@ def _(
     kept: int | torch.SymInt
     if sampler == "fixed":
         # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
-        kept = fixed_count(int(batch), p)
+        batch = int(batch)
+        kept = fixed_count(batch, p)
     else:
         try:
             kept = torch.library.get_ctx().new_dynamic_size()

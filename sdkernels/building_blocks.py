@@ -14,6 +14,14 @@ from .rows import KeptRows
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 
+# Asked for once: not every version of PyTorch can trace the question. (On a device that is missing
+# here the norm writes x's type, and what follows casts.)
+_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in (*_DEVICES, torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(device)
+)
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -198,7 +206,7 @@ def compact_norm(
     device = x.device.type
     if (
         dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
+        and device in AUTOCAST_DEVICES
         and torch.is_autocast_enabled(device)
     ):
         dtype = torch.get_autocast_dtype(device)

@@ -204,11 +204,7 @@ def compact_norm(
     dtype = x.dtype
     # What follows a norm under autocast casts its output at once: write that dtype directly.
     device = x.device.type
-    if (
-        dtype != torch.float64
-        and device in AUTOCAST_DEVICES
-        and torch.is_autocast_enabled(device)
-    ):
+    if dtype != torch.float64 and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     opened: tuple[Tensor, Tensor] = kernels().compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace

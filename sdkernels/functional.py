@@ -24,6 +24,7 @@ from .building_blocks import (
 from .rows import KeptRows, draw
 from .sampling import check_choice, check_generator, check_law
 from .schedules import check_probability
+from .statistics import has_no_rows, untouched_statistics
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 
@@ -369,6 +370,8 @@ def fused_stochastic_depth(
     whole = _runs_whole(rows, min_saving, inplace)
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
     chosen = None if whole else rows
+    if has_no_rows(kept):
+        branch = untouched_statistics(branch)
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
     return scatter_add(stream, out, rows, layer_scale, inplace, relu)
@@ -450,6 +453,8 @@ def _fused_list(
         else _branch_arg(arg, None)
         for arg in args
     ]
+    if any(map(has_no_rows, kept_inputs)):
+        branch = untouched_statistics(branch)
     outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)

@@ -64,7 +64,7 @@ class _Saved:
 
 
 def _takes_statistics(module: nn.Module) -> bool:
-    return module.training and bool(module._buffers) and not waits_for_others(module)
+    return module.training and len(module._buffers) > 0 and not waits_for_others(module)
 
 
 def untouched_statistics(branch: Callable[..., Any]) -> Callable[..., Any]:

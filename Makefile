@@ -2,8 +2,17 @@
 # environment as it is: nothing is installed, no network is needed, and only what changed is compiled
 # (so `make build VENV=none PYTHON=.venv/bin/python` is the quick way while editing csrc).
 
+# TORCH=2.11.0 builds and tests with that PyTorch, in an environment of its own (`make clean` between
+# one PyTorch and the next: the extension lies in the source tree).
+
 PYTHON ?= python3
+ifdef TORCH
+VENV ?= .venv-torch-$(TORCH)
+CONSTRAINTS := build/constraints-torch-$(TORCH).txt
+else
 VENV ?= .venv
+CONSTRAINTS := constraints.txt
+endif
 
 BUILT := build/.built
 
@@ -15,16 +24,16 @@ else
 RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 TOOLS := $(VENV)/.tools
-BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
+BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test,bench]'
 # Without their dependencies: each asks for torch, and pip would bring another build of it.
-LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/requirements.txt
+LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c $(CONSTRAINTS) -r tests/requirements.txt
 endif
 
 .PHONY: help build test test-install bench paper gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
-	@echo 'make test        run the tests and the examples in the docstrings'
+	@echo 'make test        run the tests and the examples in the docstrings (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
 	@echo 'make bench       run the quick benchmarks'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
@@ -63,10 +72,16 @@ $(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find c
 	mkdir -p $(@D) && touch $@
 
 # What compiles and lints; mypy needs torch as well. `test` and `bench` packages follow with the build.
-$(TOOLS): constraints.txt
+$(TOOLS): $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt torch setuptools ninja ruff mypy clang-format
+	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) torch setuptools ninja ruff mypy clang-format
 	touch $@
+
+# torchvision 0.(N + 15) is made for torch 2.N, which has its own wishes for Triton and setuptools.
+build/constraints-torch-%.txt: constraints.txt
+	mkdir -p build
+	minor=$$(echo $* | cut -d. -f2); sed -e 's/^torch==.*/torch==$*/' -e '/^triton==/d' -e '/^setuptools==/d' \
+		-e "s/^torchvision==.*/torchvision==0.$$((minor + 15)).*/" $< > $@
 
 clean:
 	rm -rf build dist *.egg-info sdkernels/_C.*.so sdkernels/_build.json

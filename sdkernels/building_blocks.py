@@ -16,6 +16,15 @@ Activation = Literal["relu"]
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 
+# Asked for once: not every version of PyTorch can trace the question. (On a device that is missing
+# here the norm writes x's type, and what follows casts.)
+_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in (*_DEVICES, torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(device)
+)
+
 
 def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
     """Gather the kept rows.
@@ -196,11 +205,7 @@ def compact_norm(
     dtype = x.dtype
     # What follows a norm under autocast casts its output at once: write that dtype directly.
     device = x.device.type
-    if (
-        dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    if dtype != torch.float64 and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     opened: tuple[Tensor, Tensor] = kernels().compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace

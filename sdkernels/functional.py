@@ -26,6 +26,7 @@ from .building_blocks import (
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
+from .statistics import has_no_rows, untouched_statistics
 
 __all__ = ["Shared", "fused_stochastic_depth"]
 
@@ -381,6 +382,8 @@ def fused_stochastic_depth(
         inplace = True
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
     chosen = None if whole else rows
+    if has_no_rows(kept):
+        branch = untouched_statistics(branch)
     out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
     out = _kept_output(out, rows, base, layer_scale, whole)
     if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
@@ -464,6 +467,8 @@ def _fused_list(
         else _branch_arg(arg, None)
         for arg in args
     ]
+    if any(map(has_no_rows, kept_inputs)):
+        branch = untouched_statistics(branch)
     outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from .backends.ops import host, is_compiling
 from .rows import KeptRows
-from .sampling import Mode, Rescale, Sampler, check_batch, check_generator, check_law, law
+from .sampling import (
+    Mode,
+    Rescale,
+    Sampler,
+    check_batch,
+    check_generator,
+    check_law,
+    is_capturing,
+    law,
+    refuse_capture,
+)
 from .schedules import check_probability
 
 __all__ = ["BranchLaw", "DepthPlan"]
@@ -100,10 +110,12 @@ class DepthPlan(Generic[R]):
         self._branches = tuple(branches)
         # One list for each branch, with one entry for each batch.
         self._laws = [[law(batch, *branch) for batch in self._batches] for branch in self._branches]
+        self._counts_vary = any(branch.sampler != "fixed" for branch in self._branches)
         self._generator = generator
         self._step = step
         self._views: dict[int, list[KeptRows]] = {}
         target = torch.device("cpu" if device is None else device)
+        refuse_capture()
         rows, self._kept = self._draw(target)
         # [branches, 2, rows of all batches]: slot, then index, batch after batch; of the space for
         # the index of a batch, the first kept[branch][batch] entries are used.
@@ -268,6 +280,7 @@ class DepthPlan(Generic[R]):
         rows that were refreshed under it, as PyTorch refuses any saved tensor that was modified in
         place.
         """
+        refuse_capture()
         if self._step is not None:
             seed, step, rank = self._step
             self._step = (seed, (step + 1) % 2**64, rank)
@@ -297,10 +310,16 @@ class DepthPlan(Generic[R]):
         if is_compiling():
             # Views that a graph remembers between calls are a reason to compile it again.
             views = self._views_of(branch)
-        elif branch in self._views:
-            views = self._views[branch]
         else:
-            views = self._views[branch] = self._views_of(branch)
+            if self._counts_vary and is_capturing():
+                raise RuntimeError(
+                    'plan: expected sampler="fixed" while a CUDA graph is being captured: the '
+                    "number of Bernoulli rows changes with resample_(), and the shapes of a graph "
+                    "cannot"
+                )
+            if branch not in self._views:
+                self._views[branch] = self._views_of(branch)
+            views = self._views[branch]
         # The list is the caller's; the rows in it are frozen.
         return cast("R", list(views) if self._is_list else views[0])
 

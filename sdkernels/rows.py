@@ -7,6 +7,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .backends import namespace
 from .sampling import Mode, Rescale, Sampler, check_batch, check_generator, check_law, sample_rows
@@ -93,7 +94,12 @@ class KeptRows:
     ) -> KeptRows:
         """Rows that this package has just drawn: no checks, this is on the path of every call."""
         rows = object.__new__(cls)
-        rows.__dict__.update(index=index, slot=slot, scale=scale, weight=weight)
+        fields = {"index": index, "slot": slot, "scale": scale, "weight": weight}
+        if is_compiling():  # PyTorch before 2.13 does not trace the line below
+            for name, value in fields.items():
+                object.__setattr__(rows, name, value)
+        else:
+            rows.__dict__.update(fields)
         return rows
 
     @classmethod

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 from numbers import Integral
-from typing import Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -95,6 +95,37 @@ def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> floa
     return 1.0 / keep if rescale == "train" and keep > 0 else 1.0
 
 
+# The kinds of devices, of those that PyTorch is built for, whose work can be captured: it is then
+# launched again without the host.
+_CAPTURING_DEVICES: Any = [
+    module
+    for module, is_built in (
+        (torch.cuda, torch.backends.cuda.is_built()),
+        (torch.xpu, torch.xpu._is_compiled()),
+    )
+    if is_built and hasattr(module, "is_current_stream_capturing")
+]
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream; initialises no device."""
+    # Initialised: without a driver, and in a forked process, the question itself is an error.
+    for module in _CAPTURING_DEVICES:
+        if module.is_initialized() and module.is_current_stream_capturing():
+            return True
+    return False
+
+
+def refuse_capture() -> None:
+    """Before every draw: a graph replays what has reached the device, and the host draws once."""
+    if is_capturing():
+        raise RuntimeError(
+            "rows: cannot be drawn while a CUDA graph is being captured, which would replay the "
+            'same rows for ever; draw a DepthPlan with sampler="fixed" before the capture, run '
+            "the step with its rows (rows=, report.use) and call plan.resample_() between replays"
+        )
+
+
 def sample_rows(
     batch: int,
     p: float,
@@ -107,6 +138,7 @@ def sample_rows(
     """Index, slot and scale, for arguments that were looked at before."""
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
+    refuse_capture()
     draw, scale = law(batch, p, mode, sampler, rescale)
     index, slot = host.sample_rows(batch, draw, generator, device)
     return index, slot, scale
@@ -135,7 +167,9 @@ def _sample_in_graph(
             else "rows from a generator= of their own"
         )
         index, slot = _sample_outside_graph(batch, p, mode, sampler, generator)
-    scale = _scale(batch, index.shape[0], p, sampler, rescale)
+    # Of a fixed count both sizes are constants of the graph. B / k as a value of the graph would be
+    # a number, which cannot go from one of DistributedDataParallel's subgraphs to the next.
+    scale = _scale(slot.shape[0], index.shape[0], p, sampler, rescale)
     if device != cpu:
         index, slot = (rows.to(device, non_blocking=True) for rows in (index, slot))
     return index, slot, scale
@@ -206,6 +240,7 @@ def _sample_rows(
     *,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
+    refuse_capture()
     index, slot = host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
     return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
 
@@ -224,7 +259,8 @@ def _(
     kept: int | torch.SymInt
     if sampler == "fixed":
         # Exact for a known number of rows only: a symbolic one becomes a constant of the graph.
-        kept = fixed_count(int(batch), p)
+        batch = int(batch)
+        kept = fixed_count(batch, p)
     else:
         try:
             kept = torch.library.get_ctx().new_dynamic_size()
@@ -240,4 +276,5 @@ def _(
 def _sample_outside_graph(
     batch: int, p: float, mode: str, sampler: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
+    refuse_capture()
     return host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

@@ -6,6 +6,7 @@ A check that fails ends the process, because the others wait for it in a collect
 out.
 """
 
+import copy
 import datetime
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -491,6 +493,34 @@ def ddp_batch_norm_of_kept_rows() -> None:
         model(x).square().mean().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
     assert branch[1].running_mean.isfinite().all()
+
+
+@check
+def compiled_ddp_with_several_buckets_and_batch_sizes() -> None:
+    """torch.compile cuts the graph between buckets: only tensors go from one part to the next."""
+
+    def block() -> StochasticDepth:
+        branch = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))  # 2 MiB
+        return StochasticDepth(branch, 0.4, norm=nn.LayerNorm(256), sampler="fixed")
+
+    torch.manual_seed(0)
+    eager = nn.Sequential(block(), block())
+    parts = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    model = torch.compile(
+        DistributedDataParallel(copy.deepcopy(eager), bucket_cap_mb=1), backend=parts
+    )
+    eager = DistributedDataParallel(eager)
+    for batch in (8, 5, 10):
+        x = torch.randn(batch, 256)
+        before = parts.frame_count
+        for net in (eager, model):
+            net.zero_grad()
+            torch.manual_seed(SEED + batch + dist.get_rank())
+            loss_of(net(x)).backward()
+        assert parts.frame_count > before + 1, "one bucket, so nothing was cut"
+        for actual, expected in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad)
 
 
 # Of the launch with four processes: what more ranks could change.

@@ -242,6 +242,19 @@ def test_autocast(dtype):
         torch.testing.assert_close(a, e, rtol=0.02, atol=0.02 * e.abs().max().item())
 
 
+def test_autocast_is_asked_for_at_import(monkeypatch):
+    """Not in the graph: PyTorch 2.11 cannot trace the question."""
+
+    def asked(device: str) -> bool:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    block, x = make_block(), torch.randn(8, 5, 6)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, rows=ROWS), compiled(x, rows=ROWS))
+    block(x, rows=ROWS)
+
+
 @pytest.mark.parametrize(("function", "message"), [
     (lambda x: fused_stochastic_depth(x, lambda kept: kept[:1], 0.5, rows=ROWS),
      r"out: expected 3 kept rows of residual's shape \[8, 5, 6\], got \[1, 5, 6\]"),

@@ -131,6 +131,30 @@ def test_training_steps_follow_eager_code():
     assert len(set(expected)) == 20
 
 
+RATES = [0.05 * step for step in range(11)]
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
+def test_a_schedule_of_rates_wants_a_plan(sampler):
+    """The scale of a plan's rows is an input of the graph."""
+    block, x = make_block(sampler=sampler), torch.randn(20, 5, 6)
+    with compilation() as compiled:
+        step = torch.compile(block, backend="aot_eager", fullgraph=True)
+        for p in RATES:
+            (rows,) = DepthPlan.sample(20, [p], sampler=sampler)
+            torch.testing.assert_close(step(x, rows=rows), block(x, rows=rows))
+        assert compiled.graphs <= (2 if sampler == "fixed" else 3)
+
+
+def test_a_rate_on_the_module_is_a_constant():
+    block, x = make_block(sampler="fixed"), torch.randn(20, 5, 6)
+    with compilation() as compiled:
+        step = torch.compile(block, backend="aot_eager")
+        for block.p in RATES[:5]:
+            step(x)
+        assert compiled.graphs == 5
+
+
 def test_a_plan_as_input():
     """Taken apart inside the graph; indexing it outside beforehand makes no difference."""
     block, x = make_block(), torch.randn(B, 5, 6, requires_grad=True)

@@ -19,9 +19,9 @@ from sdkernels import (
     StochasticDepth,
     compact_layer_norm,
     fused_stochastic_depth,
-    ops,
     scatter_add_rows,
 )
+from sdkernels.backends import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -142,6 +142,22 @@ def test_graph_replays_with_new_rows():
             torch.testing.assert_close(actual, wanted)
         losses.add(captured[0].item())
     assert len(losses) == 5  # other rows every time
+
+
+def test_rows_are_not_drawn_under_capture():
+    """They would be replayed for ever; a capture that was given up harms nothing."""
+    block, x = Net().cuda().blocks[0], batch()
+    plan = DepthPlan.sample(BATCH, DROP_PROBS, sampler="fixed", device="cuda")
+    for draw in (lambda: block(x), plan.resample_):
+        with (
+            pytest.raises(RuntimeError, match="rows: cannot be drawn while a CUDA graph is being"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            draw()
+    with pytest.raises(RuntimeError, match="rows: cannot be drawn while a CUDA graph is being"):
+        torch.cuda.make_graphed_callables(block, (x,))
+    plan.resample_()
+    assert block(x).isfinite().all()
 
 
 @needs_inductor

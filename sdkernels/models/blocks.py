@@ -23,7 +23,7 @@ from ..functional import Empty, fused_stochastic_depth
 from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
 from .branches import Composed, NeverEmpty, entries, entry
-from .parts import Law, drop_law, is_bare, layer_scale_of
+from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
 
 __all__ = [
     "Add",
@@ -130,14 +130,25 @@ class BlockState:
 
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
-        p, name = self.p[branch], self.drops[branch]
-        drop = None if name is None else attrgetter(name)(block)
-        if drop is None or type(drop) is nn.Identity:  # what libraries make of p = 0
+        p, drop = self.p[branch], self.drop_path(block, branch)
+        if drop is None or (type(drop) is nn.Identity and is_bare(drop)):
             return Law(p or 0.0, "row", True, block.training)
         own = drop_law(drop)
         if p is None or own is None:
             return own
         return own._replace(p=p)
+
+    def drop_path(self, block: nn.Module, branch: int) -> nn.Module | None:
+        name = self.drops[branch]
+        return None if name is None else attrgetter(name)(block)
+
+    def why_whole(self, block: nn.Module) -> str | None:
+        """Why the block runs as before, whatever its probabilities; None if it does not."""
+        for branch in range(len(self.drops)):
+            drop = self.drop_path(block, branch)
+            if drop is not None and self.law(block, branch) is None:
+                return why_it_draws_itself(drop)
+        return None
 
 
 class PatchedBlock:
@@ -364,8 +375,7 @@ def make_patched(
         if None in laws:
             if bound:
                 raise RuntimeError(
-                    f"plan: the drop path of a {original.__name__} has hooks or a class that is "
-                    "not known, so it draws for itself"
+                    f"plan: a {original.__name__} draws its own rows: {state.why_whole(self)}"
                 )
         elif any(
             # With a p of 0 from patch(): the module that the original calls may have another.

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Shared
+from ..statistics import has_no_rows, waits_for_others
 
 __all__ = ["Composed", "NeverEmpty", "chain", "entries", "entry", "per_sample"]
 
@@ -84,7 +84,7 @@ class NeverEmpty(Composed):
         self.block = block
 
     def run(self, kept: Any, crop: int | None, args: Sequence[Any]) -> Any:
-        if not _is_empty(kept):
+        if not has_no_rows(kept):
             return super().run(kept, crop, args)
         whole = self.args if crop is None else entries(self.args, crop)
         padded = [
@@ -100,8 +100,8 @@ class NeverEmpty(Composed):
 def _without_statistics(block: nn.Module) -> Iterator[None]:
     """The block's BatchNorms take none from what runs."""
     modules: list[Any] = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
-    waiting = [norm for norm in modules if _is_waited_for(norm)]
-    norms = [norm for norm in modules if not _is_waited_for(norm)]
+    waiting = [norm for norm in modules if waits_for_others(norm)]
+    norms = [norm for norm in modules if not waits_for_others(norm)]
     try:
         for norm in norms:
             norm.training = False
@@ -115,30 +115,10 @@ def _without_statistics(block: nn.Module) -> Iterator[None]:
             norm.__dict__.pop("forward", None)
 
 
-def _is_waited_for(norm: Any) -> bool:
-    """Whether other processes wait for this one to join in the norm's statistics."""
-    return (
-        isinstance(norm, nn.SyncBatchNorm)
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size(norm.process_group) > 1
-    )
-
-
 def _exchange_nothing(norm: Any, x: Tensor) -> Tensor:
     """The forward of a SyncBatchNorm that joins in with no sample; x goes through as it is."""
     joined: Tensor = type(norm).forward(norm, x[:0])
     return torch.cat([joined, x])
-
-
-def _is_empty(kept: Tensor) -> bool:
-    """Whether it has no rows; False in a graph that draws rows inside and so does not know."""
-    if not is_compiling():
-        return kept.shape[0] == 0
-    # Here, because it imports SymPy.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(kept.shape[0] == 0)
 
 
 def entry(arg: Any, crop: int) -> Any:

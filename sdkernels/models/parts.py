@@ -13,7 +13,16 @@ from ..functional import PLAIN_NORM_FORWARDS
 from ..sampling import Mode
 from .fingerprint import fingerprint
 
-__all__ = ["Law", "drop_law", "is_bare", "layer_scale_of", "looks_like_drop_path", "trust_norm"]
+__all__ = [
+    "Law",
+    "drop_law",
+    "is_bare",
+    "layer_scale_of",
+    "looks_like_drop_path",
+    "own_probability",
+    "trust_norm",
+    "why_it_draws_itself",
+]
 
 # Fingerprint of the forward -> the attribute that holds the drop probability.
 DROP_PATHS = {
@@ -70,21 +79,41 @@ def looks_like_drop_path(module: nn.Module) -> bool:
     return name.endswith(("droppath", "stochasticdepth", "drop_path"))
 
 
-def drop_law(drop: nn.Module) -> Law | None:
-    """The law of a drop path module; None where it is not known."""
-    kind: Any = type(drop)
+def _drop_path_attribute(kind: Any) -> str | None:
+    """The attribute of a class of drop paths that holds the probability; None if not known."""
     if kind not in _DROP_PATH_ATTRIBUTES:
         _DROP_PATH_ATTRIBUTES[kind] = DROP_PATHS.get(fingerprint(kind.forward) or "")
-    attribute = _DROP_PATH_ATTRIBUTES[kind]
-    if attribute is None or not is_bare(drop):
+    return _DROP_PATH_ATTRIBUTES[kind]
+
+
+def own_probability(drop: Any) -> float | None:
+    """The drop probability that a module holds, however it is called; None if that is not known."""
+    if type(drop) is nn.Identity:  # what libraries make of p = 0
+        return 0.0
+    attribute = _drop_path_attribute(type(drop))
+    p = None if attribute is None else getattr(drop, attribute)
+    if attribute is None or (isinstance(p, Tensor) and p.numel() != 1):
         return None
-    p = getattr(drop, attribute)
-    return Law(
-        0.0 if p is None else float(p),
-        getattr(drop, "mode", "row"),
-        getattr(drop, "scale_by_keep", True),
-        drop.training,
-    )
+    return 0.0 if p is None else float(p)
+
+
+def drop_law(drop: nn.Module) -> Law | None:
+    """The law of a drop path module; None where only the module itself can tell what it does."""
+    p = own_probability(drop) if is_bare(drop) else None
+    if p is None:
+        return None
+    return Law(p, getattr(drop, "mode", "row"), getattr(drop, "scale_by_keep", True), drop.training)
+
+
+def why_it_draws_itself(drop: nn.Module) -> str:
+    """Where `drop_law` is None."""
+    if type(drop) is not nn.Identity and _drop_path_attribute(type(drop)) is None:
+        return f"the class of its drop path, {type(drop).__name__}, is not known"
+    if "forward" in drop.__dict__:
+        return "the forward of its drop path module was replaced"
+    if not is_bare(drop):
+        return "its drop path module has hooks"
+    return "the drop probability of its drop path is not one number"
 
 
 def layer_scale_of(module: nn.Module) -> Tensor | None:

@@ -14,7 +14,7 @@ from ..functional import Empty, fused_stochastic_depth
 from ..sampling import Mode, Rescale, Sampler
 from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Branch, Options
-from .parts import is_bare, layer_scale_of, looks_like_drop_path
+from .parts import layer_scale_of, looks_like_drop_path
 from .plans import check_model, patched_blocks
 from .registry import find_known, obstacle, original_class, patched_class
 from .report import LeftAlone, PatchedEntry, PatchReport
@@ -149,13 +149,7 @@ def _drop_obstacle(
     if not with_probabilities and all(branch.drop is None for branch in branches):
         return "it has no drop path (drop_probs= gives it one)"
     state = BlockState(Options(), tuple(branch.drop for branch in branches), [None] * len(branches))
-    for index, drop_name in enumerate(state.drops):
-        if drop_name is not None and state.law(block, index) is None:
-            drop = attrgetter(drop_name)(block)
-            if not is_bare(drop):
-                return "its drop path module has hooks"
-            return f"the class of its drop path, {type(drop).__name__}, is not known"
-    return None
+    return state.why_whole(block)
 
 
 def _check_modes(found: Found, sampler: str) -> None:

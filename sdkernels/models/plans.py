@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isclose
+from math import isclose, nan
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..plan import BranchLaw, DepthPlan, step_key
 from ..rows import KeptRows
 from ..sampling import check_law, law
 from .blocks import PatchedBlock
+from .parts import own_probability
 
 __all__ = [
     "check_model",
@@ -38,10 +39,14 @@ def patched_blocks(model: nn.Module) -> list[Any]:
 
 
 def probabilities(block: Any) -> list[float]:
-    """The drop probability of every branch of a patched block, as it is now."""
+    """The drop probability of every branch of a patched block, as it is now; NaN if not known."""
     state = block._sdkernels
-    laws = [state.law(block, branch) for branch in range(len(state.drops))]
-    return [0.0 if law is None else law.p for law in laws]
+    found = []
+    for branch in range(len(state.drops)):
+        law = state.law(block, branch)
+        p = own_probability(state.drop_path(block, branch)) if law is None else law.p
+        found.append(nan if p is None else p)
+    return found
 
 
 def drop_probs(model: nn.Module) -> list[float]:
@@ -52,7 +57,8 @@ def drop_probs(model: nn.Module) -> list[float]:
 
     Returns:
         One probability a branch, as they are now: the blocks in the order of ``model.modules()``,
-        the branches of a block in the order in which they are added.
+        the branches of a block in the order in which they are added. NaN for a drop path that has
+        got a class which is not known.
 
     Raises:
         TypeError: `model` is not a module.
@@ -65,17 +71,26 @@ def drop_probs(model: nn.Module) -> list[float]:
     return [p for block in patched_blocks(model) for p in probabilities(block)]
 
 
-def _branch_laws(blocks: list[Any]) -> list[BranchLaw | None]:
-    """How every branch draws now; None where only its own drop path module can tell."""
-    laws: list[BranchLaw | None] = []
+def _blocks_of_plan(model: nn.Module) -> list[Any]:
+    """The patched blocks of a model, all of which run with the rows that they are given."""
+    check_model(model)
+    blocks = patched_blocks(model)
+    for block in blocks:
+        reason = block._sdkernels.why_whole(block)
+        if reason is not None:
+            name = next(name for name, module in model.named_modules() if module is block)
+            raise RuntimeError(f"plan: {name or 'the model'} draws its own rows: {reason}")
+    return blocks
+
+
+def _branch_laws(blocks: list[Any]) -> list[BranchLaw]:
+    """How every branch draws now."""
+    laws = []
     for block in blocks:
         state = block._sdkernels
         options = state.options
         for branch in range(len(state.drops)):
             own = state.law(block, branch)
-            if own is None:
-                laws.append(None)
-                continue
             mode, rescale = options.mode or own.mode, options.rescale_of(own)
             laws.append(BranchLaw(own.p, mode, options.sampler, rescale))
     return laws
@@ -88,11 +103,9 @@ def _draw(
     generator: torch.Generator | None = None,
     step: tuple[int, int, int] | None = None,
 ) -> DepthPlan[Any]:
-    check_model(model)
+    laws = _branch_laws(_blocks_of_plan(model))
     if device is None:
         device = next((p.device for p in model.parameters()), None)
-    nothing = BranchLaw(0.0, "row", "bernoulli", "none")
-    laws = [nothing if each is None else each for each in _branch_laws(patched_blocks(model))]
     for each in laws:
         check_law(each.mode, each.sampler, each.rescale)
     return DepthPlan(batch, laws, device, generator, step)
@@ -121,6 +134,7 @@ def sample_plan(
 
     Raises:
         TypeError: `model` is not a module, or as :meth:`sdkernels.DepthPlan.sample`.
+        RuntimeError: a drop path of the model draws for itself, as in :func:`use`.
         ValueError: as :meth:`sdkernels.DepthPlan.sample`.
 
     Example:
@@ -151,6 +165,7 @@ def plan_for_step(
 
     Raises:
         TypeError: `model` is not a module, or as :meth:`sdkernels.DepthPlan.for_step`.
+        RuntimeError: a drop path of the model draws for itself, as in :func:`use`.
         ValueError: as :meth:`sdkernels.DepthPlan.for_step`.
 
     Example:
@@ -166,9 +181,8 @@ def _check_plan(plan: DepthPlan[Any], blocks: list[Any]) -> None:
     Mode and sampler are a plan's own choice: they keep every row with the same probability.
     """
     how = "draw it with sdkernels.models.sample_plan(model, batch), or give list(plan)"
-    own: BranchLaw | None
     for number, (drawn, own) in enumerate(zip(plan._branches, _branch_laws(blocks), strict=True)):
-        if own is None or (drawn.p == own.p and drawn.rescale == own.rescale):
+        if drawn.p == own.p and drawn.rescale == own.rescale:
             continue
         if not isclose(drawn.p, own.p, rel_tol=1e-6):
             raise ValueError(
@@ -202,7 +216,8 @@ def use(model: nn.Module, plan: DepthPlan[Any] | Sequence[Any]) -> Iterator[None
 
     Raises:
         TypeError: `model` is not a module, or an entry of the plan not KeptRows.
-        RuntimeError: another thread is inside a `use` of this model.
+        RuntimeError: another thread is inside a `use` of this model, or a drop path draws for
+            itself, because it has hooks or a class that is not known.
         ValueError: the plan has another number of branches than the model, other drop
             probabilities, or scales of another rule. (Rows that do not fit the batch are refused by
             the op.)
@@ -211,8 +226,7 @@ def use(model: nn.Module, plan: DepthPlan[Any] | Sequence[Any]) -> Iterator[None
         >>> with use(nn.Linear(4, 4), []):
         ...     pass
     """
-    check_model(model)
-    blocks = patched_blocks(model)
+    blocks = _blocks_of_plan(model)
     states = [block._sdkernels for block in blocks]
     total = sum(len(state.rows) for state in states)
     if len(plan) != total:

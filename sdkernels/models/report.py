@@ -60,7 +60,23 @@ class PatchReport:
     @property
     def idle(self) -> tuple[PatchedEntry, ...]:
         """The patched blocks that run as before, because all their drop probabilities are 0 now."""
-        return tuple(entry for entry in self.patched if not any(probabilities(entry.block)))
+        return tuple(
+            entry
+            for entry in self.patched
+            if not any(probabilities(entry.block)) and _why_whole(entry) is None
+        )
+
+    @property
+    def whole(self) -> tuple[LeftAlone, ...]:
+        """The patched blocks that run as before now, because a drop path of theirs must be called.
+
+        It got hooks or another class after :func:`sdkernels.patch`.
+        """
+        return tuple(
+            LeftAlone(entry.name, type(entry.block)._original, reason)
+            for entry in self.patched
+            if (reason := _why_whole(entry)) is not None
+        )
 
     def plan(
         self,
@@ -110,19 +126,25 @@ class PatchReport:
         else:
             total = float(counts.get(id(self.model), 0))
         for entry in self.patched:
-            for branch, p in zip(entry.branches, probabilities(entry.block), strict=True):
-                if p > 0.0:
+            if _why_whole(entry) is not None:
+                continue
+            drops = zip(entry.branches, probabilities(entry.block), strict=True)
+            for index, (branch, p) in enumerate(drops):
+                if p > 0.0 and not _is_switched_off(entry.block, index):
                     saved += p * _size(entry.block, branch, counts)
         return saved / total if total else 0.0
 
     def __str__(self) -> str:
-        idle = f" ({len(self.idle)} of them run as before: p == 0)" if self.idle else ""
+        states = [f"{len(self.idle)} of them run as before: p == 0"] if self.idle else []
+        if self.whole:
+            states.append(f"{len(self.whole)} of them run as before: their drop path draws itself")
+        idle = f" ({'; '.join(states)})" if states else ""
         lines = [
             f"{len(self.patched)} blocks patched{idle}, {len(self.left)} left alone; expected "
             f"saving {self.expected_saving():.1%} of the computation (by parameters)"
         ]
         rows = [
-            (entry.name or "(the model)", type(entry.block).__name__, _p_column(entry.block))
+            (entry.name or "(the model)", type(entry.block).__name__, _p_column(entry))
             for entry in self.patched
         ]
         rows += [
@@ -136,11 +158,28 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def _p_column(block: Any) -> str:
-    values = probabilities(block)
+def _why_whole(entry: PatchedEntry) -> str | None:
+    reason: str | None = entry.block._sdkernels.why_whole(entry.block)
+    return reason
+
+
+def _is_switched_off(block: Any, branch: int) -> bool:
+    """Whether the branch's drop path is in evaluation mode, in a block that is not."""
+    law = block._sdkernels.law(block, branch)
+    return block.training and not law.training
+
+
+def _p_column(entry: PatchedEntry) -> str:
+    block = entry.block
+    reason, values = _why_whole(entry), probabilities(block)
+    if reason is not None:
+        return f"{' '.join(f'{p:.4g}' for p in values)}, runs as before: {reason}"
     if not any(values):
         return "p == 0: runs as before, until a p rises"
-    return " ".join(f"{p:.4g}" for p in values)
+    return " ".join(
+        f"{p:.4g}" + (" (in evaluation)" if p and _is_switched_off(block, branch) else "")
+        for branch, p in enumerate(values)
+    )
 
 
 def _size(block: nn.Module, branch: Branch, counts: dict[int, int] | None) -> float:

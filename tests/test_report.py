@@ -1,0 +1,151 @@
+"""The report says how a patched block runs now, whatever has happened to its drop paths."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from libraries import load
+from torch import Tensor, nn
+from zoo import NETS
+
+import sdkernels
+from sdkernels.models import drop_probs
+
+VIT = NETS["timm-vit"]
+P = [0.0, 0.0, 0.5, 0.5]
+
+
+def hook(model: nn.Module) -> None:
+    model.blocks[1].drop_path1.register_forward_hook(lambda module, args, out: None)
+
+
+def pre_hook(model: nn.Module) -> None:
+    model.blocks[1].drop_path1.register_forward_pre_hook(lambda module, args: None)
+
+
+def backward_hook(model: nn.Module) -> None:
+    model.blocks[1].drop_path1.register_full_backward_hook(lambda module, d_in, d_out: None)
+
+
+def forward(model: nn.Module) -> None:
+    drop = model.blocks[1].drop_path1
+    drop.forward = lambda x: x * 0.5
+
+
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+def unknown(model: nn.Module) -> None:
+    model.blocks[1].drop_path1 = Halves()
+
+
+def compiled(model: nn.Module) -> None:
+    model.blocks[1].drop_path1 = torch.compile(model.blocks[1].drop_path1, backend="eager")
+
+
+def tensor(model: nn.Module) -> None:
+    model.blocks[1].drop_path1.drop_prob = torch.tensor([0.5, 0.5])
+
+
+NAN = math.nan
+WHOLE: dict[str, tuple[Callable[[Any], None], str, list[float]]] = {
+    "hook": (hook, "its drop path module has hooks", P),
+    "pre_hook": (pre_hook, "its drop path module has hooks", P),
+    "backward_hook": (backward_hook, "its drop path module has hooks", P),
+    "forward": (forward, "the forward of its drop path module was replaced", P),
+    "unknown": (
+        unknown,
+        "the class of its drop path, Halves, is not known",
+        [0.0, 0.0, NAN, 0.5],
+    ),
+    "compiled": (
+        compiled,
+        "the class of its drop path, OptimizedModule, is not known",
+        [0.0, 0.0, NAN, 0.5],
+    ),
+    "tensor": (
+        tensor,
+        "the drop probability of its drop path is not one number",
+        [0.0, 0.0, NAN, 0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_drop_path_that_draws_itself(name):
+    """Found after patch: one of two is enough, and the whole block runs as before."""
+    change, reason, probabilities = WHOLE[name]
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    plan, before = report.plan(4), report.expected_saving()
+    assert before > 0.1
+    assert not report.whole
+    change(model)
+
+    (entry,) = report.whole
+    assert (entry.name, entry.reason) == ("blocks.1", reason)
+    assert entry.kind is load("timm.models.vision_transformer").Block
+    assert [each.name for each in report.idle] == ["blocks.0"]
+    assert report.expected_saving() == 0.0
+    for found in (report.drop_probs, drop_probs(model)):
+        assert [str(p) for p in found] == [str(p) for p in probabilities]
+    text = str(report)
+    assert "1 of them run as before: p == 0; 1 of them run as before: their drop path dr" in text
+    column = " ".join(f"{p:.4g}" for p in probabilities[2:])
+    assert f"blocks.1  Block  {column}, runs as before: {reason}" in text
+    assert "saving 0.0%" in text
+
+    refused = pytest.raises(RuntimeError, match=f"^plan: blocks.1 draws its own rows: {reason}$")
+    for draw in (lambda: report.plan(4), lambda: report.plan_for_step(0, 0, 4)):
+        with refused:
+            draw()
+    for rows in (plan, list(plan)):
+        with refused, report.use(rows):
+            pass
+
+
+def test_an_identity_with_hooks():
+    """What libraries make of p = 0: the hooks are called, whatever patch() was given for it."""
+    model = VIT.model().train()
+    report = sdkernels.patch(model, drop_probs=0.5)
+    drop = model.blocks[0].drop_path1
+    assert type(drop) is nn.Identity
+    calls = []
+    handle = drop.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    assert [each.name for each in report.whole] == ["blocks.0"]
+    model(VIT.inputs(4))
+    assert calls == [4]
+    assert [e.reason for e in sdkernels.patch(model).left] == ["its drop path module has hooks"]
+    handle.remove()
+    assert len(sdkernels.patch(model).patched) == 2
+
+
+def test_a_drop_path_in_evaluation_drops_nothing():
+    """In a block that trains. The probability is still its own: it counts again in training."""
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    both = report.expected_saving()
+    model.blocks[1].drop_path1.eval()
+    one = report.expected_saving()
+    assert 0.0 < one < both
+    assert report.drop_probs == P
+    assert "blocks.1  Block  0.5 (in evaluation) 0.5" in str(report)
+    model.eval()  # as a whole it says nothing about training
+    assert report.expected_saving() == both
+    assert "blocks.1  Block  0.5 0.5" in str(report)
+
+
+@pytest.mark.parametrize("p", [torch.tensor(0.25), torch.tensor([0.25]), 0.25, None])
+def test_a_probability_of_another_kind(p):
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    model.blocks[1].drop_path1.drop_prob = p
+    expected = [0.0, 0.0, 0.0 if p is None else 0.25, 0.5]
+    assert report.drop_probs == expected
+    assert [law.p for law in report.plan(4)._branches] == expected
+    assert not report.whole
+    model(VIT.inputs(4))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import compiled, extension, traceable
@@ -26,8 +27,11 @@ __all__ = ["BackendChoice", "C", "backend_table", "is_compiling", "kernels"]
 
 
 def kernels() -> Any:
-    """The functions of `_C.pyi`: the extension's, or PyTorch code while a graph is being traced."""
-    return compiled if is_compiling() else C
+    """The functions of `_C.pyi`: the extension's, or PyTorch code.
+
+    The latter while a graph is being traced, and under forward-mode AD, of which C++ has none.
+    """
+    return compiled if is_compiling() or forward_ad._current_level >= 0 else C
 
 
 BACKENDS = ("auto", "cpp", "triton", "traceable")

@@ -392,10 +392,9 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
 void refuse_functorch() {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
-      "sdkernels: torch.func transforms (grad, vjp, jvp, vmap, ...) cannot "
-      "go through the compacted "
-      "branch; use torch.autograd, or evaluation mode (training=False), "
-      "where the op is plain PyTorch");
+      "sdkernels: torch.func transforms (grad, vjp, vmap, ...) cannot go through the compacted "
+      "branch; use torch.autograd, or evaluation mode (training=False), where the op is plain "
+      "PyTorch");
 }
 
 bool requires_grad(const OptionalTensor& x) { return x && x->requires_grad(); }

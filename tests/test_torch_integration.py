@@ -7,7 +7,6 @@ import torch
 from comparison import assert_same_bits
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sdkernels import (
@@ -143,14 +142,9 @@ def test_autocast(dtype, stream):
         torch.testing.assert_close(a, e, rtol=0.1, atol=0.05 * largest)
 
 
-# torch.func, forward mode, batched gradients
+# torch.func, batched gradients
 
 
-# PyTorch's own jvp imports modules that it has deprecated.
-deprecations_of_pytorch = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
-
-@deprecations_of_pytorch
 @pytest.mark.parametrize("function", [
     lambda x: compact_rows(x, ROWS),
     lambda x: compact_layer_norm(x, ROWS, 6),
@@ -164,7 +158,6 @@ def test_func_transforms_are_refused(function):
     transforms = (
         lambda: torch.func.grad(lambda t: function(t).sum())(x),
         lambda: torch.func.vjp(function, x),
-        lambda: torch.func.jvp(function, (x,), (x,)),
         lambda: torch.func.vmap(function)(x[None]),
         lambda: torch.func.jacrev(function)(x),
     )
@@ -194,18 +187,6 @@ def test_functional_call_in_training():
     assert not torch.equal(y, block(x, rows=ROWS))
     block.load_state_dict(other)
     assert_same_bits(y, block(x, rows=ROWS))
-
-
-@deprecations_of_pytorch
-def test_forward_mode_is_refused():
-    x = torch.randn(8, 6)
-    for function in (
-        lambda x: compact_rows(x, ROWS),
-        lambda x: scatter_add_rows(x, torch.ones(3, 6), ROWS),
-        lambda x: fused_stochastic_depth(x, torch.sin, 0.5, norm=nn.LayerNorm(6)),
-    ):
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
-            function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap without a batching rule

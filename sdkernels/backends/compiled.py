@@ -1,8 +1,9 @@
 """What `_C.pyi` offers, in PyTorch code that Inductor fuses.
 
-``ops.kernels()`` hands these functions out while torch.compile or torch.export traces. Arithmetic
-is in float32 (float64 for float64 data) with one rounding at the end, as in the kernels. Only the
-movement of rows has backwards of its own; every other derivative is PyTorch's, in the same graph.
+``ops.kernels()`` hands these functions out while torch.compile or torch.export traces, and under
+forward-mode AD. Arithmetic is in float32 (float64 for float64 data) with one rounding at the end,
+as in the kernels. In a graph the movement of rows has backwards of its own; every other derivative
+is PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .checks import acc_type, check_layer_scale, check_normalized_shape
 from .traceable import scatter_add_dtype
@@ -46,14 +48,16 @@ class _Compact(torch.autograd.Function):
         return _at_slot(grad, slot), None, None
 
 
-class _AddRows(torch.autograd.Function):
-    """`stream` with `kept` added to its kept rows; both have the type of the arithmetic."""
+def _sum(stream: Tensor, kept: Tensor, slot: Tensor) -> Tensor:
+    # Not `stream + 0` for a dropped row: -0 has to stay what it is.
+    return torch.where(_per_row(slot >= 0, stream.dim()), stream + _at_slot(kept, slot), stream)
 
+
+class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        # Not `stream + 0` for a dropped row: -0 has to stay what it is.
-        return torch.where(_per_row(slot >= 0, stream.dim()), stream + _at_slot(kept, slot), stream)
+        return _sum(stream, kept, slot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -61,11 +65,24 @@ class _AddRows(torch.autograd.Function):
         return grad, grad[index], None, None
 
 
+# Outside of a graph, PyTorch derives the same expressions in every mode that it has.
+
+
+def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    """The kept rows."""
+    return _Compact.apply(x, index, slot) if is_compiling() else x[index]
+
+
+def _add_rows(stream: Tensor, kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    """`stream` with `kept` added to its kept rows; both have the type of the arithmetic."""
+    return _AddRows.apply(stream, kept, index, slot) if is_compiling() else _sum(stream, kept, slot)
+
+
 def compact(
     x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
     # The gradient of x has two sources, the kept rows and the stream; in a graph their sum fuses.
-    return _Compact.apply(x, index, slot), x
+    return _gather(x, index, slot), x
 
 
 def compact_norm(
@@ -84,7 +101,7 @@ def compact_norm(
     acc = acc_type(x.dtype)
     shape = list(normalized_shape)
     check_normalized_shape(x, shape)
-    kept = _Compact.apply(x, index, slot).to(acc)
+    kept = _gather(x, index, slot).to(acc)
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
     if rms:
@@ -113,7 +130,7 @@ def scatter_add(
         scaled = scaled * layer_scale.to(acc)
     if row_weight is not None:
         scaled = scaled * _per_row(row_weight.to(acc), out.dim())
-    y = _AddRows.apply(residual.to(acc), scaled, index, slot)
+    y = _add_rows(residual.to(acc), scaled, index, slot)
     y = y.to(residual.dtype if inplace else dtype)
     if relu:  # of what is stored: a positive sum may have been rounded to zero
         y = torch.relu(y)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import autograd, compiled, extension, sampler
@@ -24,5 +25,9 @@ __all__ = ["BackendChoice", "backend_table", "host", "is_compiling", "kernels"]
 
 
 def kernels() -> Any:
-    """The differentiable functions."""
-    return compiled if is_compiling() else eager
+    """The differentiable functions: the extension's, or those of PyTorch code.
+
+    A graph that is being traced and forward-mode AD, of which C++ has none, get expressions that
+    PyTorch fuses and derives by itself.
+    """
+    return compiled if is_compiling() or forward_ad._current_level >= 0 else eager

@@ -7,27 +7,22 @@ for, and the Triton kernels trap on what does not fit.
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
 
 from torch import Tensor
 
-
-class _Looked(NamedTuple):
-    index_ref: weakref.ref[Tensor]
-    slot_ref: weakref.ref[Tensor]
-    versions: tuple[int, int]
-
-
-# The rows that were looked at last: compacting and adding a branch's output look at the same ones.
+# The rows that were looked at last, with their versions: compacting and adding a branch's output
+# look at the same ones.
+_Looked = tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int]
 _looked: _Looked | None = None
 
 
 def trust_rows(index: Tensor, slot: Tensor) -> None:
     """Rows that are known to fit."""
     global _looked
-    if not index.is_inference() and not slot.is_inference():  # those count no versions
-        versions = index._version, slot._version
-        _looked = _Looked(weakref.ref(index), weakref.ref(slot), versions)
+    try:
+        _looked = weakref.ref(index), weakref.ref(slot), index._version, slot._version
+    except RuntimeError:  # of inference mode: such a tensor counts no versions
+        _looked = None
 
 
 def are_trusted(index: Tensor, slot: Tensor) -> bool:
@@ -37,7 +32,8 @@ def are_trusted(index: Tensor, slot: Tensor) -> bool:
         looked is not None
         and looked[0]() is index
         and looked[1]() is slot
-        and looked[2] == (index._version, slot._version)
+        and looked[2] == index._version
+        and looked[3] == slot._version
     )
 
 

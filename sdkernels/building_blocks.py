@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .backends.ops import kernels
+from .backends.ops import is_compiling, kernels
 from .backends.traceable import acc_type
 from .rows import KeptRows
+from .tracing import is_recorded, refuse_training
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 
@@ -222,6 +224,14 @@ def check_tensor(value: object, name: str) -> None:
 
 def _check_batched(x: Any, name: str = "x") -> None:
     check_tensor(x, name)
+    if x.layout is not torch.strided or x.is_nested:
+        layout = str(x.layout).removeprefix("torch.")
+        got, instead = (
+            (f"a nested tensor ({layout})", "pad it with torch.nested.to_padded_tensor")
+            if x.is_nested
+            else (f"a {layout} tensor", "make it dense with to_dense()")
+        )
+        raise TypeError(f"{name}: expected a dense tensor, got {got}; {instead}")
     if x.dim() == 0:
         raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
 
@@ -233,6 +243,21 @@ def check_input(x: Any, name: str = "x") -> None:
             f"{name}: expected float16, bfloat16, float32 or float64, "
             f"got {str(x.dtype).removeprefix('torch.')}"
         )
+
+
+def check_local(norm: nn.Module | None = None, **tensors: object) -> None:
+    """Refuse what is spread over several processes."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or is_compiling():
+        return
+    if norm is not None:
+        tensors.update({f"norm.{name}": value for name, value in norm.named_parameters()})
+    for name, value in tensors.items():
+        if isinstance(value, distributed.DTensor):
+            raise TypeError(
+                f"{name}: expected a tensor of this process, got a DTensor; give the op local "
+                "tensors (to_local()), and with fully_shard make the module that calls it one unit"
+            )
 
 
 def _check_norm_arguments(
@@ -251,6 +276,8 @@ def _check_norm_arguments(
 
 
 def check_rows(rows: Any, x: Tensor) -> None:
+    if not is_compiling() and is_recorded(x):
+        refuse_training()
     if not isinstance(rows, KeptRows):
         raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
     if rows.batch != x.shape[0]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,41 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .arguments import (
+    EVERYTHING,
+    Apart,
+    Everything,
+    Kept,
+    KeptAndOnes,
+    take_args,
+    take_args_of_list,
+    unmarked,
+)
 from .backends.ops import is_compiling, kernels
 from .backends.traceable import check_layer_scale
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
     check_activation,
     check_input,
+    check_local,
     check_rows,
     check_tensor,
     compact_norm,
     scatter_add,
 )
+from .empty import EMPTY, has_no_rows, run_without_rows
 from .rows import KeptRows, draw
 from .sampling import check_choice, check_generator, check_law
 from .schedules import check_probability
+from .tracing import is_recorded, refuse_training
 
-__all__ = ["Shared", "fused_stochastic_depth"]
+__all__ = ["fused_stochastic_depth"]
 
-EMPTY = ("run", "skip")
 # Forwards of subclasses of the two norms that compute what PyTorch's own do, each with what must
 # hold of the module for that. sdkernels.models adds those of other libraries.
 PLAIN_NORM_FORWARDS: dict[Callable[..., Any], Callable[[Any], bool]] = {}
-
-
-class Shared:
-    """Marks an entry of ``args`` that belongs to the whole batch and must not be compacted.
-
-    ``args`` tensors are compacted when their dimension 0 equals the batch size. A tensor for which
-    that is chance (a table whose length happens to be B) goes in as ``Shared(table)``; the branch
-    gets the tensor.
-    """
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
 
 
 def check_norm(norm: object) -> None:
@@ -125,35 +122,6 @@ def _kept_output(
     return kept
 
 
-def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
-    """An entry of args as the branch gets it; `rows` is None where every row runs the branch.
-
-    Tensors of the batch are compacted, in tuples, lists and dicts too.
-    """
-    if isinstance(arg, Shared):
-        return arg.value
-    if isinstance(arg, Tensor):
-        if rows is None or arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
-            return arg
-        if arg.device != rows.index.device:
-            raise ValueError(
-                f"args: expected tensors of the batch on {rows.index.device}, got one on "
-                f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
-            )
-        return kernels().compact(arg, rows.index, rows.slot, False, False, False)[0]
-    if isinstance(arg, (list, tuple)):
-        entries = [_branch_arg(entry, rows) for entry in arg]
-        # A named tuple takes its fields one by one.
-        return type(arg)(*entries) if hasattr(arg, "_fields") else type(arg)(entries)
-    if isinstance(arg, dict):
-        # The constructor of a subclass may take something else.
-        items = {} if type(arg) is dict else copy.copy(arg)
-        for key, entry in arg.items():
-            items[key] = _branch_arg(entry, rows)
-        return items
-    return arg
-
-
 def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None:
     """What the kernels check of a branch's output, where every row runs the branch."""
     _check_branch_output(out)
@@ -192,6 +160,15 @@ def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
 def _check_branch_output(out: object) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+
+
+def _check_inplace(base: Tensor, name: str) -> None:
+    kernels().check_inplace(base)
+    if base.is_neg():
+        raise ValueError(
+            f"{name}: expected a tensor that can be written to in place, got one with the negative "
+            "bit set (the imaginary part of a conjugate); call resolve_neg() on it"
+        )
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -318,9 +295,12 @@ def fused_stochastic_depth(
     check_norm(norm)
     relu = check_activation(activation)
     if not isinstance(args, (list, tuple)):
+        if is_recorded(args):
+            raise RuntimeError(
+                "args: torch.fx cannot trace a StochasticDepth by itself, because it takes any "
+                "number of them; trace a module that calls it, such as nn.Sequential"
+            )
         raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
-    if layer_scale is not None:
-        check_tensor(layer_scale, "layer_scale")
     if generator is not None:
         check_generator(generator)
     if min_saving != 0.0:
@@ -328,6 +308,12 @@ def fused_stochastic_depth(
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
+    if not is_compiling() and is_recorded(x):
+        if not dense:
+            refuse_training()
+        return _recorded(x, branch, args, norm, layer_scale, residual, factor, inplace, relu)
+    if layer_scale is not None:
+        check_tensor(layer_scale, "layer_scale")
 
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
@@ -355,11 +341,16 @@ def fused_stochastic_depth(
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
-        kernels().check_inplace(base)
+        _check_inplace(base, "x" if residual is None else "residual")
+    how: Everything
     if dense:
-        out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
+        how = _everything([base], inplace)
+        source = how.tensor(x, "x")
+        given = take_args(args, x.shape[0], how) if args else ()
+        out = branch(source if norm is None else norm(source), *given)
         _check_dense(base, out, layer_scale)
         return _add_dense(base, out, layer_scale, factor, inplace, relu)
+    check_local(norm, x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
@@ -368,13 +359,54 @@ def fused_stochastic_depth(
         return _unchanged(base, inplace, relu)
     whole = _runs_whole(rows, min_saving, inplace)
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
-    chosen = None if whole else rows
-    out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
+    no_rows = has_no_rows(rows, empty)
+    given = take_args(args, x.shape[0], _how(rows, whole, no_rows, empty)) if args else ()
+    out = run_without_rows(branch, kept, given, empty) if no_rows else branch(kept, *given)
     out = _kept_output(out, rows, base, layer_scale, whole)
     return scatter_add(stream, out, rows, layer_scale, inplace, relu)
 
 
-def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
+def _how(rows: KeptRows, whole: bool, no_rows: bool, empty: str) -> Everything:
+    """How the branch gets the entries of args that belong to the samples."""
+    if whole:
+        return EVERYTHING
+    return KeptAndOnes(rows) if no_rows and empty == "ones" else Kept(rows)
+
+
+def _everything(bases: list[Tensor], inplace: bool) -> Everything:
+    """As `_how`, where every row runs the branch.
+
+    In place, the branch may save for its backward what is written to afterwards.
+    """
+    return Apart(bases) if inplace and torch.is_grad_enabled() else EVERYTHING
+
+
+def _recorded(
+    x: Any,
+    branch: Callable[..., Any],
+    args: Sequence[Any],
+    norm: nn.Module | None,
+    layer_scale: Tensor | None,
+    residual: Any,
+    factor: float,
+    inplace: bool,
+    relu: bool,
+) -> Any:
+    """What a tracer records where every row runs the branch: nothing is asked of a tensor."""
+    several = isinstance(x, (list, tuple))
+    xs = list(x) if several else [x]
+    bases = xs if residual is None else list(residual) if several else [residual]
+    sources = [each.clone() for each in xs] if inplace else xs
+    inputs = sources if norm is None else [norm(source) for source in sources]
+    outs = branch(inputs if several else inputs[0], *map(unmarked, args))
+    sums = [
+        _add_dense(base, out, layer_scale, factor, inplace, relu)
+        for base, out in zip(bases, outs if several else [outs], strict=True)
+    ]
+    return sums if several else sums[0]
+
+
+def per_tensor(value: Any, count: int, name: str) -> list[Any]:
     """`value` as a list with one entry for each tensor of a list x."""
     if value is None:
         return [None] * count
@@ -402,7 +434,7 @@ def _fused_list(
     """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
         raise ValueError("x: expected at least one tensor, got an empty list")
-    residuals = _per_tensor(residual, len(xs), "residual")
+    residuals = per_tensor(residual, len(xs), "residual")
     for x, base in zip(xs, residuals, strict=True):
         check_input(x)
         if base is not None:
@@ -410,14 +442,16 @@ def _fused_list(
 
     bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
     if inplace:
-        for base in bases:
-            kernels().check_inplace(base)
+        for x, base in zip(xs, bases, strict=True):
+            _check_inplace(base, "x" if base is x else "residual")
+    batches = [x.shape[0] for x in xs]
 
     if law is None:
-        inputs = xs if norm is None else [norm(x) for x in xs]
-        outs = _per_tensor(
-            branch(inputs, *[_branch_arg(arg, None) for arg in args]), len(xs), "branch output"
-        )
+        everything = _everything(bases, inplace)
+        sources = [everything.tensor(x, "x") for x in xs]
+        inputs = sources if norm is None else [norm(source) for source in sources]
+        given = take_args_of_list(args, batches, [everything] * len(xs))
+        outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
         for base, out in zip(bases, outs, strict=True):
             _check_dense(base, out, layer_scale)
         return [
@@ -425,32 +459,34 @@ def _fused_list(
             for base, out in zip(bases, outs, strict=True)
         ]
 
+    for x, base in zip(xs, residuals, strict=True):
+        check_local(norm, x=x, residual=base, layer_scale=layer_scale)
     p, mode, sampler, rescale, generator = law
     plan: list[KeptRows] = []
-    for x, given in zip(xs, _per_tensor(rows, len(xs), "rows"), strict=True):
-        if given is None:
-            given = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+    for x, each in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):
+        if each is None:
+            each = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
         else:
-            check_rows(given, x)
-        plan.append(given)
+            check_rows(each, x)
+        plan.append(each)
     if empty == "skip" and not any(each.k for each in plan):
         return [_unchanged(base, inplace, relu) for base in bases]
 
     whole = [_runs_whole(each, min_saving, inplace) for each in plan]
-    chosen = [None if all_rows else each for each, all_rows in zip(plan, whole, strict=True)]
+    no_rows = [has_no_rows(each, empty) for each in plan]
+    hows = [_how(*each, empty) for each in zip(plan, whole, no_rows, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
         kept, stream = _open_branch(x, each, norm, base, inplace, relu, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
-    kept_args = [
-        [_branch_arg(entry, each) for entry, each in zip(arg, chosen, strict=True)]
-        if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
-        else _branch_arg(arg, None)
-        for arg in args
-    ]
-    outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
+    given = take_args_of_list(args, batches, hows)
+    if any(no_rows):
+        results = run_without_rows(branch, kept_inputs, given, empty, no_rows)
+    else:
+        results = branch(kept_inputs, *given)
+    outs = per_tensor(results, len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)
         for out, each, base, all_rows in zip(outs, plan, bases, whole, strict=True)

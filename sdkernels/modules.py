@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from .break_even import check_min_saving
 from .building_blocks import check_activation
-from .functional import EMPTY, check_norm, fused_stochastic_depth
+from .empty import EMPTY
+from .functional import check_norm, fused_stochastic_depth
 from .rows import KeptRows
 from .sampling import check_choice, check_law
 from .schedules import check_probability
+from .tracing import refuse_script
 
 __all__ = ["StochasticDepth"]
 
@@ -110,6 +112,9 @@ class StochasticDepth(nn.Module):
             min_saving=self.min_saving,
             activation=self.activation,
         )
+
+    def __prepare_scriptable__(self) -> Any:
+        refuse_script("StochasticDepth", "script the branch")
 
     def extra_repr(self) -> str:
         text = (

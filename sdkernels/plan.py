@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .backends.ops import C, is_compiling
-from .rows import KeptRows
+from .rows import KeptRows, normal_tensors
 from .sampling import check_batch, check_generator, check_law, law
 from .schedules import check_probability
+from .tracing import refuse_fixed_rows
 
 __all__ = ["BranchLaw", "DepthPlan"]
 
@@ -75,6 +76,7 @@ class DepthPlan:
     needs.
     """
 
+    @normal_tensors
     def __init__(
         self,
         batch: int | Sequence[int],
@@ -257,6 +259,7 @@ class DepthPlan:
         return views
 
     def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+        refuse_fixed_rows()
         draws = [law for laws in self._laws for law, _ in laws]
         step = None if self._step is None else C.StepKey(*self._step)
         pin_memory = device.type == "cuda"

@@ -140,7 +140,7 @@ OPTIONS = {
     "args-device": (
         {"args": (ones(4, device="meta"),)},
         ValueError,
-        "args: expected tensors of the batch on cpu, got one on meta .*Shared",
+        r"args\[0\]: expected a tensor of the batch on cpu, got one on meta .*Shared",
     ),
     "args-tensor": ({"args": ones(4, 3)}, TypeError, "args: expected .*got Tensor"),
 }

@@ -164,6 +164,9 @@ def scatter_add_rows(
     check_tensor(out, "out")
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
+    check_local(out=out, layer_scale=layer_scale)
+    if inplace:
+        check_inplace(x)
     return scatter_add(x, out, rows, layer_scale, inplace, relu)
 
 
@@ -220,20 +223,27 @@ def check_activation(activation: object) -> bool:
 def check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        got, instead = f"a {layout} tensor", "make it dense with to_dense()"
+        if value.is_nested:
+            got, instead = f"a nested tensor ({layout})", "pad it with nested.to_padded_tensor()"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}; {instead}")
 
 
 def _check_batched(x: Any, name: str = "x") -> None:
     check_tensor(x, name)
-    if x.layout is not torch.strided or x.is_nested:
-        layout = str(x.layout).removeprefix("torch.")
-        got, instead = (
-            (f"a nested tensor ({layout})", "pad it with torch.nested.to_padded_tensor")
-            if x.is_nested
-            else (f"a {layout} tensor", "make it dense with to_dense()")
-        )
-        raise TypeError(f"{name}: expected a dense tensor, got {got}; {instead}")
     if x.dim() == 0:
         raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
+
+
+def check_inplace(x: Tensor, name: str = "x") -> None:
+    kernels().check_inplace(x)
+    if x.is_neg():
+        raise ValueError(
+            f"{name}: expected a tensor that can be written to in place, got one with the negative "
+            "bit set (the imaginary part of a conjugate); call resolve_neg() on it"
+        )
 
 
 def check_input(x: Any, name: str = "x") -> None:
@@ -280,6 +290,7 @@ def check_rows(rows: Any, x: Tensor) -> None:
         refuse_training()
     if not isinstance(rows, KeptRows):
         raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
+    check_local(x=x)
     if rows.batch != x.shape[0]:
         raise ValueError(
             f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "

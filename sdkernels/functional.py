@@ -24,6 +24,7 @@ from .backends.traceable import check_layer_scale
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
     check_activation,
+    check_inplace,
     check_input,
     check_local,
     check_rows,
@@ -112,6 +113,8 @@ def _kept_output(
     out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
 ) -> Tensor:
     """The kept rows of the branch's output."""
+    if type(out) is not Tensor:
+        check_local(out=out)
     if not whole:
         _check_branch_output(out)
         return out  # type: ignore[no-any-return]
@@ -160,15 +163,7 @@ def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
 def _check_branch_output(out: object) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
-
-
-def _check_inplace(base: Tensor, name: str) -> None:
-    kernels().check_inplace(base)
-    if base.is_neg():
-        raise ValueError(
-            f"{name}: expected a tensor that can be written to in place, got one with the negative "
-            "bit set (the imaginary part of a conjugate); call resolve_neg() on it"
-        )
+    check_tensor(out, "out")
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -341,7 +336,7 @@ def fused_stochastic_depth(
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
-        _check_inplace(base, "x" if residual is None else "residual")
+        check_inplace(base, "x" if residual is None else "residual")
     how: Everything
     if dense:
         how = _everything([base], inplace)
@@ -443,7 +438,7 @@ def _fused_list(
     bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
     if inplace:
         for x, base in zip(xs, bases, strict=True):
-            _check_inplace(base, "x" if base is x else "residual")
+            check_inplace(base, "x" if base is x else "residual")
     batches = [x.shape[0] for x in xs]
 
     if law is None:

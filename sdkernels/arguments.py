@@ -85,11 +85,13 @@ class PerSample:
 
 # How the entries that belong to the samples are taken
 
+Where = tuple[int, ...]  # the entry of args, and of a list in it
+
 
 class Everything:
     """As they are: every row runs the branch."""
 
-    def tensor(self, value: Tensor, where: str) -> Tensor:
+    def tensor(self, value: Tensor, where: Where) -> Tensor:
         return value
 
     def built_in(self, value: Any, select: Callable[[Any, Tensor, Memo], Any]) -> Any:
@@ -105,7 +107,7 @@ class Apart(Everything):
     def __init__(self, written: list[Tensor]) -> None:
         self.written = written
 
-    def tensor(self, value: Tensor, where: str) -> Tensor:
+    def tensor(self, value: Tensor, where: Where) -> Tensor:
         is_alias_of: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
         shared = any(each is value or is_alias_of(each, value) for each in self.written)
         return value.clone() if shared else value
@@ -118,12 +120,12 @@ class Kept(Everything):
         self.rows = rows
         self.memo: Memo = {}
 
-    def tensor(self, value: Tensor, where: str) -> Tensor:
+    def tensor(self, value: Tensor, where: Where) -> Tensor:
         rows = self.rows
         if value.device != rows.index.device:
             raise ValueError(
-                f"{where}: expected a tensor of the batch on {rows.index.device}, got one on "
-                f"{value.device} (wrap it in sdkernels.Shared if it belongs to the whole batch)"
+                f"{_name(where)}: expected a tensor of the batch on {rows.index.device}, got one "
+                f"on {value.device} (wrap it in sdkernels.Shared if it belongs to the whole batch)"
             )
         kept: Tensor = kernels().compact(value, rows.index, rows.slot, False, False, False)[0]
         return kept
@@ -145,7 +147,7 @@ class KeptAndOnes(Kept):
     stand-in are ones. Integers, which the branch may look something up with, are those of row 0.
     """
 
-    def tensor(self, value: Tensor, where: str) -> Tensor:
+    def tensor(self, value: Tensor, where: Where) -> Tensor:
         kept = super().tensor(value, where)
         row = (1, *value.shape[1:])
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
@@ -166,7 +168,7 @@ EVERYTHING = Everything()
 
 def take_args(args: Sequence[Any], batch: int, how: Everything) -> list[Any]:
     """The entries of args as the branch gets them."""
-    return [_take(arg, batch, how, f"args[{i}]") for i, arg in enumerate(args)]
+    return [_take(arg, batch, how, (i,)) for i, arg in enumerate(args)]
 
 
 def take_args_of_list(
@@ -177,7 +179,7 @@ def take_args_of_list(
     for i, arg in enumerate(args):
         if type(arg) is list and len(arg) == len(batches):
             items = enumerate(zip(arg, batches, hows, strict=True))
-            arg = [_take(item, batch, how, f"args[{i}][{j}]") for j, (item, batch, how) in items]
+            arg = [_take(item, batch, how, (i, j)) for j, (item, batch, how) in items]
         elif isinstance(arg, Shared):
             arg = arg.value
         elif isinstance(arg, PerSample) or holds_tensors(arg):
@@ -198,7 +200,10 @@ def unmarked(arg: Any) -> Any:
     return _rebuilt(arg, unmarked) if _is_container(arg) else arg
 
 
-def _take(arg: Any, batch: int, how: Everything, where: str, marked: bool = False) -> Any:
+def _take(arg: Any, batch: int, how: Everything, where: Where, marked: bool = False) -> Any:
+    kind = type(arg)
+    if (kind is Tensor or kind is nn.Parameter or _stands_for_tensor(kind)) and _is_dense(arg):
+        return how.tensor(arg, where) if _is_of_batch(arg, batch, where, marked) else arg
     if isinstance(arg, Shared):
         return arg.value
     if isinstance(arg, PerSample):
@@ -209,8 +214,6 @@ def _take(arg: Any, batch: int, how: Everything, where: str, marked: bool = Fals
         return arg
     if _is_container(arg):
         return _rebuilt(arg, lambda entry: _take(entry, batch, how, where, marked))
-    if isinstance(arg, Tensor) and _is_plain(arg):
-        return how.tensor(arg, where) if _is_of_batch(arg, batch, where, marked) else arg
     known = built_in_selection(arg)
     if known is not None:
         rows, broadcasts, select = known
@@ -221,48 +224,52 @@ def _take(arg: Any, batch: int, how: Everything, where: str, marked: bool = Fals
         return how.built_in(arg, select)
     if holds_tensors(arg):
         raise TypeError(
-            f"{where}: expected tensors, alone or in tuples, lists, dicts and named tuples, got "
-            f"{_described(arg)}, of which it is not known what belongs to a sample; wrap it in "
+            f"{_name(where)}: expected tensors, alone or in tuples, lists, dicts and named tuples, "
+            f"got {_described(arg)}, of which it is not known what belongs to a sample; wrap it in "
             "sdkernels.Shared if it belongs to the whole batch, and in "
             "sdkernels.PerSample(value, select) if not"
         )
     return arg
 
 
-def _is_of_batch(tensor: Tensor, batch: int, where: str, marked: bool) -> bool:
+def _is_of_batch(tensor: Tensor, batch: int, where: Where, marked: bool) -> bool:
     """Whether a tensor belongs to the samples; where that would depend on B, it is refused."""
     if tensor.dim() == 0 and not marked:
         return False
     rows = tensor.shape[0] if tensor.dim() else None
-    of_all = isinstance(tensor, nn.Parameter) and not marked
-    if rows == 1 and not marked and (batch != 1 or of_all):  # it broadcasts
+    of_all = type(tensor) is nn.Parameter and not marked
+    if rows == batch and not of_all:
+        return True
+    if rows == 1 and not marked:  # it broadcasts
         return False
     if rows != batch:
         raise _wrong_rows(where, batch, f"shape {tuple(tensor.shape)}")
-    if of_all:
-        raise ValueError(
-            f"{where}: expected a tensor of the samples, got a parameter of shape "
-            f"{tuple(tensor.shape)}; wrap it in sdkernels.Shared if it belongs to the whole batch, "
-            "and in sdkernels.PerSample if it does not"
-        )
-    return True
-
-
-def _wrong_rows(where: str, batch: int, got: str) -> ValueError:
-    return ValueError(
-        f"{where}: expected {batch} rows as x has (or one, which broadcasts), got {got}; wrap it "
-        "in sdkernels.Shared if it belongs to the whole batch"
+    raise ValueError(
+        f"{_name(where)}: expected a tensor of the samples, got a parameter of shape "
+        f"{tuple(tensor.shape)}; wrap it in sdkernels.Shared if it belongs to the whole batch, "
+        "and in sdkernels.PerSample if it does not"
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether dimension 0 of the tensor is its rows, and the kernels can take them."""
-    kind: Any = type(tensor)
-    known = kind is Tensor or kind is nn.Parameter
-    if not known:  # what stands for a tensor while a graph is made
-        module = kind.__module__
-        known = module.startswith("torch._subclasses.") or module.startswith("torch._functorch.")
-    return known and tensor.layout == torch.strided and not tensor.is_nested
+def _wrong_rows(where: Where, batch: int, got: str) -> ValueError:
+    return ValueError(
+        f"{_name(where)}: expected {batch} rows as x has (or one, which broadcasts), got {got}; "
+        "wrap it in sdkernels.Shared if it belongs to the whole batch"
+    )
+
+
+def _name(where: Where) -> str:
+    return "args" + "".join(f"[{i}]" for i in where)
+
+
+def _stands_for_tensor(kind: Any) -> bool:
+    """Whether it is the class of what stands for a plain tensor while a graph is made."""
+    module: str = kind.__module__
+    return module.startswith(("torch._subclasses.", "torch._functorch."))
+
+
+def _is_dense(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _is_container(arg: Any) -> bool:

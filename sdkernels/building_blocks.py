@@ -16,6 +16,8 @@ from .tracing import is_recorded, refuse_training
 
 __all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
 
+DTENSORS = "torch.distributed.tensor"  # nobody has one before this is imported
+STRIDED = torch.strided
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -42,7 +44,7 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
                 [3.]])
     """
     _check_batched(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False, False)[0]
     return kept
 
@@ -160,7 +162,7 @@ def scatter_add_rows(
     """
     relu = check_activation(activation)
     check_input(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     check_tensor(out, "out")
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
@@ -223,7 +225,7 @@ def check_activation(activation: object) -> bool:
 def check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout is not torch.strided:
+    if value.layout is not STRIDED or value.is_nested:
         layout = str(value.layout).removeprefix("torch.")
         got, instead = f"a {layout} tensor", "make it dense with to_dense()"
         if value.is_nested:
@@ -247,6 +249,14 @@ def check_inplace(x: Tensor, name: str = "x") -> None:
 
 
 def check_input(x: Any, name: str = "x") -> None:
+    if (
+        type(x) is Tensor
+        and x.dtype in DTYPES
+        and x.layout is STRIDED
+        and not x.is_nested
+        and x.dim() > 0
+    ):
+        return  # as nearly always, in one step: this is on the path of every call
     _check_batched(x, name)
     if x.dtype not in DTYPES:
         raise TypeError(
@@ -257,7 +267,7 @@ def check_input(x: Any, name: str = "x") -> None:
 
 def check_local(norm: nn.Module | None = None, **tensors: object) -> None:
     """Refuse what is spread over several processes."""
-    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    distributed: Any = sys.modules.get(DTENSORS)
     if distributed is None or is_compiling():
         return
     if norm is not None:
@@ -274,7 +284,7 @@ def _check_norm_arguments(
     x: Tensor, rows: KeptRows, normalized_shape: object, **parameters: object
 ) -> None:
     check_input(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     if not isinstance(normalized_shape, (int, list, tuple)):
         raise TypeError(
             "normalized_shape: expected an int or a sequence of ints, "
@@ -285,12 +295,17 @@ def _check_norm_arguments(
             check_tensor(parameter, name)
 
 
-def check_rows(rows: Any, x: Tensor) -> None:
+def _check_call(rows: Any, x: Tensor) -> None:
+    """What the op looks at before it calls a building block."""
     if not is_compiling() and is_recorded(x):
         refuse_training()
+    check_rows(rows, x)
+    check_local(x=x)
+
+
+def check_rows(rows: Any, x: Tensor) -> None:
     if not isinstance(rows, KeptRows):
         raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
-    check_local(x=x)
     if rows.batch != x.shape[0]:
         raise ValueError(
             f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "

@@ -17,48 +17,35 @@ from torch.nn.modules.batchnorm import _NormBase
 from .backends.ops import is_compiling
 from .rows import KeptRows
 
-__all__ = ["EMPTY", "has_no_rows", "run_without_rows"]
+__all__ = ["EMPTY", "has_no_rows", "note_no_rows", "run_list_on_ones", "run_on_ones"]
 
 EMPTY = ("run", "ones", "skip")
 
 
-def has_no_rows(rows: KeptRows, empty: str) -> bool:
+def has_no_rows(rows: KeptRows) -> bool:
     """Whether none is kept; False in a graph that draws rows inside and so does not know."""
     if not is_compiling():
         return rows.k == 0
-    if empty != "ones":  # for "run" the graph is the same, and should not ask
-        return False
     # Here, because it imports SymPy.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(rows.k == 0)
 
 
-def run_without_rows(
-    branch: Callable[..., Any], kept: Any, args: Sequence[Any], empty: str, which: Any = None
-) -> Any:
-    """The branch where no row is kept, or none of `which` tensors of a list."""
-    if is_compiling():
-        return _run(branch, kept, args, empty, which)
-    try:
-        return _run(branch, kept, args, empty, which)
-    except Exception as error:
-        _add_note(error, _NOTES[empty])
-        raise
+def run_on_ones(branch: Callable[..., Any], kept: Tensor, args: Sequence[Any]) -> Any:
+    """The branch on one row of ones where none is kept, without what it says of that row."""
+    with _said(), _without_statistics(branch):
+        return _without_row(branch(_with_row_of_ones(kept), *args))
 
 
-def _run(
-    branch: Callable[..., Any], kept: Any, args: Sequence[Any], empty: str, which: list[bool] | None
+def run_list_on_ones(
+    branch: Callable[..., Any], kept: list[Tensor], args: Sequence[Any], which: list[bool]
 ) -> Any:
-    if empty != "ones":
-        return branch(kept, *args)
-    if which is None:
-        with _without_statistics(branch):
-            return _without_row(branch(_with_row_of_ones(kept), *args))
+    """The same for the tensors of a list of which none is kept, which may be some of them."""
     padded = [
         _with_row_of_ones(each) if none else each for each, none in zip(kept, which, strict=True)
     ]
-    with _without_statistics(branch) if all(which) else nullcontext():
+    with _said(), _without_statistics(branch) if all(which) else nullcontext():
         outs = branch(padded, *args)
     if not isinstance(outs, (list, tuple)) or len(outs) != len(padded):
         return outs  # refused by the caller
@@ -76,12 +63,30 @@ def _without_row(out: Any) -> Any:
     return out[:0] if is_one else out
 
 
-_NOTES = {
-    "run": "sdkernels: fused_stochastic_depth ran this branch on 0 kept rows; where it cannot do "
-    'that, empty="ones" runs it on one row of ones and leaves the result out',
-    "ones": "sdkernels: fused_stochastic_depth ran this branch on one row of ones, in place of 0 "
-    'kept rows (empty="ones")',
-}
+# What is said where the branch raises
+
+
+def note_no_rows(error: Exception, rows: Sequence[KeptRows]) -> None:
+    """If it ran on no row, that may be why."""
+    if any(each.k == 0 for each in rows):
+        _add_note(
+            error,
+            "sdkernels: fused_stochastic_depth ran this branch on 0 kept rows; where it cannot do "
+            'that, empty="ones" runs it on one row of ones and leaves the result out',
+        )
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _add_note(
+            error,
+            "sdkernels: fused_stochastic_depth ran this branch on one row of ones, in place of 0 "
+            'kept rows (empty="ones")',
+        )
+        raise
 
 
 def _add_note(error: Exception, note: str) -> None:

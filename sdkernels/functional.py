@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from .backends.ops import is_compiling, kernels
 from .backends.traceable import check_layer_scale
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
+    DTENSORS,
+    STRIDED,
     check_activation,
     check_inplace,
     check_input,
@@ -32,11 +35,11 @@ from .building_blocks import (
     compact_norm,
     scatter_add,
 )
-from .empty import EMPTY, has_no_rows, run_without_rows
+from .empty import EMPTY, has_no_rows, note_no_rows, run_list_on_ones, run_on_ones
 from .rows import KeptRows, draw
 from .sampling import check_choice, check_generator, check_law
 from .schedules import check_probability
-from .tracing import is_recorded, refuse_training
+from .tracing import is_recorded, jit_tracing_state, refuse_training
 
 __all__ = ["fused_stochastic_depth"]
 
@@ -163,7 +166,8 @@ def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
 def _check_branch_output(out: object) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
-    check_tensor(out, "out")
+    if out.layout is not STRIDED or out.is_nested:
+        check_tensor(out, "out")
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -303,7 +307,11 @@ def fused_stochastic_depth(
     factor = 1.0 - p if rescale == "eval" and not training else 1.0
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
-    if not is_compiling() and is_recorded(x):
+    if (
+        (type(x) is not Tensor or jit_tracing_state() is not None)
+        and not is_compiling()
+        and is_recorded(x)
+    ):
         if not dense:
             refuse_training()
         return _recorded(x, branch, args, norm, layer_scale, residual, factor, inplace, relu)
@@ -340,12 +348,13 @@ def fused_stochastic_depth(
     how: Everything
     if dense:
         how = _everything([base], inplace)
-        source = how.tensor(x, "x")
+        source = how.tensor(x, ())
         given = take_args(args, x.shape[0], how) if args else ()
         out = branch(source if norm is None else norm(source), *given)
         _check_dense(base, out, layer_scale)
         return _add_dense(base, out, layer_scale, factor, inplace, relu)
-    check_local(norm, x=x, residual=residual, layer_scale=layer_scale)
+    if DTENSORS in sys.modules:
+        check_local(norm, x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
@@ -354,18 +363,27 @@ def fused_stochastic_depth(
         return _unchanged(base, inplace, relu)
     whole = _runs_whole(rows, min_saving, inplace)
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
-    no_rows = has_no_rows(rows, empty)
-    given = take_args(args, x.shape[0], _how(rows, whole, no_rows, empty)) if args else ()
-    out = run_without_rows(branch, kept, given, empty) if no_rows else branch(kept, *given)
+    on_ones = empty == "ones" and has_no_rows(rows)
+    given = take_args(args, x.shape[0], _how(rows, whole, on_ones)) if args else ()
+    if on_ones:
+        out = run_on_ones(branch, kept, given)
+    elif is_compiling():
+        out = branch(kept, *given)
+    else:
+        try:
+            out = branch(kept, *given)
+        except Exception as error:
+            note_no_rows(error, [rows])
+            raise
     out = _kept_output(out, rows, base, layer_scale, whole)
     return scatter_add(stream, out, rows, layer_scale, inplace, relu)
 
 
-def _how(rows: KeptRows, whole: bool, no_rows: bool, empty: str) -> Everything:
+def _how(rows: KeptRows, whole: bool, on_ones: bool) -> Everything:
     """How the branch gets the entries of args that belong to the samples."""
     if whole:
         return EVERYTHING
-    return KeptAndOnes(rows) if no_rows and empty == "ones" else Kept(rows)
+    return KeptAndOnes(rows) if on_ones else Kept(rows)
 
 
 def _everything(bases: list[Tensor], inplace: bool) -> Everything:
@@ -443,7 +461,7 @@ def _fused_list(
 
     if law is None:
         everything = _everything(bases, inplace)
-        sources = [everything.tensor(x, "x") for x in xs]
+        sources = [everything.tensor(x, ()) for x in xs]
         inputs = sources if norm is None else [norm(source) for source in sources]
         given = take_args_of_list(args, batches, [everything] * len(xs))
         outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
@@ -468,8 +486,8 @@ def _fused_list(
         return [_unchanged(base, inplace, relu) for base in bases]
 
     whole = [_runs_whole(each, min_saving, inplace) for each in plan]
-    no_rows = [has_no_rows(each, empty) for each in plan]
-    hows = [_how(*each, empty) for each in zip(plan, whole, no_rows, strict=True)]
+    on_ones = [empty == "ones" and has_no_rows(each) for each in plan]
+    hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
@@ -477,10 +495,16 @@ def _fused_list(
         kept_inputs.append(kept)
         streams.append(stream)
     given = take_args_of_list(args, batches, hows)
-    if any(no_rows):
-        results = run_without_rows(branch, kept_inputs, given, empty, no_rows)
-    else:
+    if any(on_ones):
+        results = run_list_on_ones(branch, kept_inputs, given, on_ones)
+    elif is_compiling():
         results = branch(kept_inputs, *given)
+    else:
+        try:
+            results = branch(kept_inputs, *given)
+        except Exception as error:
+            note_no_rows(error, plan)
+            raise
     outs = per_tensor(results, len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends.ops import C, is_compiling
-from .tracing import refuse_fixed_rows
+from .tracing import PROXY, dispatch_mode, jit_tracing_state, refuse_fixed_rows
 
 P = ParamSpec("P")
 
@@ -104,7 +104,8 @@ def sample_rows(
     """Index, slot and scale, for arguments that were looked at before."""
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
-    refuse_fixed_rows()
+    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
+        refuse_fixed_rows()
     draw, scale = law(batch, p, mode, sampler, rescale)
     index, slot = C.sample_rows(batch, draw, generator, device)
     return index, slot, scale

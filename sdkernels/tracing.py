@@ -7,10 +7,20 @@ from typing import NoReturn
 import torch
 from torch.fx import Proxy
 
-__all__ = ["is_recorded", "refuse_fixed_rows", "refuse_script", "refuse_training"]
+__all__ = [
+    "PROXY",
+    "dispatch_mode",
+    "is_recorded",
+    "jit_tracing_state",
+    "refuse_fixed_rows",
+    "refuse_script",
+    "refuse_training",
+]
 
-_get_dispatch_mode = torch._C._get_dispatch_mode
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+# None where there is none; by themselves, because they are asked at every call.
+jit_tracing_state = torch._C._get_tracing_state
+dispatch_mode = torch._C._get_dispatch_mode
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_recorded(*values: object) -> bool:
@@ -18,7 +28,7 @@ def is_recorded(*values: object) -> bool:
 
     torch.compile and torch.export are none of these: they draw rows in the graph.
     """
-    return torch._C._get_tracing_state() is not None or any(map(_is_proxy, values))
+    return jit_tracing_state() is not None or any(map(_is_proxy, values))
 
 
 def _is_proxy(value: object) -> bool:
@@ -28,7 +38,7 @@ def _is_proxy(value: object) -> bool:
 
 
 def refuse_training() -> NoReturn:
-    if torch._C._get_tracing_state() is not None:
+    if jit_tracing_state() is not None:
         raise RuntimeError(
             "training: torch.jit.trace would repeat the rows kept in this one call for ever; trace "
             "in evaluation (training=False), or use torch.compile or torch.export, which draw new "
@@ -42,7 +52,7 @@ def refuse_training() -> NoReturn:
 
 def refuse_fixed_rows() -> None:
     """Called where rows are drawn by eager code."""
-    if torch._C._get_tracing_state() is not None or _get_dispatch_mode(_PROXY) is not None:
+    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
         raise RuntimeError(
             "rows: torch.jit.trace and make_fx would repeat the rows drawn in this one call for "
             "ever; pass them in from outside of the graph, or use torch.compile or torch.export, "

@@ -222,10 +222,15 @@ def fused_stochastic_depth(
         mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
         training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain
             PyTorch operations.
-        args: further positional inputs of the branch. Tensors whose dimension 0 is B, alone or
-            inside tuples, lists and dicts, are compacted like `x`; wrap one in :class:`Shared` to
-            keep it whole. For a list `x`, an entry that is a list as long as `x` is compacted item
-            by item, and every other entry is passed on as it is.
+        args: further positional inputs of the branch. A tensor [B, ...], alone or inside tuples,
+            lists, dicts and named tuples, belongs to the samples and is compacted like `x`; one of
+            one row broadcasts and goes whole; any other is refused until it is wrapped in
+            :class:`Shared` (it belongs to the whole batch) or :class:`PerSample` (which says how to
+            take the kept samples'). So is an object that holds tensors, but for a
+            ``PackedSequence``, nested tensors and flex_attention's ``BlockMask``, of which the op
+            takes the kept samples. What holds no tensors goes as it is. Evaluation asks the same.
+            For a list `x`, an entry is a list as long as `x` (taken item by item), ``Shared``, or
+            without tensors.
         norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction.
             (One with hooks or a forward of its own is called on the kept rows instead.) Under
             autocast the fused norm writes the autocast dtype, which the branch's first matrix
@@ -244,8 +249,11 @@ def fused_stochastic_depth(
         generator: CPU generator to draw from. Default: PyTorch's, which activation checkpointing
             restores.
         empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its
-            parameters get zero gradients (as DDP and FSDP need); "skip" returns `residual` and
-            leaves them without.
+            parameters get zero gradients (as DDP and FSDP need). "ones", for branches that cannot
+            do that, runs it on one row of ones and leaves the result out: gradients are zero as
+            well, BatchNorm and buffers take no statistics from it, dropout draws numbers for it.
+            "skip" returns `residual` and leaves parameters without gradients. An exception of a
+            branch that ran on no row says so in a note.
         inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
             the values of `x` are untouched, but autograd counts it as written.
         min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
@@ -268,7 +276,8 @@ def fused_stochastic_depth(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument outside its range, or shapes, rows or devices that do not fit.
-        RuntimeError: in place where PyTorch forbids it.
+        RuntimeError: in place where PyTorch forbids it; in training under torch.jit.trace or
+            torch.fx, which would repeat the rows of one call for ever.
 
     Note:
         Rows are drawn on the host: no synchronisation, and the same seed gives the same rows on

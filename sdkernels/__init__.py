@@ -4,13 +4,14 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
+    from .arguments import PerSample, Shared
     from .building_blocks import (
         compact_layer_norm,
         compact_rms_norm,
         compact_rows,
         scatter_add_rows,
     )
-    from .functional import Shared, fused_stochastic_depth
+    from .functional import fused_stochastic_depth
     from .models import patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
@@ -29,6 +30,7 @@ except PackageNotFoundError:  # a source tree that was built in place and never 
 __all__ = [
     "DepthPlan",
     "KeptRows",
+    "PerSample",
     "Shared",
     "StochasticDepth",
     "compact_layer_norm",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends.checks import FLOATING, acc_type
-from .backends.ops import kernels
+from .backends.ops import is_compiling, kernels
 from .rows import KeptRows
+from .tracing import is_recorded, refuse_training
 
 Activation = Literal["relu"]
 
@@ -24,6 +26,8 @@ AUTOCAST_DEVICES = frozenset(
     for device in (*_DEVICES, torch._C._get_privateuse1_backend_name())
     if torch.amp.is_autocast_available(device)
 )
+DTENSORS = "torch.distributed.tensor"  # nobody has one before this is imported
+STRIDED = torch.strided
 
 
 def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
@@ -49,7 +53,7 @@ def compact_rows(x: Tensor, rows: KeptRows) -> Tensor:
                 [3.]])
     """
     _check_batched(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     kept: Tensor = kernels().compact(x, rows.index, rows.slot, False, False, False)[0]
     return kept
 
@@ -167,10 +171,13 @@ def scatter_add_rows(
     """
     relu = check_activation(activation)
     check_input(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     check_tensor(out, "out")
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
+    check_local(out=out, layer_scale=layer_scale)
+    if inplace:
+        check_inplace(x)
     return scatter_add(x, out, rows, layer_scale, inplace, relu)
 
 
@@ -223,6 +230,12 @@ def check_activation(activation: object) -> bool:
 def check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not STRIDED or value.is_nested:
+        layout = str(value.layout).removeprefix("torch.")
+        got, instead = f"a {layout} tensor", "make it dense with to_dense()"
+        if value.is_nested:
+            got, instead = f"a nested tensor ({layout})", "pad it with nested.to_padded_tensor()"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}; {instead}")
 
 
 def _check_batched(x: Any, name: str = "x") -> None:
@@ -231,7 +244,24 @@ def _check_batched(x: Any, name: str = "x") -> None:
         raise ValueError(f"{name}: expected a tensor with a batch dimension, got 0 dimensions")
 
 
+def check_inplace(x: Tensor, name: str = "x") -> None:
+    kernels().check_inplace(x)
+    if x.is_neg():
+        raise ValueError(
+            f"{name}: expected a tensor that can be written to in place, got one with the negative "
+            "bit set (the imaginary part of a conjugate); call resolve_neg() on it"
+        )
+
+
 def check_input(x: Any, name: str = "x") -> None:
+    if (
+        type(x) is Tensor
+        and x.dtype in FLOATING
+        and x.layout is STRIDED
+        and not x.is_nested
+        and x.dim() > 0
+    ):
+        return  # as nearly always, in one step: this is on the path of every call
     _check_batched(x, name)
     if x.dtype not in FLOATING:
         raise TypeError(
@@ -240,11 +270,26 @@ def check_input(x: Any, name: str = "x") -> None:
         )
 
 
+def check_local(norm: nn.Module | None = None, **tensors: object) -> None:
+    """Refuse what is spread over several processes."""
+    distributed: Any = sys.modules.get(DTENSORS)
+    if distributed is None or is_compiling():
+        return
+    if norm is not None:
+        tensors.update({f"norm.{name}": value for name, value in norm.named_parameters()})
+    for name, value in tensors.items():
+        if isinstance(value, distributed.DTensor):
+            raise TypeError(
+                f"{name}: expected a tensor of this process, got a DTensor; give the op local "
+                "tensors (to_local()), and with fully_shard make the module that calls it one unit"
+            )
+
+
 def _check_norm_arguments(
     x: Tensor, rows: KeptRows, normalized_shape: object, **parameters: object
 ) -> None:
     check_input(x)
-    check_rows(rows, x)
+    _check_call(rows, x)
     if not isinstance(normalized_shape, (int, list, tuple)):
         raise TypeError(
             "normalized_shape: expected an int or a sequence of ints, "
@@ -253,6 +298,14 @@ def _check_norm_arguments(
     for name, parameter in parameters.items():
         if parameter is not None:
             check_tensor(parameter, name)
+
+
+def _check_call(rows: Any, x: Tensor) -> None:
+    """What the op looks at before it calls a building block."""
+    if not is_compiling() and is_recorded(x):
+        refuse_training()
+    check_rows(rows, x)
+    check_local(x=x)
 
 
 def check_rows(rows: Any, x: Tensor) -> None:

@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import copy
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .arguments import (
+    EVERYTHING,
+    Apart,
+    Everything,
+    Kept,
+    KeptAndOnes,
+    take_args,
+    take_args_of_list,
+    unmarked,
+)
 from .backends.checks import check_layer_scale
 from .backends.ops import is_compiling, kernels
 from .backends.traceable import scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
+    DTENSORS,
+    STRIDED,
     Activation,
     check_activation,
+    check_inplace,
     check_input,
+    check_local,
     check_rows,
     check_tensor,
     compact_norm,
     scatter_add,
 )
+from .empty import EMPTY, Empty, has_no_rows, note_no_rows, run_list_on_ones, run_on_ones
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
-from .statistics import has_no_rows, untouched_statistics
+from .statistics import untouched_statistics
+from .tracing import is_recorded, jit_tracing_state, refuse_training
 
-__all__ = ["Shared", "fused_stochastic_depth"]
+__all__ = ["fused_stochastic_depth"]
 
-Empty = Literal["run", "skip"]
-EMPTY: tuple[str, ...] = get_args(Empty)
 # One tensor, or a list of them (multi-crop).
 X = TypeVar("X", Tensor, list[Tensor])
 # Forwards of subclasses of the two norms that compute what PyTorch's own do, each with what must
 # hold of the module for that. sdkernels.models adds those of other libraries.
 PLAIN_NORM_FORWARDS: dict[Callable[..., Any], Callable[[Any], bool]] = {}
-
-
-class Shared:
-    """Marks an entry of ``args`` that belongs to the whole batch and must not be compacted.
-
-    ``args`` tensors are compacted when their dimension 0 equals the batch size. A tensor for which
-    that is chance (a table whose length happens to be B) goes in as ``Shared(table)``; the branch
-    gets the tensor.
-    """
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
 
 
 def check_norm(norm: object) -> None:
@@ -121,6 +121,8 @@ def _kept_output(
     out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
 ) -> Tensor:
     """The kept rows of the branch's output."""
+    if type(out) is not Tensor:
+        check_local(out=out)
     if not whole:
         _check_branch_output(out)
         return out  # type: ignore[no-any-return]
@@ -129,35 +131,6 @@ def _kept_output(
         return out  # type: ignore[no-any-return]
     kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False, False)[0]
     return kept
-
-
-def _branch_arg(arg: Any, rows: KeptRows | None) -> Any:
-    """An entry of args as the branch gets it; `rows` is None where every row runs the branch.
-
-    Tensors of the batch are compacted, in tuples, lists and dicts too.
-    """
-    if isinstance(arg, Shared):
-        return arg.value
-    if isinstance(arg, Tensor):
-        if rows is None or arg.dim() == 0 or arg.shape[0] != rows.slot.shape[0]:
-            return arg
-        if arg.device != rows.index.device:
-            raise ValueError(
-                f"args: expected tensors of the batch on {rows.index.device}, got one on "
-                f"{arg.device} (wrap it in sdkernels.Shared if it is not one)"
-            )
-        return kernels().compact(arg, rows.index, rows.slot, False, False, False)[0]
-    if isinstance(arg, (list, tuple)):
-        entries = [_branch_arg(entry, rows) for entry in arg]
-        # A named tuple takes its fields one by one.
-        return type(arg)(*entries) if hasattr(arg, "_fields") else type(arg)(entries)
-    if isinstance(arg, dict):
-        # The constructor of a subclass may take something else.
-        items = {} if type(arg) is dict else copy.copy(arg)
-        for key, entry in arg.items():
-            items[key] = _branch_arg(entry, rows)
-        return items
-    return arg
 
 
 def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None:
@@ -198,6 +171,8 @@ def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
 def _check_branch_output(out: object) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+    if out.layout is not STRIDED or out.is_nested:
+        check_tensor(out, "out")
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:
@@ -252,10 +227,15 @@ def fused_stochastic_depth(
         mode: "row" decides for each row (timm, torchvision), "batch" once for all (the paper).
         training: False computes ``residual + layer_scale * branch(norm(x), *args)`` with plain
             PyTorch operations.
-        args: further positional inputs of the branch. Tensors whose dimension 0 is B, alone or
-            inside tuples, lists and dicts, are compacted like `x`; wrap one in :class:`Shared` to
-            keep it whole. For a list `x`, an entry that is a list as long as `x` is compacted item
-            by item, and every other entry is passed on as it is.
+        args: further positional inputs of the branch. A tensor [B, ...], alone or inside tuples,
+            lists, dicts and named tuples, belongs to the samples and is compacted like `x`; one of
+            one row broadcasts and goes whole; any other is refused until it is wrapped in
+            :class:`Shared` (it belongs to the whole batch) or :class:`PerSample` (which says how to
+            take the kept samples'). So is an object that holds tensors, but for a
+            ``PackedSequence``, nested tensors and flex_attention's ``BlockMask``, of which the op
+            takes the kept samples. What holds no tensors goes as it is. Evaluation asks the same.
+            For a list `x`, an entry is a list as long as `x` (taken item by item), ``Shared``, or
+            without tensors.
         norm: nn.LayerNorm or nn.RMSNorm applied to the branch's input, fused with the compaction.
             (One with hooks or a forward of its own is called on the kept rows instead.) Under
             autocast the fused norm writes the autocast dtype, which the branch's first matrix
@@ -274,8 +254,11 @@ def fused_stochastic_depth(
         generator: CPU generator to draw from. Default: PyTorch's, which activation checkpointing
             restores.
         empty: what to do when no row is kept. "run" runs the branch on [0, ...], so that its
-            parameters get zero gradients (as DDP and FSDP need); "skip" returns `residual` and
-            leaves them without.
+            parameters get zero gradients (as DDP and FSDP need). "ones", for branches that cannot
+            do that, runs it on one row of ones and leaves the result out: gradients are zero as
+            well, BatchNorm and buffers take no statistics from it, dropout draws numbers for it.
+            "skip" returns `residual` and leaves parameters without gradients. An exception of a
+            branch that ran on no row says so in a note.
         inplace: add into `residual` (default `x`) in place and return it. If the branch raises,
             the values of `x` are untouched, but autograd counts it as written. None permits it:
             `residual` is added into where that saves a pass over it and changes nothing else (so
@@ -301,7 +284,8 @@ def fused_stochastic_depth(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument outside its range, or shapes, rows or devices that do not fit.
-        RuntimeError: in place where PyTorch forbids it.
+        RuntimeError: in place where PyTorch forbids it; in training under torch.jit.trace or
+            torch.fx, which would repeat the rows of one call for ever.
 
     Note:
         Rows are drawn on the host: no synchronisation, and the same seed gives the same rows on
@@ -327,9 +311,12 @@ def fused_stochastic_depth(
     check_norm(norm)
     relu = check_activation(activation)
     if not isinstance(args, (list, tuple)):
+        if is_recorded(args):
+            raise RuntimeError(
+                "args: torch.fx cannot trace a StochasticDepth by itself, because it takes any "
+                "number of them; trace a module that calls it, such as nn.Sequential"
+            )
         raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
-    if layer_scale is not None:
-        check_tensor(layer_scale, "layer_scale")
     if generator is not None:
         check_generator(generator)
     if min_saving != 0.0:
@@ -338,6 +325,17 @@ def fused_stochastic_depth(
     permitted, inplace = inplace is None, bool(inplace)
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
+    if (
+        (type(x) is not Tensor or jit_tracing_state() is not None)
+        and not is_compiling()
+        and is_recorded(x)
+    ):
+        if not dense:
+            refuse_training()
+        recorded: X = _recorded(x, branch, args, norm, layer_scale, residual, factor, inplace, relu)
+        return recorded
+    if layer_scale is not None:
+        check_tensor(layer_scale, "layer_scale")
 
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
@@ -365,11 +363,17 @@ def fused_stochastic_depth(
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
-        kernels().check_inplace(base)
+        check_inplace(base, "x" if residual is None else "residual")
+    how: Everything
     if dense:
-        out = branch(x if norm is None else norm(x), *[_branch_arg(arg, None) for arg in args])
+        how = _everything([base], inplace)
+        source = how.tensor(x, ())
+        given = take_args(args, x.shape[0], how) if args else ()
+        out = branch(source if norm is None else norm(source), *given)
         _check_dense(base, out, layer_scale)
         return _add_dense(base, out, layer_scale, factor, inplace, relu)
+    if DTENSORS in sys.modules:
+        check_local(norm, x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
@@ -381,17 +385,68 @@ def fused_stochastic_depth(
         kernels().check_inplace(base)
         inplace = True
     kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
-    chosen = None if whole else rows
-    if has_no_rows(kept):
+    nothing = has_no_rows(rows)
+    on_ones = nothing and empty == "ones"
+    if nothing and not on_ones:
         branch = untouched_statistics(branch)
-    out = branch(kept, *[_branch_arg(arg, chosen) for arg in args]) if args else branch(kept)
+    given = take_args(args, x.shape[0], _how(rows, whole, on_ones)) if args else ()
+    if on_ones:
+        out = run_on_ones(branch, kept, given)
+    elif is_compiling():
+        out = branch(kept, *given)
+    else:
+        try:
+            out = branch(kept, *given)
+        except Exception as error:
+            note_no_rows(error, [rows])
+            raise
     out = _kept_output(out, rows, base, layer_scale, whole)
     if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
         inplace = False
     return scatter_add(stream, out, rows, layer_scale, inplace, relu)
 
 
-def _per_tensor(value: Any, count: int, name: str) -> list[Any]:
+def _how(rows: KeptRows, whole: bool, on_ones: bool) -> Everything:
+    """How the branch gets the entries of args that belong to the samples."""
+    if whole:
+        return EVERYTHING
+    return KeptAndOnes(rows) if on_ones else Kept(rows)
+
+
+def _everything(bases: list[Tensor], inplace: bool) -> Everything:
+    """As `_how`, where every row runs the branch.
+
+    In place, the branch may save for its backward what is written to afterwards.
+    """
+    return Apart(bases) if inplace and torch.is_grad_enabled() else EVERYTHING
+
+
+def _recorded(
+    x: Any,
+    branch: Callable[..., Any],
+    args: Sequence[Any],
+    norm: nn.Module | None,
+    layer_scale: Tensor | None,
+    residual: Any,
+    factor: float,
+    inplace: bool,
+    relu: bool,
+) -> Any:
+    """What a tracer records where every row runs the branch: nothing is asked of a tensor."""
+    several = isinstance(x, (list, tuple))
+    xs = list(x) if several else [x]
+    bases = xs if residual is None else list(residual) if several else [residual]
+    sources = [each.clone() for each in xs] if inplace else xs
+    inputs = sources if norm is None else [norm(source) for source in sources]
+    outs = branch(inputs if several else inputs[0], *map(unmarked, args))
+    sums = [
+        _add_dense(base, out, layer_scale, factor, inplace, relu)
+        for base, out in zip(bases, outs if several else [outs], strict=True)
+    ]
+    return sums if several else sums[0]
+
+
+def per_tensor(value: Any, count: int, name: str) -> list[Any]:
     """`value` as a list with one entry for each tensor of a list x."""
     if value is None:
         return [None] * count
@@ -419,7 +474,7 @@ def _fused_list(
     """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
     if not xs:
         raise ValueError("x: expected at least one tensor, got an empty list")
-    residuals = _per_tensor(residual, len(xs), "residual")
+    residuals = per_tensor(residual, len(xs), "residual")
     for x, base in zip(xs, residuals, strict=True):
         check_input(x)
         if base is not None:
@@ -427,14 +482,16 @@ def _fused_list(
 
     bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
     if inplace:
-        for base in bases:
-            kernels().check_inplace(base)
+        for x, base in zip(xs, bases, strict=True):
+            check_inplace(base, "x" if base is x else "residual")
+    batches = [x.shape[0] for x in xs]
 
     if law is None:
-        inputs = xs if norm is None else [norm(x) for x in xs]
-        outs = _per_tensor(
-            branch(inputs, *[_branch_arg(arg, None) for arg in args]), len(xs), "branch output"
-        )
+        everything = _everything(bases, inplace)
+        sources = [everything.tensor(x, ()) for x in xs]
+        inputs = sources if norm is None else [norm(source) for source in sources]
+        given = take_args_of_list(args, batches, [everything] * len(xs))
+        outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
         for base, out in zip(bases, outs, strict=True):
             _check_dense(base, out, layer_scale)
         return [
@@ -442,34 +499,43 @@ def _fused_list(
             for base, out in zip(bases, outs, strict=True)
         ]
 
+    for x, base in zip(xs, residuals, strict=True):
+        check_local(norm, x=x, residual=base, layer_scale=layer_scale)
     p, mode, sampler, rescale, generator = law
     plan: list[KeptRows] = []
-    for x, given in zip(xs, _per_tensor(rows, len(xs), "rows"), strict=True):
-        if given is None:
-            given = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+    for x, each in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):
+        if each is None:
+            each = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
         else:
-            check_rows(given, x)
-        plan.append(given)
+            check_rows(each, x)
+        plan.append(each)
     if empty == "skip" and not any(each.k for each in plan):
         return [_unchanged(base, inplace, relu) for base in bases]
 
     whole = [_runs_whole(each, min_saving, inplace) for each in plan]
-    chosen = [None if all_rows else each for each, all_rows in zip(plan, whole, strict=True)]
+    nothing = [has_no_rows(each) for each in plan]
+    on_ones = [each and empty == "ones" for each in nothing]
+    hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
         kept, stream = _open_branch(x, each, norm, base, inplace, relu, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
-    kept_args = [
-        [_branch_arg(entry, each) for entry, each in zip(arg, chosen, strict=True)]
-        if isinstance(arg, (list, tuple)) and len(arg) == len(xs)
-        else _branch_arg(arg, None)
-        for arg in args
-    ]
-    if any(map(has_no_rows, kept_inputs)):
+    given = take_args_of_list(args, batches, hows)
+    if any(nothing) and not any(on_ones):
         branch = untouched_statistics(branch)
-    outs = _per_tensor(branch(kept_inputs, *kept_args), len(xs), "branch output")
+    if any(on_ones):
+        results = run_list_on_ones(branch, kept_inputs, given, on_ones)
+    elif is_compiling():
+        results = branch(kept_inputs, *given)
+    else:
+        try:
+            results = branch(kept_inputs, *given)
+        except Exception as error:
+            note_no_rows(error, plan)
+            raise
+    outs = per_tensor(results, len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)
         for out, each, base, all_rows in zip(outs, plan, bases, whole, strict=True)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from .break_even import check_min_saving
 from .building_blocks import Activation, check_activation
-from .functional import EMPTY, Empty, X, check_norm, fused_stochastic_depth
+from .empty import EMPTY, Empty
+from .functional import X, check_norm, fused_stochastic_depth
 from .rows import KeptRows
 from .sampling import Mode, Rescale, Sampler, check_choice, check_law
 from .schedules import check_probability
+from .tracing import refuse_script
 
 __all__ = ["StochasticDepth"]
 
@@ -121,6 +123,9 @@ class StochasticDepth(nn.Module):
             rows: KeptRows | Sequence[KeptRows] | None = None,
             generator: torch.Generator | None = None,
         ) -> X: ...
+
+    def __prepare_scriptable__(self) -> Any:
+        refuse_script("StochasticDepth", "script the branch")
 
     def extra_repr(self) -> str:
         text = (

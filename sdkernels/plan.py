@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends.ops import host, is_compiling
-from .rows import KeptRows
+from .rows import KeptRows, normal_tensors
 from .sampling import (
     Mode,
     Rescale,
@@ -23,6 +23,7 @@ from .sampling import (
     refuse_capture,
 )
 from .schedules import check_probability
+from .tracing import refuse_fixed_rows
 
 __all__ = ["BranchLaw", "DepthPlan"]
 
@@ -96,6 +97,7 @@ class DepthPlan(Generic[R]):
     needs.
     """
 
+    @normal_tensors
     def __init__(
         self,
         batch: int | Sequence[int],
@@ -346,6 +348,7 @@ class DepthPlan(Generic[R]):
         return views
 
     def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+        refuse_fixed_rows()
         draws = [law for laws in self._laws for law, _ in laws]
         step = None if self._step is None else host.StepKey(*self._step)
         pin_memory = device.type == "cuda"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,23 @@ from .sampling import Mode, Rescale, Sampler, check_batch, check_generator, chec
 from .schedules import check_probability
 
 __all__ = ["KeptRows"]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def normal_tensors(make: Callable[P, T]) -> Callable[P, T]:
+    """Rows drawn under torch.inference_mode are for training steps outside of it all the same."""
+
+    @functools.wraps(make)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return make(*args, **kwargs)
+        with torch.inference_mode(False):
+            return make(*args, **kwargs)
+
+    return outside
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +123,7 @@ class KeptRows:
         return rows
 
     @classmethod
+    @normal_tensors
     def sample(
         cls,
         batch: int,
@@ -155,6 +176,7 @@ class KeptRows:
         return draw(check_batch(batch), p, mode, sampler, rescale, generator, device)
 
     @classmethod
+    @normal_tensors
     def from_mask(
         cls,
         mask: Tensor,
@@ -198,6 +220,7 @@ class KeptRows:
         return cls(index, slot, scale, _weight_of_kept(weight, index, slot))
 
     @classmethod
+    @normal_tensors
     def from_index(
         cls, index: Tensor, batch: int, scale: float = 1.0, *, weight: Tensor | None = None
     ) -> KeptRows:
@@ -226,7 +249,7 @@ class KeptRows:
             raise TypeError(f"index: expected an int64 tensor, got {got}")
         if index.dim() != 1:
             raise ValueError(f"index: expected shape [k], got {tuple(index.shape)}")
-        index = index.contiguous()
+        index = index.clone() if index.is_inference() else index.contiguous()
         if index.shape[0]:
             first, last = index.amin().item(), index.amax().item()
             if first < 0 or last >= batch:
@@ -235,7 +258,8 @@ class KeptRows:
                 )
             if not bool((index[1:] > index[:-1]).all()):
                 raise ValueError(
-                    f"index: expected unique, ascending row numbers, got {index.tolist()}"
+                    f"index: expected unique, ascending row numbers, got {index.tolist()} "
+                    "(KeptRows.from_mask takes rows in any order)"
                 )
         slot = index.new_full((batch,), -1)
         slot[index] = torch.arange(index.shape[0], device=index.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends import namespace
 from .backends.ops import host, is_compiling
+from .tracing import PROXY, dispatch_mode, jit_tracing_state, refuse_fixed_rows
 
 P = ParamSpec("P")
 
@@ -139,6 +140,8 @@ def sample_rows(
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
     refuse_capture()
+    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
+        refuse_fixed_rows()
     draw, scale = law(batch, p, mode, sampler, rescale)
     index, slot = host.sample_rows(batch, draw, generator, device)
     return index, slot, scale

@@ -20,17 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import UninitializedBuffer
 
-__all__ = ["has_no_rows", "untouched_statistics", "waits_for_others"]
-
-
-def has_no_rows(x: Tensor) -> bool:
-    """Whether dimension 0 is empty; False in a graph that does not know."""
-    if not is_compiling():
-        return x.shape[0] == 0
-    # Here, because it imports SymPy.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(x.shape[0] == 0)
+__all__ = ["untouched_statistics", "waits_for_others"]
 
 
 def waits_for_others(module: nn.Module) -> bool:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from sdkernels import KeptRows, Shared, fused_stochastic_depth
+from sdkernels import (
+    KeptRows,
+    Shared,
+    compact_layer_norm,
+    compact_rows,
+    fused_stochastic_depth,
+    scatter_add_rows,
+)
 
 X = torch.arange(12.0).view(4, 3)
 INDEX = torch.tensor([0, 2])
@@ -71,6 +78,114 @@ INPUT = {
 @cases(INPUT)
 def test_input(changes, error, message, options, inplace):
     assert_refused(changes, error, message, inplace=inplace, **options)
+
+
+def nested(layout):
+    return torch.nested.as_nested_tensor([*X], layout=layout)
+
+
+DENSE = "{}: expected a dense tensor, got a {}"
+TO_DENSE = {
+    "jagged": (lambda: nested(torch.jagged), r"nested tensor \(jagged\); pad it with "),
+    "nested": (lambda: nested(torch.strided), r"nested tensor \(strided\); pad it with "),
+    "sparse": (X.to_sparse, r"sparse_coo tensor; make it dense with to_dense\(\)"),
+}
+TENSORS = {
+    "x": lambda t: {"x": t},
+    "x-of-list": lambda t: {"x": [X, t], "rows": [ROWS, ROWS]},
+    "residual": lambda t: {"residual": t},
+    "layer_scale": lambda t: {"layer_scale": t},
+    "out": lambda t: {"branch": lambda kept: t},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "call"), TENSORS.items(), ids=TENSORS.keys())
+@pytest.mark.parametrize(("make", "got"), TO_DENSE.values(), ids=TO_DENSE.keys())
+def test_nested_and_sparse_tensors(make, got, name, call, training):
+    changes = {"x": X, "branch": identity, "rows": ROWS, **call(make())}
+    message = "^" + DENSE.format(name.partition("-")[0], got)
+    with pytest.raises(TypeError, match=message) as caught:
+        fused_stochastic_depth(p=0.5, training=training, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize(("make", "got"), TO_DENSE.values(), ids=TO_DENSE.keys())
+def test_nested_and_sparse_tensors_in_building_blocks(make, got):
+    for function, name in (
+        (lambda t: compact_rows(t, ROWS), "x"),
+        (lambda t: compact_layer_norm(t, ROWS, 3), "x"),
+        (lambda t: compact_layer_norm(X, ROWS, 3, t), "weight"),
+        (lambda t: scatter_add_rows(t, X[:2], ROWS), "x"),
+        (lambda t: scatter_add_rows(X, t, ROWS), "out"),
+    ):
+        with pytest.raises(TypeError, match="^" + DENSE.format(name, got)):
+            function(make())
+
+
+@pytest.fixture
+def distributed():
+    """DTensors of one process."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("PyTorch was built without torch.distributed")
+    from torch.distributed import tensor
+
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mesh = distributed.init_device_mesh("cpu", (1,))
+    yield lambda local: tensor.distribute_tensor(local, mesh, [tensor.Replicate()])
+    distributed.destroy_process_group()
+
+
+def test_tensors_of_several_processes(distributed):
+    stream, norm = distributed(X), nn.LayerNorm(3)
+    norm.weight = nn.Parameter(distributed(torch.ones(3)))
+    changes = {
+        "x": {"x": stream},
+        "residual": {"residual": stream},
+        "layer_scale": {"layer_scale": distributed(torch.ones(3))},
+        "norm.weight": {"norm": norm},
+        "out": {"branch": lambda kept: distributed(kept)},
+    }
+    for name, change in changes.items():
+        message = rf"{name}: expected a tensor of this process, got a DTensor; .*to_local\(\)"
+        call = {"x": X, "branch": identity, "p": 0.5, "rows": ROWS, **change}
+        with pytest.raises(TypeError, match=f"^{message}"):
+            fused_stochastic_depth(**call)
+    with pytest.raises(TypeError, match=r"^args\[0\]: expected tensors, .* got a DTensor"):
+        fused_stochastic_depth(X, identity, 0.5, args=(stream,))
+    for function in (
+        lambda: compact_rows(stream, ROWS),
+        lambda: scatter_add_rows(X, distributed(X[:2]), ROWS),
+        lambda: fused_stochastic_depth([X, stream], identity, 0.5),
+    ):
+        with pytest.raises(TypeError, match=r"^(x|out): expected a tensor of this process"):
+            function()
+    # Evaluation is plain PyTorch.
+    y = fused_stochastic_depth(stream, torch.sin, 0.5, training=False)
+    torch.testing.assert_close(y.to_local(), X + X.sin())
+
+
+def test_the_negative_bit_in_place():
+    value = torch.randn(4, 3, dtype=torch.complex64)
+    for training in (True, False):
+        for call in ({"x": value.conj().imag}, {"x": X, "residual": value.conj().imag}):
+            name = "residual" if "residual" in call else "x"
+            with pytest.raises(ValueError, match=rf"^{name}: expected .*negative bit.*resolve_neg"):
+                fused_stochastic_depth(
+                    branch=torch.sin, p=0.5, training=training, rows=ROWS, inplace=True, **call
+                )
+        x = value.conj().imag
+        y = fused_stochastic_depth(x, torch.sin, 0.5, training=training, rows=ROWS)
+        plain = x.resolve_neg()
+        assert torch.equal(
+            y, fused_stochastic_depth(plain, torch.sin, 0.5, training=training, rows=ROWS)
+        )
+    with pytest.raises(ValueError, match=r"^x: expected .*negative bit.*resolve_neg"):
+        scatter_add_rows(value.conj().imag, torch.ones(2, 3), ROWS, inplace=True)
 
 
 KEPT = r"out: expected 2 kept rows of residual's shape \[4, 3\], got "
@@ -140,7 +255,7 @@ OPTIONS = {
     "args-device": (
         {"args": (ones(4, device="meta"),)},
         ValueError,
-        "args: expected tensors of the batch on cpu, got one on meta .*Shared",
+        r"args\[0\]: expected a tensor of the batch on cpu, got one on meta .*Shared",
     ),
     "args-tensor": ({"args": ones(4, 3)}, TypeError, "args: expected .*got Tensor"),
 }

@@ -87,7 +87,7 @@ def test_law_is_checked_where_it_is_not_needed(options):
 @pytest.mark.parametrize("entry", ["op", "op-evaluation", "module"])
 @pytest.mark.parametrize("empty", ["stop", None, True], ids=repr)
 def test_empty(empty, entry):
-    message = f"empty: expected one of 'run', 'skip', got {empty!r}"
+    message = f"empty: expected one of 'run', 'ones', 'skip', got {empty!r}"
     assert_refused(lambda: ENTRIES[entry](empty=empty), ValueError, message)
 
 

@@ -19,8 +19,7 @@ def test_public_names_have_a_docstring(name):
     module = importlib.import_module(thing.__module__)
     found = doctest.DocTestFinder().find(thing, name, module=module)
     examples = [example for test in found for example in test.examples]
-    # Shared is two lines that the docstring of its one user explains.
-    assert examples or name == "Shared"
+    assert examples
 
 
 MODULES = ["sdkernels." + module.name for module in pkgutil.iter_modules(sdkernels.__path__)]

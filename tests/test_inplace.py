@@ -218,3 +218,58 @@ def test_permitted_is_not_forced_on_a_list():
     )
     assert all(y is not x for x, y in zip(xs, ys, strict=True))
     assert all(x.eq(1).all() for x in xs)
+
+
+# Where every row runs the branch
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"norm": torch.nn.LayerNorm(4).double()}, {"activation": "relu"}, {"rescale": "eval"},
+    {"layer_scale": torch.rand(4, dtype=torch.float64, requires_grad=True)},
+], ids=["", "norm", "relu", "rescale", "layer_scale"])  # fmt: skip
+@pytest.mark.parametrize("call", [
+    {"training": False}, {"training": False, "p": 0.0}, {"p": 0.0}
+], ids=["evaluation", "evaluation-p0", "p0"])  # fmt: skip
+@pytest.mark.parametrize("shortcut", [None, "other", "alias"])
+@pytest.mark.parametrize("crops", [False, True])
+def test_where_every_row_runs(options, call, shortcut, crops):
+    """The branch may have saved what is written to: as out of place, gradients too."""
+    layer = torch.nn.Linear(4, 4).double()
+    leaves = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    trained = [
+        *leaves, *layer.parameters(), *(v for v in options.values() if isinstance(v, Tensor)),
+        *(options["norm"].parameters() if "norm" in options else ()),
+    ]  # fmt: skip
+
+    def branch(x):
+        return [layer(each).square() for each in x] if crops else layer(x).square()
+
+    def run(inplace: bool) -> list[Tensor]:
+        x, other = (leaf * 1 for leaf in leaves)
+        residual = {None: None, "other": other, "alias": x.view(3, 4)}[shortcut]
+        stream = x if residual is None else residual
+        arguments = {"p": 0.5, **call, **options, "inplace": inplace}
+        if crops:
+            (y,) = fused_stochastic_depth(
+                [x], branch, residual=None if residual is None else [residual], **arguments
+            )
+        else:
+            y = fused_stochastic_depth(x, branch, residual=residual, **arguments)
+        assert (y is stream) == inplace
+        grads = torch.autograd.grad(y.square().sum(), trained, allow_unused=True)
+        return [y, *grads]
+
+    for a, e in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_where_every_row_runs_without_gradients():
+    """Nothing is saved then, and nothing copied."""
+    seen = []
+    x = torch.ones(3, 4)
+    with torch.no_grad():
+        y = fused_stochastic_depth(
+            x, lambda t: (seen.append(t), t * 2)[1], 0.5, training=False, inplace=True
+        )
+    assert seen[0] is x is y
+    assert torch.equal(x, torch.full((3, 4), 3.0))

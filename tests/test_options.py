@@ -138,7 +138,7 @@ def test_args_are_compacted():
         torch.tensor([10, 20, 30]),  # [B] integers
         torch.tensor([True, False, True]),
         torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.bfloat16),
-        torch.ones(2, 3),  # another size
+        torch.ones(1, 3),  # broadcasts
         torch.tensor(5.0),
         Shared(table),  # three entries by chance
         (torch.arange(3), [torch.arange(3) + 10], {"mask": torch.arange(3) + 20, "name": "rope"}),
@@ -167,15 +167,8 @@ def test_args_are_compacted():
     assert seen["args"][6][2]["mask"] is args[6][2]["mask"]
 
 
-def test_args_in_subclasses_of_dict():
-    """Whose constructors may take something else than what they hold."""
-
-    class Named(dict[str, Any]):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
-
-    given = (defaultdict(list), OrderedDict(), Named("rope"))
+def test_args_in_ordered_and_default_dicts():
+    given = (defaultdict(list), OrderedDict())
     for mapping in given:
         mapping["mask"] = torch.tensor([20, 21, 22])
     seen: list[Any] = []
@@ -189,8 +182,7 @@ def test_args_in_subclasses_of_dict():
         (type(mapping), [20, 22]) for mapping in given
     ]
     assert seen[0]["absent"] == []
-    assert seen[2].name == "rope"
-    assert [mapping["mask"].tolist() for mapping in given] == [[20, 21, 22]] * 3
+    assert [mapping["mask"].tolist() for mapping in given] == [[20, 21, 22]] * 2
 
 
 def test_gradients_of_args():
@@ -263,7 +255,7 @@ def test_lists(counts, inplace):
     branch = ListBranch()
     streams = [x.clone() for x in xs] if inplace else xs
     actual = fused_stochastic_depth(
-        streams, branch, 0.5, args=(biases, factor), norm=norm, layer_scale=layer_scale,
+        streams, branch, 0.5, args=(biases, Shared(factor)), norm=norm, layer_scale=layer_scale,
         rows=rows, inplace=inplace,
     )  # fmt: skip
     if inplace:

@@ -430,7 +430,7 @@ def test_swin_of_transformers_refuses_attention_weights(how):
 
 
 def test_flat_masks_of_transformers():
-    """[B, tokens] belongs to the samples; [tokens, tokens], as scores are masked, to all."""
+    """Flash attention's belong to the samples; [tokens, tokens], as scores are masked, to all."""
     model: Any = NETS["transformers-dinov2"].model().train()
     report = sdkernels.patch(model)
     block = report.patched[-1].block
@@ -440,15 +440,19 @@ def test_flat_masks_of_transformers():
     )
     x, kept = torch.randn(4, 5, 32, dtype=torch.float64), torch.tensor([0, 1, 0, 0]).bool()
     of_samples, of_all = torch.arange(20).view(4, 5) % 3 > 0, torch.ones(5, 5).bool()
-    for mask, rows, expected in (
-        (of_samples, kept, of_samples[1:2]),
-        (of_all, kept, of_all),
-        (of_all, torch.zeros(4).bool(), of_all),
+    square = torch.arange(16).view(4, 4) % 3 > 0  # as many tokens as samples
+    for attention, mask, rows, expected in (
+        ("flash_attention_2", of_samples, kept, of_samples[1:2]),
+        ("flash_attention_2", square, kept, square[1:2]),
+        ("sdpa", of_all, kept, of_all),
+        ("sdpa", square, kept, square),
+        ("sdpa", of_all, torch.zeros(4).bool(), of_all),
     ):
         seen.clear()
+        block.attention.config._attn_implementation = attention
         block.attention.forward = lambda x, attention_mask: (x, None)  # SDPA knows no flat masks
         with report.use([KeptRows.from_mask(rows)] * len(report.drop_probs)):
-            block(x, attention_mask=mask)
+            block(x[:, : mask.shape[1]], attention_mask=mask)
         assert torch.equal(seen[0], expected)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdkernels import KeptRows
+from sdkernels import DepthPlan, KeptRows, fused_stochastic_depth
 
 LAWS = {"row": {"mode": "row"}, "batch": {"mode": "batch"}, "fixed": {"sampler": "fixed"}}
 
@@ -217,3 +217,30 @@ def test_to():
     assert {there.index.device.type, there.slot.device.type} == {"meta"}
     assert (there.k, there.batch, there.scale) == (2, 4, 2.0)
     assert_rows(rows.to(torch.device("cpu"), non_blocking=True), [0, 2], [0, -1, 1, -1], 2.0)
+
+
+def test_rows_made_in_inference_mode():
+    """For the training step after an evaluation: PyTorch saves no inference tensor for backward."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        mask, index = torch.arange(6) < 3, torch.tensor([0, 2])
+        plan = DepthPlan.sample(6, [0.5, 0.5], sampler="fixed")
+        made = [
+            plan[0], KeptRows.sample(6, 0.5, sampler="fixed"), KeptRows.from_mask(mask),
+            KeptRows.from_index(index, 6), KeptRows.from_index(index, 6, weight=torch.ones(2)),
+        ]  # fmt: skip
+        plan.resample_()
+        assert torch.is_inference_mode_enabled()
+    weight = torch.randn(4, 4, requires_grad=True)
+    for rows in [*made, *plan]:
+        x = torch.randn(6, 4, requires_grad=True)
+        y = fused_stochastic_depth(x, lambda kept: kept @ weight, 0.5, rows=rows)
+        mask = (rows.slot >= 0).float()[:, None]
+        torch.testing.assert_close(y, x + rows.scale * mask * (x @ weight))
+        grad = torch.autograd.grad(y.sum(), x)[0]
+        torch.testing.assert_close(grad, 1 + rows.scale * mask * weight.sum(1))
+
+
+def test_an_unsorted_index_is_told_where_to_go():
+    with pytest.raises(ValueError, match=r"^index: .*got \[2, 0\] \(KeptRows\.from_mask takes"):
+        KeptRows.from_index(torch.tensor([2, 0]), 3)

@@ -6,12 +6,13 @@ import copy
 import functools
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..building_blocks import Activation
-from ..functional import Empty, fused_stochastic_depth
+from ..empty import Empty
+from ..functional import fused_stochastic_depth, per_tensor
 from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
-from .branches import Composed, NeverEmpty, entries, entry
+from ..tracing import is_recorded, refuse_script
+from .branches import Composed, entries, entry
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
 
 __all__ = [
@@ -154,9 +157,13 @@ class BlockState:
 class PatchedBlock:
     """Base of the classes that patch() gives to blocks: ``isinstance(block, PatchedBlock)``."""
 
-    _sdkernels: BlockState
-    _original: type[nn.Module]
-    _runs_empty: bool
+    if TYPE_CHECKING:  # TorchScript reads annotations, and does not know these
+        _sdkernels: BlockState
+        _original: type[nn.Module]
+        _runs_empty: bool
+
+    def __prepare_scriptable__(self) -> Any:
+        refuse_script("a patched block", "script the model before patch or after unpatch")
 
     def _replicate_for_data_parallel(self) -> Any:
         """nn.DataParallel's copy for a device: it draws for its share of the batch."""
@@ -176,13 +183,6 @@ def _is_everything(rows: KeptRows) -> bool:
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
 
 
-def _holds(total: Any, stream: Any) -> bool:
-    """Whether a sum is the stream itself, or has a tensor of it."""
-    if isinstance(total, list):
-        return any(a is b for a, b in zip(total, stream, strict=True))
-    return total is stream
-
-
 class Add:
     """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
 
@@ -196,7 +196,7 @@ class Add:
     def __init__(self, block: Any, laws: list[Law]) -> None:
         self.block = block
         self.laws = laws
-        self.sum: Any = None  # the last one
+        self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
 
     def __call__(
         self,
@@ -207,21 +207,15 @@ class Add:
         norm: nn.Module | None = None,
         post_norm: nn.Module | None = None,
         layer_scale: nn.Module | Tensor | None = None,
-        residual: Tensor | None = None,
+        residual: Any = None,
         activation: Activation | None = None,
         args: Sequence[Any] = (),
     ) -> Any:
         """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
 
         A norm and a layer scale that the op knows are fused; others are called on the kept rows.
-        `residual` is `x` by default.
+        `residual` is `x` by default. The tensors of a list go one after the other.
         """
-        state, law = self.block._sdkernels, self.laws[index]
-        options = state.options
-        p, rows = law.p, state.rows[index] if law.training else None
-        if isinstance(rows, KeptRows) and _is_everything(rows):
-            rows, p = None, 0.0
-
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
         fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
@@ -235,50 +229,84 @@ class Add:
                 after.append(layer_scale)
         else:
             factor = layer_scale
-        steps, position = [*before, branch, *after], len(before)
-        composed = (
-            Composed(steps, position)
-            if self.block._runs_empty
-            else NeverEmpty(steps, position, args, self.block)
-        )
+        shape: str | None = "residual" if residual is not None else "keywords"
+        keywords = (norm, post_norm, layer_scale, residual, activation)
+        if not args and all(each is None for each in keywords):
+            shape = "positional"
+        if isinstance(x, list):
+            shape = None
+        composed = Composed([*before, branch, *after], len(before), self.block)
+        rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
+
+        def one(x: Tensor, residual: Any, rows: Any, args: Sequence[Any]) -> Tensor:
+            return self._one(
+                index, composed, x, residual, rows, args, fused_norm, factor, activation, shape
+            )
+
+        several = isinstance(x, list)
+        xs = x if several else [x]
+        residuals = per_tensor(residual, len(xs), "residual") if several else [residual]
+        each_rows = per_tensor(rows, len(xs), "rows") if several else [rows]
+        each_args = [entries(args, crop) for crop in range(len(xs))] if several else [args]
+        totals = list(map(one, xs, residuals, each_rows, each_args))
+        given = [*xs, *residuals]
+        own = [total for total in totals if not any(total is each for each in given)]
+        if own:  # with empty="skip" the sum may be what came in
+            self.sums = own
+        return totals if several else totals[0]
+
+    def _one(
+        self,
+        index: int,
+        branch: Composed,
+        x: Tensor,
+        residual: Tensor | None,
+        rows: Any,
+        args: Sequence[Any],
+        norm: nn.LayerNorm | nn.RMSNorm | None,
+        layer_scale: Tensor | None,
+        activation: Activation | None,
+        shape: str | None,
+    ) -> Tensor:
+        law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
+        if isinstance(rows, KeptRows) and _is_everything(rows):
+            rows, p = None, 0.0
+        needs_a_row = options.empty == "run" and not self.block._runs_empty
         is_shared = residual is x  # the first of several branches of the same x
         stream = x if residual is None else residual
+        is_own = any(stream is each for each in self.sums)
         inplace: bool | None = False
-        if options.inplace is not False and stream is self.sum and not is_shared:
-            given = (norm, post_norm, layer_scale, residual, activation)
-            shape = "residual" if residual is not None else "keywords"
-            if not args and all(each is None for each in given):
-                shape = "positional"
+        if options.inplace is not False and is_own and not is_shared:
             inplace = True if options.inplace else self._permitted(stream, shape)
-        total = fused_stochastic_depth(
+        total: Tensor = fused_stochastic_depth(
             x,
-            composed,
+            branch,
             p,
             options.mode or law.mode,
             law.training,
             args=args,
-            norm=fused_norm,
-            layer_scale=factor,
+            norm=norm,
+            layer_scale=layer_scale,
             residual=None if is_shared else residual,
             rows=rows,
             sampler=options.sampler,
             rescale=options.rescale_of(law),
-            empty=options.empty,
+            empty="ones" if needs_a_row else options.empty,
             inplace=inplace,
             min_saving=options.min_saving,
             activation=activation,
         )
-        if not _holds(total, stream):  # as with empty="skip"
-            self.sum = total
         return total
 
-    def _permitted(self, stream: Any, shape: str) -> bool | None:
+    def _permitted(self, stream: Any, shape: str | None) -> bool | None:
         """The op's `inplace` for a sum: None, which permits it, where nobody can see it.
 
         Whoever could holds it. A dispatch mode may hold it later: selective checkpointing gives
-        results out of a cache. `shape` says how the sum came: see below.
+        results out of a cache. `shape` says how the sum came (see below); None in a list.
         """
         if type(stream) is not Tensor or is_compiling() or torch._C._len_torch_dispatch_stack():
+            return False
+        if shape is None:
             return False
         held, lone = _holders(stream), _holders_of_a_lone_sum()[shape]
         return None if all(a <= b for a, b in zip(held, lone, strict=True)) else False
@@ -322,8 +350,9 @@ def _holders_of_a_lone_sum() -> dict[str, tuple[int, int, int]]:
     counted: dict[str, tuple[int, int, int]] = {}
 
     class Counting(Add):
-        def _permitted(self, stream: Any, shape: str) -> bool | None:
-            counted[shape] = _holders(stream)
+        def _permitted(self, stream: Any, shape: str | None) -> bool | None:
+            if shape is not None:
+                counted[shape] = _holders(stream)
             return False
 
     def body(add: Add, x: Tensor) -> None:
@@ -359,6 +388,8 @@ def make_patched(
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sdkernels
+        if not is_compiling() and is_recorded(args, [*kwargs.values()]):
+            return run_recorded(self, state, args, kwargs)
         if not self.training or is_compiling():
             return run(self, state, args, kwargs)
         if torch._C._current_graph_task_id() != -1:  # inside a backward: a checkpoint's second run
@@ -384,6 +415,27 @@ def make_patched(
             if law.training or scaled_later
         ):
             return body(self, Add(self, laws), *args, **kwargs)
+        return run_original(self, args, kwargs)
+
+    def run_recorded(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
+        """Rows cannot be drawn in the graphs of torch.jit.trace and torch.fx."""
+        if not self.training:
+            return run(self, state, args, kwargs)
+        if state.rows[0] is not None:
+            raise RuntimeError(
+                "plan: torch.jit.trace and torch.fx would repeat its rows for ever; trace outside "
+                "of the with statement, where a patched block runs its original forward"
+            )
+        options = state.options
+        if any(p is not None for p in state.p) or options.mode or options.rescale != "train":
+            warnings.warn(
+                "sdkernels: a patched block that is traced in training is its original forward, "
+                "without the drop_probs=, mode= and rescale= given to patch",
+                stacklevel=2,
+            )
+        return run_original(self, args, kwargs)
+
+    def run_original(self: Any, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(first)
         if isinstance(x, list):
             return _each(own_forward, self, len(x), args, kwargs)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..functional import Empty, fused_stochastic_depth
+from ..empty import Empty
+from ..functional import fused_stochastic_depth
 from ..sampling import Mode, Rescale, Sampler
 from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Branch, Options
@@ -55,7 +56,8 @@ def patch(
         mode: "row" or "batch". Default: as the block's drop path module says.
         sampler, rescale, empty, min_saving: as in :func:`sdkernels.fused_stochastic_depth`. With
             ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
-            original forward that runs there.
+            original forward that runs there. ``empty="run"`` is "ones" for the blocks whose
+            branches cannot run on no sample (attention).
         inplace: add the branches after a block's first one into the sum that the block has made so
             far, which saves a pass over the whole batch. The block's input stays as it is: others
             may hold it (intermediate features, the activation before). Nothing changes for blocks
@@ -75,7 +77,8 @@ def patch(
     Note:
         What runs on the kept samples only: hooks on a block's submodules see k samples, BatchNorm
         computes its statistics over them, and dropout inside a branch draws other numbers than
-        before. Hooks on a drop path module make its block run as before.
+        before. Hooks on a drop path module make its block run as before. torch.jit.trace and
+        torch.fx record the original forward.
 
     Example:
         >>> patch(nn.Linear(4, 4)).patched

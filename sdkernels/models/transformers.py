@@ -7,28 +7,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..arguments import PerSample, holds_tensors
 from .blocks import Add, Branch
 from .branches import chain, per_sample
 from .registry import Known, class_getter
 
 
-def _check_kwargs(kwargs: dict[str, Any], x: Any) -> None:
-    """Refuse a tensor of the batch that nobody compacts."""
-    batches = {crop.shape[0] for crop in (x if isinstance(x, list) else [x])}
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse a tensor of which it is not known whether it belongs to the samples."""
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in batches:
+        if name == "position_embeddings" and all(each.dim() == 2 for each in value):
+            continue  # DINOv3's cos and sin, [tokens, width], are those of all samples
+        if holds_tensors(value):
             raise ValueError(
-                f"{name}: a tensor of the batch that a patched layer does not know; unpatch the "
-                "model to use it"
+                f"{name}: a tensor, possibly of the batch, that a patched layer does not know; "
+                "unpatch the model to use it"
             )
 
 
-def _mask(mask: Any, x: Any) -> Any:
+def _mask(mask: Any, x: Any, attention: nn.Module) -> Any:
     """Flash attention's masks, [B, tokens], belong to the samples as well."""
     if isinstance(mask, list) and isinstance(x, list):
-        return [_mask(each, crop) for each, crop in zip(mask, x, strict=True)]
-    is_flat = isinstance(mask, Tensor) and isinstance(x, Tensor) and mask.shape == x.shape[:2]
-    return mask if is_flat else per_sample(mask, x)
+        return [_mask(each, crop, attention) for each, crop in zip(mask, x, strict=True)]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and _is_flash(attention):
+        return PerSample(mask)
+    return per_sample(mask, x)
+
+
+def _is_flash(attention: nn.Module) -> bool:
+    configs = [getattr(module, "config", None) for module in attention.modules()]
+    return any("flash" in str(getattr(c, "_attn_implementation", "")) for c in configs)
 
 
 def dinov2(
@@ -41,8 +49,8 @@ def dinov2(
         out = block.attention(kept, **masked, **kwargs)
         return out if isinstance(out, Tensor) else out[0]  # a tensor in older versions
 
-    mask = (_mask(attention_mask, hidden_states),)
-    _check_kwargs(kwargs, hidden_states)
+    mask = (_mask(attention_mask, hidden_states, block.attention),)
+    _check_kwargs(kwargs)
     hidden_states = add(
         0, hidden_states, attend, norm=block.norm1, layer_scale=block.layer_scale1, args=mask
     )
@@ -69,14 +77,14 @@ def beit(
     def attend(kept: Tensor, mask: Tensor | None) -> Any:
         return block.dropout(block.attention(kept, attention_mask=mask, **kwargs)[0])
 
-    _check_kwargs(kwargs, hidden_states)
+    _check_kwargs(kwargs)
     hidden_states = add(
         0,
         hidden_states,
         attend,
         norm=block.layernorm_before,
         layer_scale=_factor(block.lambda_1),
-        args=(_mask(attention_mask, hidden_states),),
+        args=(_mask(attention_mask, hidden_states, block.attention),),
     )
     return add(
         1,
@@ -179,7 +187,7 @@ def swin(
     _refuse_attentions(kwargs.get("output_attentions", asked))
     if not always_partition:
         block.set_shift_and_window_size(input_dimensions)
-    _check_kwargs(kwargs, hidden_states)
+    _check_kwargs(kwargs)
 
     def attention(windows: Tensor, mask: Tensor | None) -> Any:
         return block.dropout(block.attention(windows, mask, **kwargs)[0])

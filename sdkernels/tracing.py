@@ -1,0 +1,67 @@
+"""What records a call to repeat it, and would repeat the rows of that call with it."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch.fx import Proxy
+
+__all__ = [
+    "PROXY",
+    "dispatch_mode",
+    "is_recorded",
+    "jit_tracing_state",
+    "refuse_fixed_rows",
+    "refuse_script",
+    "refuse_training",
+]
+
+# None where there is none; by themselves, because they are asked at every call.
+jit_tracing_state = torch._C._get_tracing_state
+dispatch_mode = torch._C._get_dispatch_mode
+PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def is_recorded(*values: object) -> bool:
+    """Whether torch.jit.trace or torch.fx's symbolic tracing makes a graph of what is called.
+
+    torch.compile and torch.export are none of these: they draw rows in the graph.
+    """
+    return jit_tracing_state() is not None or any(map(_is_proxy, values))
+
+
+def _is_proxy(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_proxy, value))
+    return isinstance(value, Proxy)
+
+
+def refuse_training() -> NoReturn:
+    if jit_tracing_state() is not None:
+        raise RuntimeError(
+            "training: torch.jit.trace would repeat the rows kept in this one call for ever; trace "
+            "in evaluation (training=False), or use torch.compile or torch.export, which draw new "
+            "rows at every call"
+        )
+    raise RuntimeError(
+        "training: torch.fx's symbolic tracing cannot keep rows, whose number it does not know; "
+        "trace in evaluation (training=False), or make StochasticDepth a leaf of the tracer"
+    )
+
+
+def refuse_fixed_rows() -> None:
+    """Called where rows are drawn by eager code."""
+    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
+        raise RuntimeError(
+            "rows: torch.jit.trace and make_fx would repeat the rows drawn in this one call for "
+            "ever; pass them in from outside of the graph, or use torch.compile or torch.export, "
+            "which draw new rows at every call"
+        )
+
+
+def refuse_script(what: str, instead: str) -> NoReturn:
+    raise RuntimeError(
+        f"torch.jit.script: cannot read {what}; {instead}, or use torch.compile, torch.export or "
+        "(in evaluation) torch.jit.trace"
+    )

@@ -27,14 +27,17 @@ TOOLS := $(VENV)/.tools
 BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test,bench]'
 # Without their dependencies: each asks for torch, and pip would bring another build of it.
 LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c $(CONSTRAINTS) -r tests/requirements.txt
+# What transformers' tests import.
+PEER_REQUIREMENTS := $(RUN) -m pip install --quiet -c $(CONSTRAINTS) parameterized
 endif
 
-.PHONY: help build test test-install bench paper gpu-check lint clean
+.PHONY: help build test test-install peer-tests bench paper gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
 	@echo 'make test        run the tests and the examples in the docstrings (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
+	@echo 'make peer-tests  run tests of timm and transformers on patched models, compare with unpatched ones'
 	@echo 'make bench       run the quick benchmarks'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
 	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
@@ -48,6 +51,10 @@ test: $(BUILT)
 
 test-install: $(BUILT)
 	$(RUN) -m pytest -m install
+
+peer-tests: $(BUILT)
+	$(PEER_REQUIREMENTS)
+	$(RUN) tests/peers/run.py
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick

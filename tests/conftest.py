@@ -26,8 +26,8 @@ settings.register_profile("brief", max_examples=12, **_COMMON)
 settings.register_profile("thorough", max_examples=2000, **{**_COMMON, "derandomize": False})
 settings.load_profile("repeatable")
 
-# Programs that tests run. They import Triton, which need not be there.
-collect_ignore = ["triton_compiler.py", "triton_interpreter.py"]
+# Programs that tests run, which import Triton (it need not be there); tests of other libraries.
+collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "peers"]
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

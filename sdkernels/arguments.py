@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .backends.ops import kernels
+from .building_blocks import STRIDED
 from .rows import KeptRows
-from .selection import Memo, built_in_selection
+from .selection import Memo, built_in_selection, of_ones
 
 __all__ = [
     "EVERYTHING",
@@ -156,6 +157,10 @@ class KeptAndOnes(Kept):
             stand_in = value[:1] if value.shape[0] else value.new_zeros(row)
         return torch.cat([kept, stand_in])
 
+    def built_in(self, value: Any, select: Callable[[Any, Tensor, Memo], Any]) -> Any:
+        taken = super().built_in(value, select)
+        return of_ones(taken) if self.rows.batch else taken
+
     def index(self) -> Tensor:
         index = self.rows.index
         return index.new_zeros(1) if self.rows.batch else index
@@ -201,8 +206,7 @@ def unmarked(arg: Any) -> Any:
 
 
 def _take(arg: Any, batch: int, how: Everything, where: Where, marked: bool = False) -> Any:
-    kind = type(arg)
-    if (kind is Tensor or kind is nn.Parameter or _stands_for_tensor(kind)) and _is_dense(arg):
+    if isinstance(arg, Tensor) and _is_plain(arg):
         return how.tensor(arg, where) if _is_of_batch(arg, batch, where, marked) else arg
     if isinstance(arg, Shared):
         return arg.value
@@ -262,14 +266,13 @@ def _name(where: Where) -> str:
     return "args" + "".join(f"[{i}]" for i in where)
 
 
-def _stands_for_tensor(kind: Any) -> bool:
-    """Whether it is the class of what stands for a plain tensor while a graph is made."""
-    module: str = kind.__module__
-    return module.startswith(("torch._subclasses.", "torch._functorch."))
-
-
-def _is_dense(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether dimension 0 of the tensor is its rows, and the kernels can take them."""
+    kind: Any = type(tensor)
+    known = kind is Tensor or kind is nn.Parameter
+    if not known:  # what stands for a tensor while a graph is made
+        known = kind.__module__.startswith(("torch._subclasses.", "torch._functorch."))
+    return known and tensor.layout is STRIDED and not tensor.is_nested
 
 
 def _is_container(arg: Any) -> bool:

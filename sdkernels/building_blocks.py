@@ -246,7 +246,7 @@ def _check_batched(x: Any, name: str = "x") -> None:
 
 def check_inplace(x: Tensor, name: str = "x") -> None:
     kernels().check_inplace(x)
-    if x.is_neg():
+    if not is_compiling() and x.is_neg():
         raise ValueError(
             f"{name}: expected a tensor that can be written to in place, got one with the negative "
             "bit set (the imaginary part of a conjugate); call resolve_neg() on it"

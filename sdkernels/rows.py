@@ -290,6 +290,8 @@ def _weight_of_kept(weight: Tensor | None, index: Tensor, slot: Tensor) -> Tenso
     """The weights of the kept rows, from theirs or from those of the whole batch."""
     if isinstance(weight, Tensor) and weight.shape == slot.shape != index.shape:
         return weight.index_select(0, index)
+    if isinstance(weight, Tensor) and weight.is_inference():
+        return weight.clone()
     return weight
 
 

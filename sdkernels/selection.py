@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Memo", "built_in_selection"]
+__all__ = ["Memo", "built_in_selection", "of_ones"]
 
 # Offsets of nested tensors, by the id of those that they are the kept ones of: nested tensors of
 # one structure must have one structure afterwards, or PyTorch does not combine them.
@@ -37,6 +37,28 @@ def built_in_selection(value: Any) -> tuple[int, bool, Select] | None:
             return None
         return value.kv_num_blocks.shape[0], True, _of_block_mask
     return None
+
+
+def of_ones(taken: Any) -> Any:
+    """What was taken, with ones for floating point values; a backward still finds its way."""
+    if type(taken) is PackedSequence:
+        return PackedSequence(
+            _ones(taken.data), taken.batch_sizes, taken.sorted_indices, taken.unsorted_indices
+        )
+    if not isinstance(taken, Tensor):  # a BlockMask
+        return taken
+    if taken.layout is torch.strided:
+        parts = [_ones(part) for part in taken.unbind()]
+        return torch.nested.as_nested_tensor(parts, dtype=taken.dtype, device=taken.device)
+    jagged: Any = taken
+    return torch.nested.nested_tensor_from_jagged(
+        _ones(jagged.values()), jagged.offsets(), jagged_dim=jagged._ragged_idx
+    )
+
+
+def _ones(values: Tensor) -> Tensor:
+    floating = values.is_floating_point() or values.is_complex()
+    return torch.cat([values[:0], torch.ones_like(values)]) if floating else values
 
 
 def _of_packed(packed: PackedSequence, index: Tensor, memo: Memo) -> PackedSequence:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparison import assert_same_bits
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from sdkernels import KeptRows, PerSample, Shared, StochasticDepth, fused_stochastic_depth
 from sdkernels.reference import naive_masking
@@ -207,6 +208,36 @@ def test_arguments():
     assert not weight.grad.any()
     assert torch.equal(x.grad, torch.ones(B, 4))
     assert torch.equal(scale.grad, torch.zeros(B, 1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("kind", ["packed", torch.jagged, torch.strided], ids=str)
+def test_sequences(kind):
+    """Not the values of a dropped sample; what made them gets zero gradients."""
+    encoder, weight = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+    raw = [torch.full((n, 3), torch.nan) for n in (2, 4, 1, 3)]
+    parts = [encoder(part) for part in raw]
+    seen: list[Tensor] = []
+
+    def branch(kept: Tensor, sequences: Any) -> Tensor:
+        if kind == "packed":
+            padded, _ = pad_packed_sequence(sequences, batch_first=True)
+        else:
+            padded = torch.nested.to_padded_tensor(sequences, 0.0)
+        seen.append(padded)
+        return kept + padded.sum(1) * weight
+
+    if kind == "packed":
+        entry: Any = pack_sequence(parts, enforce_sorted=False)
+    else:
+        entry = torch.nested.as_nested_tensor(parts, layout=kind)
+    x = torch.randn(B, 3)
+    y = fused_stochastic_depth(x, branch, 0.5, rows=NO_ROWS, args=(entry,), empty="ones")
+    assert torch.equal(y, x)
+    assert torch.equal(seen[0], torch.ones(1, 2, 3))
+    y.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3))
+    assert encoder.weight.grad is not None
 
 
 def test_a_batch_of_no_samples():

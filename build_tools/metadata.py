@@ -33,7 +33,8 @@ def torch_requirement(built_for: Environment | None) -> str:
     extension, runs with every torch: the one can be rebuilt in place, the other need not be."""
     if built_for is None:
         return "torch>={}.{}".format(*OLDEST_TORCH)
-    return "torch=={}.{}.*".format(*release(built_for.torch))
+    # To the patch release, as the loader asks: PyTorch promises no binary interface between them.
+    return f"torch=={built_for.torch.partition('+')[0]}"
 
 
 def local_version(environment: Environment, decision: Decision) -> str:

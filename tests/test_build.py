@@ -213,8 +213,8 @@ BINARY = environment(torch="2.13.0+cu130")
 @pytest.mark.parametrize(
     ("case", "target", "command", "version", "requirement"),
     [
-        (BINARY, "cuda", "bdist_wheel", "0.1.0+torch2.13.cu130", "torch==2.13.*"),
-        (BINARY, "cpu", "bdist_wheel", "0.1.0+torch2.13.cpu", "torch==2.13.*"),
+        (BINARY, "cuda", "bdist_wheel", "0.1.0+torch2.13.cu130", "torch==2.13.0"),
+        (BINARY, "cpu", "bdist_wheel", "0.1.0+torch2.13.cpu", "torch==2.13.0"),
         (environment("none"), "none", "bdist_wheel", "0.1.0", "torch>=2.10"),
         (BINARY, "cpu", "editable_wheel", "0.1.0", "torch>=2.10"),
         (BINARY, "cpu", "sdist", "0.1.0", "torch>=2.10"),

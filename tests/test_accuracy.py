@@ -119,6 +119,35 @@ def test_variance_of_a_large_mean():
     torch.testing.assert_close(normed.double(), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("length", [16, 17])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_of_a_large_constant_line(dtype, length):
+    """x_hat is zero; behind the line's last element it is (0 - mean) * rstd, which is infinite."""
+    large = 2.0**1018 if dtype == torch.float64 else 2.0**122  # a power of two: its sums are exact
+    x = torch.full((3, length), large, dtype=dtype, requires_grad=True)
+    normed = compact_layer_norm(x, all_rows(3, 1.0), length, eps=1e-4)
+    grad = torch.arange(length, dtype=dtype).expand(3, length)
+    normed.backward(grad)
+    centered = grad.double() - (length - 1) / 2
+    torch.testing.assert_close(x.grad, (100 * centered).to(dtype))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_factors_keep_the_sign_of_zero(dtype, length):
+    grad = torch.randn(2, length).sign().to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    zero = torch.full((), -0.0, dtype=acc)
+    index = torch.arange(2)
+    for layer_scale, weight in ((None, zero.repeat(2)), (zero, None), (zero, -zero.repeat(2))):
+        (d_out, _, _) = torch.ops.sdkernels.scatter_add_rows_backward(
+            grad, None, index, layer_scale, weight, 1.0, dtype, [False, False]
+        )
+        factor = 1.0 if layer_scale is None else layer_scale.item()
+        factor = factor * (1.0 if weight is None else weight[0].item())
+        assert torch.equal(as_integers(d_out), as_integers(grad * factor))
+
+
 def every_half() -> Tensor:
     return torch.arange(-(2**15), 2**15).to(torch.int16)
 

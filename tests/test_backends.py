@@ -145,6 +145,36 @@ for case in PARALLEL_CASES:
         assert printed[capability] == printed[capabilities[0]]
 
 
+def test_nan_is_the_same_on_every_instruction_set(capabilities):
+    """Read from half precision, written to it, and both: payload and quiet bit."""
+    program = """
+import torch
+ops = torch.ops.sdkernels
+none, dropped = torch.empty(0, dtype=torch.int64), torch.tensor([-1])
+kept = torch.tensor([0])
+floats = (torch.arange(2**16) << 16 | 0x1001).to(torch.int32).view(torch.float32).view(1, -1)
+for dtype in (torch.float16, torch.bfloat16):
+    halves = torch.arange(2**16).to(torch.int16).view(dtype).view(1, -1)
+    arguments = none, dropped, None, None, 1.0
+    read = ops.scatter_add_rows(halves, torch.empty(0, 2**16), *arguments)
+    written = ops.scatter_add_rows_backward(
+        floats, None, kept, None, None, 1.0, dtype, [False, False])[0]
+    both = ops.scatter_add_relu_rows(halves, halves[:0], *arguments)[0]
+    for x in (read.view(torch.int32), written.view(torch.int16), both.view(torch.int16)):
+        print(dtype, *x[0].tolist())
+"""
+    program = "import sdkernels" + program
+    printed = []
+    for capability in capabilities:
+        result = run(program, SDKERNELS_CPU_CAPABILITY=capability)
+        assert result.returncode == 0, result.stderr
+        printed.append(result.stdout.splitlines())
+    assert len(printed[0]) == 6
+    for others in printed[1:]:
+        same = [a == b for a, b in zip(others, printed[0], strict=True)]
+        assert all(same), same
+
+
 def test_every_op_has_a_backend_on_every_device():
     table = {(choice.op, choice.device) for choice in ops.backend_table()}
     assert table == {(op, d) for op in traceable.OPS for d in ("cpu", "cuda", "other")}

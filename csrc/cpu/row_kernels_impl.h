@@ -119,16 +119,20 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     Y* y = static_cast<Y*>(p.y) + row * p.len + first;
     uint8_t* positive = bits_at(p.positive, p.len, row, first);
     const R* residual = static_cast<const R*>(p.residual) + row * p.residual_row + first;
-    const auto finish = [&](int64_t c, const Vec<A>& sum, auto n) SDKERNELS_INLINE_LAMBDA {
+    const auto finish = [&](int64_t c, const auto& words, auto n) SDKERNELS_INLINE_LAMBDA {
       // Of what is stored: a positive sum may be rounded to zero.
-      const auto words = words_of<Y>(sum);
-      const auto mask = passes<Y>(words);
+      const auto mask = zero_missing(passes<Y>(words), n);
       store_words(y + c, words & mask, n);
       const uint16_t bits = bits_of(mask);
       __builtin_memcpy(positive + c / 8, &bits, n > 8 ? 2 : 1);
     };
     if (slot < 0) {
-      for_vectors(count, [&](int64_t c, auto n) { finish(c, load(residual + c, n), n); });
+      for_vectors(count, [&](int64_t c, auto n) {
+        if constexpr (std::is_same_v<Y, R>)
+          finish(c, load_words(residual + c, n), n);  // NaN payloads included
+        else
+          finish(c, words_of<Y>(load(residual + c, n)), n);
+      });
       return;
     }
     const O* out = static_cast<const O*>(p.out) + slot * p.out_row + first;
@@ -136,11 +140,11 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     if (layer_scale) {
       for_vectors(count, [&](int64_t c, auto n) {
         const Vec<A> factor = scale * load(layer_scale + first + c, n);
-        finish(c, load(residual + c, n) + factor * load(out + c, n), n);
+        finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
       });
     } else {
       for_vectors(count, [&](int64_t c, auto n) {
-        finish(c, load(residual + c, n) + scale * load(out + c, n), n);
+        finish(c, words_of<Y>(load(residual + c, n) + scale * load(out + c, n)), n);
       });
     }
   });
@@ -278,11 +282,7 @@ SDKERNELS_INLINE Acc<T> sum_line(const T* x, int64_t len, F f) {
     sums[3] += f(load(x + i + 3 * kLanes));
   }
   for (; i + kLanes <= len; i += kLanes) sums[0] += f(load(x + i));
-  // f of a missing lane need not be zero (it subtracts a mean).
-  if (i < len) {
-    const auto there = mask_of<Word<Acc<T>>>((1u << (len - i)) - 1);
-    sums[1] += masked(f(load(x + i, len - i)), there);
-  }
+  if (i < len) sums[1] += zero_missing(f(load(x + i, len - i)), len - i);
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -351,13 +351,13 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
     if (!p.d_x) continue;
     Vec<A> sums = {}, sums_x_hat = {};
     for_vectors(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
-      Vec<A> d_x_hat = load(d_normed + c, n);  // a missing lane is zero and so are its products
+      Vec<A> d_x_hat = load(d_normed + c, n);
       if (weight) d_x_hat = d_x_hat * load(weight + c, n);
       // The second pass walks several lines at once, which processors do not foresee.
       if (p.d_stream) __builtin_prefetch(p.d_stream + u * p.d_stream_line + c);
       __builtin_prefetch(p.d_x + u * p.d_x_line + c, 1);
       sums += d_x_hat;
-      sums_x_hat += d_x_hat * ((load(x + c, n) - center) * factor);
+      sums_x_hat += d_x_hat * zero_missing((load(x + c, n) - center) * factor, n);
     });
     mean_d[u] = p.mean ? sum(sums) / static_cast<A>(len) : 0;
     mean_d_x_hat[u] = sum(sums_x_hat) / static_cast<A>(len);
@@ -430,6 +430,7 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
     }
   });
 }
+
 // Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are
 // instantiated, double goes with double only (the callers widen).
 template <class F>

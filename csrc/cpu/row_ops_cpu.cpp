@@ -31,9 +31,10 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
                    geometry->len * size,
                    in_bytes(geometry->strides[0]),
                    in_bytes(geometry->strides[1])};
+  const auto kernel = kernels().copy_rows;
   const int64_t bytes = y.numel() * size;
   parallel_for(0, bytes, kGrain * static_cast<int64_t>(sizeof(float)),
-               [&](int64_t begin, int64_t end) { kernels().copy_rows(p, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 Tensor compact_rows(const Tensor& x, const Tensor& index) {

@@ -77,7 +77,7 @@ template <class T, int64_t N = kLanes>
 SDKERNELS_INLINE Lanes<T, N> splat(T x) {
   using V = Lanes<T, N>;
   if constexpr (kIsRegister<V>) {
-    return {typename V::Register{} + x};
+    return {x - typename V::Register{}};  // x + 0 would make -0 positive
   } else {
     const auto half = splat<T, N / 2>(x);
     return {half, half};
@@ -256,6 +256,8 @@ SDKERNELS_INLINE Floats load(const f16* p) {
       bits_as<uint32_t>(bits_as<float>(magnitude + offset) - bits_as<float>(offset));
   auto v = select(equal(exponent, 0), subnormal, rebiased);
   v = select(equal(exponent, 0x0f800000), infinite, v);
+  // A NaN becomes quiet, as the instructions of the other sets make it.
+  v = select(is_number(bits_as<float>(v)), v, v | 0x00400000u);
   return bits_as<float>(v | (h & 0x80000000u));
 }
 #endif
@@ -280,13 +282,15 @@ SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
 #else
     const auto bits = bits_as<uint32_t>(v);
     const auto u = bits & 0x7fffffffu;
-    // Adding 2^-1 * ulp-aligned offset lets the adder round a result that is subnormal in half.
+    // 0.5, whose last bit counts in float what a half's last subnormal bit does: the sum is rounded
+    // where a subnormal half ends.
     const auto offset = splat(((127u - 15) + (23 - 10) + 1) << 23);
     const auto subnormal = bits_as<uint32_t>(bits_as<float>(u) + bits_as<float>(offset)) - offset;
     const auto normal = (u - ((127u - 15) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
     auto h = select(less(u, 113 << 23), subnormal, normal);
     h = select(less(u, (127 + 16) << 23), h, splat(0x7c00u));  // overflow and infinity
-    h = select(is_number(v), h, splat(0x7e00u));
+    // A NaN keeps what fits of its payload and is quiet, as the instructions of the other sets do.
+    h = select(is_number(v), h, ((u >> 13) & 0x7fffu) | 0x0200u);
     return narrow(h | ((bits >> 16) & 0x8000u));
 #endif
   } else {
@@ -434,6 +438,17 @@ SDKERNELS_INLINE Lanes<W, N> mask_of(uint32_t bits) {
   } else {
     return {mask_of<W, N / 2, first>(bits), mask_of<W, N / 2, first + N / 2>(bits)};
   }
+}
+
+// Zero in the lanes that a line of n more elements does not have: what was computed there from
+// zeros need not be zero (0 - mean), nor finite.
+template <class T>
+SDKERNELS_INLINE Lanes<T, kLanes> zero_missing(const Lanes<T, kLanes>& v, Whole) {
+  return v;
+}
+template <class T>
+SDKERNELS_INLINE Lanes<T, kLanes> zero_missing(const Lanes<T, kLanes>& v, int64_t n) {
+  return masked(v, mask_of<Word<T>>((1u << n) - 1));
 }
 
 // ---- sums ---------------------------------------------------------------------------------------

@@ -430,6 +430,7 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
     }
   });
 }
+
 // Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are
 // instantiated, double goes with double only (the callers widen).
 template <class F>

@@ -282,7 +282,8 @@ SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
 #else
     const auto bits = bits_as<uint32_t>(v);
     const auto u = bits & 0x7fffffffu;
-    // Adding 2^-1 * ulp-aligned offset lets the adder round a result that is subnormal in half.
+    // 0.5, whose last bit counts in float what a half's last subnormal bit does: the sum is rounded
+    // where a subnormal half ends.
     const auto offset = splat(((127u - 15) + (23 - 10) + 1) << 23);
     const auto subnormal = bits_as<uint32_t>(bits_as<float>(u) + bits_as<float>(offset)) - offset;
     const auto normal = (u - ((127u - 15) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;

@@ -183,8 +183,11 @@ for norm in ("layer", "rms", "layer_2d", "layer_plain"):
 
 @needs_triton
 def test_what_traps_as_cuda_kernel_traps():
+    """On the CPU the host looks at the rows first, unless it is kept from that."""
     program = """
+from sdkernels.backends import checks
 from test_kernel_traps import CALLS, SETUP
+checks.check_index_values = checks.check_row_values = lambda *rows: None
 calls = {name: call for name, call in CALLS.items() if not name.startswith("compact_mask")}
 assert len(calls) >= 10
 for name, call in calls.items():

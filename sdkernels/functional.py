@@ -78,6 +78,11 @@ def _is_plain(norm: nn.LayerNorm | nn.RMSNorm) -> bool:
     )
 
 
+def _fused(norm: nn.LayerNorm | nn.RMSNorm | None) -> nn.Module | None:
+    """The norm if the kernels read its parameters; one that is called may gather them (FSDP)."""
+    return norm if norm is not None and _is_plain(norm) else None
+
+
 def _open_branch(
     x: Tensor,
     rows: KeptRows,
@@ -373,7 +378,7 @@ def fused_stochastic_depth(
         _check_dense(base, out, layer_scale)
         return _add_dense(base, out, layer_scale, factor, inplace, relu)
     if DTENSORS in sys.modules:
-        check_local(norm, x=x, residual=residual, layer_scale=layer_scale)
+        check_local(_fused(norm), x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
         rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
     else:
@@ -500,7 +505,7 @@ def _fused_list(
         ]
 
     for x, base in zip(xs, residuals, strict=True):
-        check_local(norm, x=x, residual=base, layer_scale=layer_scale)
+        check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
     p, mode, sampler, rescale, generator = law
     plan: list[KeptRows] = []
     for x, each in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):

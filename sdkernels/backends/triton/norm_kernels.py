@@ -135,8 +135,8 @@ def compact_norm_backward_kernel(
             for start in range(0, BLOCKS * BLOCK_LENGTH, BLOCK_LENGTH):
                 column = start + columns
                 inside = exists & (column < length)
-                # Where there is no element, d and x_hat are zero and so are all products: of a large
-                # center, (0 - center) * inverse can be infinite.
+                # Where there is no element, d and x_hat are zero, and so are all products:
+                # (0 - center) * inverse can be infinite.
                 d = tl.load(d_normed + source + column, inside, other=0).to(ACC)
                 value = tl.load(kept + source + column, inside, other=0).to(ACC)
                 x_hat = tl.where(inside, (value - center) * inverse, 0.0)

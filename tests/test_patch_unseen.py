@@ -22,9 +22,11 @@ from zoo import NETS
 
 import sdkernels
 from sdkernels import KeptRows
-from sdkernels.models import blocks, registry
+from sdkernels.models import blocks
 from sdkernels.models.blocks import Add, BlockState, Options
+from sdkernels.models.by_hand import BY_HAND
 from sdkernels.models.parts import Law
+from sdkernels.models.rewriting import Branch
 
 ROWS = [
     KeptRows.from_index(torch.tensor(index), batch=4, scale=2.0) for index in ([0, 2], [1, 2], [3])
@@ -50,9 +52,9 @@ def run(monkeypatch):
 
     def run(forward, x, laws=None, rows=ROWS, **options):
         written.clear()
-        state = BlockState(Options(**options), (None,) * 3, [None] * 3)
+        state = BlockState(Options(**options), (Branch(None, ()),) * 3, [None] * 3)
         state.rows = list(rows)
-        block = SimpleNamespace(_sdkernels=state, _runs_empty=True)
+        block = SimpleNamespace(_sdkernels=state)
         laws = laws or [Law(0.5, "row", True, True)] * 3
         return forward(Add(block, laws), x), list(written)
 
@@ -264,7 +266,7 @@ def test_evaluation(run):
 
 def test_activation_stays_in_the_pass_that_adds(run):
     def forward(add, x):
-        return [add(1, add(0, x, torch.sin), torch.exp, activation="relu")]
+        return [add(1, add(0, x, torch.sin), torch.exp, activation=nn.ReLU())]
 
     assert run(forward, stream())[1] == [False, False]
 
@@ -367,21 +369,39 @@ def test_hooks_on_what_a_branch_is_made_of(kind):
         assert_same_bits(a, b)
 
 
-BODIES = {
-    f"{library}-{known.body.__name__}": known.body
-    for library in registry.LIBRARIES
-    for known in registry._file_of(library).KNOWN
-}
+@pytest.mark.parametrize("body", [hand.forward for hand in BY_HAND.values()])
+def test_forwards_by_hand_keep_sums_in_variables(body):
+    assert_sums_are_in_variables(textwrap.dedent(inspect.getsource(body)))
 
 
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_forwards_keep_sums_in_variables(body):
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_written_forwards_keep_sums_in_variables(net):
+    for entry in sdkernels.patch(net.model(), drop_probs=net.drop_probs).patched:
+        assert_sums_are_in_variables(entry.block._sdkernels.rewriting.source or "pass")
+
+
+def test_a_residual_in_a_container_gets_a_variable():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.drop_path = nn.Linear(4, 4), nn.Identity()
+
+        def forward(self, x):
+            kept = [x]
+            return kept[0] + self.drop_path(self.f(x * 2))
+
+    source = sdkernels.patch(Block()).patched[0].block._sdkernels.rewriting.source
+    assert_sums_are_in_variables(source)
+    assert "kept[0]" in source
+
+
+def assert_sums_are_in_variables(source: str) -> None:
     """A container in a variable's place is what the count of holders cannot tell from it."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(body)))
+    tree = ast.parse(source)
     calls = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("add", "add.activated")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("add", "add_branch")
     ]
     for call in calls:
         streams = [call.args[1]] + [k.value for k in call.keywords if k.arg == "residual"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import SimpleNamespace
@@ -18,35 +19,18 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import fused_stochastic_depth
+from ..functional import Shared, fused_stochastic_depth
 from ..rows import KeptRows
-from .branches import Composed, NeverEmpty, entries, entry
+from .branches import NeverEmpty, entries, entry
 from .parts import Law, drop_law, is_bare, layer_scale_of
+from .proof import TRUSTED, Asked, Proof, leaves
+from .proving import proof_of, warn
+from .rewriting import Branch, Rewriting
 
-__all__ = [
-    "Add",
-    "BlockState",
-    "Branch",
-    "Options",
-    "PatchedBlock",
-    "make_patched",
-]
+__all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]
 
 Rows = KeptRows | list[KeptRows]
 Token = tuple[tuple[KeptRows, int], ...]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One residual branch of a class of blocks.
-
-    Args:
-        drop: dotted name of the drop path module; None where the class has none.
-        parts: names of the submodules and parameters that only this branch uses.
-    """
-
-    drop: str | None
-    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,7 @@ class Options:
     empty: str = "run"
     inplace: bool | None = None  # None: where nobody can see it
     min_saving: float | str = 0.0
+    check: str = "first"
 
     def rescale_of(self, law: Law) -> str:
         """The rule for a branch: one that a library does not scale is not scaled in training."""
@@ -70,27 +55,35 @@ class BlockState:
     """What patch() leaves in a block, under the name ``_sdkernels``."""
 
     options: Options
-    drops: tuple[str | None, ...]  # the drop path module of each branch
+    branches: tuple[Branch, ...]
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
+    rewriting: Rewriting | None = None  # None in a copy that has not run yet
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
     user: int | None = field(init=False)  # the thread whose `use` that is
     # The forwards whose backward may still come: what they returned, and the rows they ran with.
     pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
     recomputed: bool = field(init=False)  # in a backward since the last forward
+    asked: Proof | None = field(init=False, default=None)  # somebody wants what a branch computes
 
     def __post_init__(self) -> None:
-        self.rows = [None] * len(self.drops)
+        self.rows = [None] * len(self.branches)
         self.user = None
         self.pending = []
         self.recomputed = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no `use`, and has run no forward.
-        return {"options": self.options, "drops": self.drops, "p": self.p}
+        return {"options": self.options, "branches": self.branches, "p": self.p}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.rewriting = None
         self.__dict__.update(state)
         self.__post_init__()
+
+    @property
+    def drops(self) -> tuple[str | None, ...]:
+        """The dotted names of the branches' drop path modules."""
+        return tuple(branch.drop for branch in self.branches)
 
     def token(self) -> Token:
         """The rows that a forward runs with now: the same objects, not written to since."""
@@ -126,9 +119,15 @@ class BlockState:
             )
         self.recomputed = True
 
+    def _where(self, branch: int) -> tuple[str | None, str | None]:
+        return self.branches[branch].drop, self.branches[branch].p
+
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
-        p, name = self.p[branch], self.drops[branch]
+        p, name, function_p = self.p[branch], *self._where(branch)
+        if function_p is not None:
+            own_p = attrgetter(function_p)(block) if p is None else p
+            return Law(float(own_p or 0.0), "row", True, block.training)
         drop = None if name is None else attrgetter(name)(block)
         if drop is None or type(drop) is nn.Identity:  # what libraries make of p = 0
             return Law(p or 0.0, "row", True, block.training)
@@ -143,7 +142,6 @@ class PatchedBlock:
 
     _sdkernels: BlockState
     _original: type[nn.Module]
-    _runs_empty: bool
 
     def _replicate_for_data_parallel(self) -> Any:
         """nn.DataParallel's copy for a device: it draws for its share of the batch."""
@@ -180,10 +178,19 @@ class Add:
     it in the variable's place would not be noticed.)
     """
 
-    def __init__(self, block: Any, laws: list[Law]) -> None:
+    def __init__(
+        self,
+        block: Any,
+        laws: list[Law],
+        rewriting: Rewriting | None = None,
+        proof: Proof = TRUSTED,
+    ) -> None:
         self.block = block
         self.laws = laws
+        self.rewriting = rewriting
+        self.proof = proof
         self.sum: Any = None  # the last one
+        self.aside: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -192,54 +199,54 @@ class Add:
         branch: Callable[..., Any],
         *,
         norm: nn.Module | None = None,
-        post_norm: nn.Module | None = None,
-        layer_scale: nn.Module | Tensor | None = None,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        args: Sequence[Any] = (),
+        layer_scale: Any = None,
+        residual: Any = None,
+        activation: nn.Module | None = None,
+        args: Mapping[str, Any] | Sequence[Any] = (),
     ) -> Any:
-        """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
+        """``activation(residual + drop_path(layer_scale(branch(norm(x), *args))))``.
 
-        A norm and a layer scale that the op knows are fused; others are called on the kept rows.
-        `residual` is `x` by default.
+        A norm, a layer scale and a ReLU that the op knows are fused; others are called, norms and
+        layer scales on the kept rows. `residual` is `x` by default. Inputs in a dict are compacted
+        as the proof of the block says; those in a list, as the op does.
         """
         state, law = self.block._sdkernels, self.laws[index]
         options = state.options
         p, rows = law.p, state.rows[index] if law.training else None
         if isinstance(rows, KeptRows) and _is_everything(rows):
             rows, p = None, 0.0
+        if isinstance(args, Mapping):
+            args = self._inputs(index, x, args)
 
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
         fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
         if norm is not None and fused_norm is None:
             before.append(norm)
-        if post_norm is not None:
-            after.append(post_norm)
+        is_shared = residual is x  # the first of several branches of the same x
+        stream = x if residual is None else residual
+        factor = layer_scale
         if isinstance(layer_scale, nn.Module):
             factor = layer_scale_of(layer_scale)
             if factor is None:
                 after.append(layer_scale)
-        else:
-            factor = layer_scale
-        steps, position = [*before, branch, *after], len(before)
-        composed = (
-            Composed(steps, position)
-            if self.block._runs_empty
-            else NeverEmpty(steps, position, args, self.block)
-        )
-        is_shared = residual is x  # the first of several branches of the same x
-        stream = x if residual is None else residual
+        if isinstance(factor, Tensor) and isinstance(stream, Tensor):
+            if factor.dim() == stream.dim() and factor.shape[0] == 1:
+                factor = factor[0]
+        elif factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
+            after.append(functools.partial(operator.mul, factor))
+            factor = None
+        is_relu = type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook()
         inplace: bool | None = False
         if options.inplace is not False and stream is self.sum and not is_shared:
-            given = (norm, post_norm, layer_scale, residual, activation)
+            given = (norm, layer_scale, residual, activation)
             shape = "residual" if residual is not None else "keywords"
             if not args and all(each is None for each in given):
                 shape = "positional"
             inplace = True if options.inplace else self._permitted(stream, shape)
         total = fused_stochastic_depth(
             x,
-            composed,
+            NeverEmpty([*before, branch, *after], len(before), args, self.block),
             p,
             options.mode or law.mode,
             law.training,
@@ -253,8 +260,11 @@ class Add:
             empty=options.empty,
             inplace=inplace,
             min_saving=options.min_saving,
-            activation=activation,
+            activation="relu" if is_relu else None,
         )
+        if activation is not None and not is_relu:
+            # It may write in place. With empty="skip" the sum may be `x` itself, which others read.
+            total = activation(total.clone() if total is stream else total)
         if not _holds(total, stream):  # as with empty="skip"
             self.sum = total
         return total
@@ -270,25 +280,35 @@ class Add:
         held, lone = _holders(stream), _holders_of_a_lone_sum()[shape]
         return None if all(a <= b for a, b in zip(held, lone, strict=True)) else False
 
-    def activated(
-        self,
-        index: int,
-        x: Tensor,
-        branch: Callable[..., Any],
-        activation: nn.Module,
-        *,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``activation`` of the sum; a ReLU is fused, another is called and may write in place."""
-        if type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook():
-            fused: Tensor = self(index, x, branch, residual=residual, activation="relu")
-            return fused
-        total: Tensor = self(index, x, branch, residual=residual)
-        # With empty="skip" the sum may be `x` or `residual` itself, which others read.
-        result: Tensor = activation(
-            total.clone() if total is (x if residual is None else residual) else total
-        )
-        return result
+    def _inputs(self, index: int, x: Any, args: Mapping[str, Any]) -> list[Any]:
+        """Further inputs for the op: what does not belong to samples is marked."""
+        assert self.rewriting is not None
+        origins = self.rewriting.origins
+        return [self._input(v, name, origins.get((index, name)), x) for name, v in args.items()]
+
+    def _input(self, value: Any, path: str, origin: frozenset[str] | None, x: Any) -> Any:
+        if isinstance(value, Tensor):
+            if isinstance(x, Tensor) and value.dim() and value.shape[0] == x.shape[0]:
+                leaf = (path, value.dim())
+                assert self.rewriting is not None
+                if self.proof.belongs_to_samples(leaf, origin, self.rewriting.positional[0]):
+                    return value
+            return Shared(value)
+        if isinstance(value, list) and isinstance(x, list) and len(value) == len(x):
+            pairs = zip(value, x, strict=True)
+            return [self._input(each, path, origin, crop) for each, crop in pairs]
+        if isinstance(value, (list, tuple)):
+            items = [self._input(v, f"{path}.{n}", origin, x) for n, v in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if type(value) is dict:
+            return {k: self._input(v, f"{path}.{k}", origin, x) for k, v in value.items()}
+        return value
+
+    def put_aside(self, name: str, value: Any) -> None:
+        """What a branch computes and the forward hands on: nothing that is of some rows only."""
+        if any(True for _ in leaves(value)):
+            raise Asked(name)
+        self.aside[name] = value
 
 
 def _holders(total: Tensor) -> tuple[int, int, int]:
@@ -319,26 +339,21 @@ def _holders_of_a_lone_sum() -> dict[str, tuple[int, int, int]]:
         total = add(2, total, torch.neg, layer_scale=x[0])
         add(3, x, torch.neg, residual=total)
 
-    state = BlockState(Options(), (None,) * 4, [None] * 4)
+    state = BlockState(Options(), (Branch(None, ()),) * 4, [None] * 4)
     rows = KeptRows.from_index(torch.tensor([0], device="cpu"), batch=2, scale=1.0)
     state.rows = [rows] * 4
-    block = SimpleNamespace(_sdkernels=state, _runs_empty=True)
+    block = SimpleNamespace(_sdkernels=state)
     with torch.no_grad():
         laws = [Law(0.5, "row", True, True)] * 4
         body(Counting(block, laws), torch.zeros(2, 1, device="cpu"))
     return counted
 
 
-Body = Callable[..., Any]
+def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.Module]:
+    """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
 
-
-def make_patched(
-    original: type[nn.Module], body: Body, name: str, module: str, runs_empty: bool
-) -> type[nn.Module]:
-    """A subclass of a library's class of blocks whose forward is `body` where that saves anything.
-
-    `body` gets the block, an :class:`Add` and the arguments of the original forward. The class
-    keeps the name of the original: what looks for blocks by name (wrapping policies) finds them.
+    The class keeps the name of the original: what looks for blocks by name (wrapping policies)
+    finds them.
     """
     own_forward = original.forward
     _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
@@ -357,7 +372,7 @@ def make_patched(
 
     def run(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
         bound = state.rows[0] is not None
-        laws: Any = [state.law(self, branch) for branch in range(len(state.drops))]
+        laws: Any = [state.law(self, branch) for branch in range(len(state.branches))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
         if None in laws:
             if bound:
@@ -371,7 +386,22 @@ def make_patched(
             for law, p in zip(laws, state.p, strict=True)
             if law.training or scaled_later
         ):
-            return body(self, Add(self, laws), *args, **kwargs)
+            rewriting = state.rewriting or _found_again(self, state)
+            proof = state.asked
+            if proof is None:
+                try:
+                    proof = proof_of(self, rewriting, state.options.check, args, kwargs)
+                    if proof.holds:
+                        add = Add(self, laws, rewriting, proof)
+                        return rewriting.forward(self, add, *args, **kwargs)
+                except Asked as asked:
+                    proof = state.asked = Proof(False, asked.reason)
+                    warn(rewriting, proof)
+            if bound:
+                raise RuntimeError(
+                    f"plan: a {original.__name__} draws for itself, as its own forward runs: "
+                    f"{proof.reason}"
+                )
         x = args[0] if args else kwargs.get(first)
         if isinstance(x, list):
             return _each(own_forward, self, len(x), args, kwargs)
@@ -380,12 +410,25 @@ def make_patched(
     members = {
         "forward": forward,
         "_original": original,
-        "_runs_empty": runs_empty,
         "__module__": module,
         "__qualname__": name,
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (PatchedBlock, original), members)
+
+
+def _found_again(block: Any, state: BlockState) -> Rewriting:
+    """The rewriting of a block that was copied or unpickled."""
+    from .registry import find_rewriting
+
+    found = find_rewriting(block)
+    if not isinstance(found, Rewriting) or len(found.branches) != len(state.branches):
+        raise RuntimeError(
+            f"a {type(block).__name__} was patched where its forward was another one; patch the "
+            "model again"
+        )
+    state.rewriting = found
+    return found
 
 
 def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:

@@ -91,8 +91,11 @@ def compare(library: str) -> int:
         complete_transformers(folder)
     started = time.monotonic()
     runs = [start(library, folder, patched) for patched in (False, True)]
-    for process, _ in runs:
+    for process, outcomes in runs:
         process.wait()
+        if not outcomes.exists():
+            print(f"{library}: pytest ended with {process.returncode}; see {outcomes.stem}.txt")
+            return 1
     original, patched = (json.loads(outcomes.read_text()) for _, outcomes in runs)
     differ = {
         test: (original.get(test), patched.get(test))

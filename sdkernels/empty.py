@@ -161,9 +161,12 @@ def _collect(value: Any, found: dict[nn.Module, None], seen: set[int], depth: in
     if issubclass(kind, nn.Module):
         found.update(dict.fromkeys(value.modules()))
         return
-    if depth <= 0 or issubclass(kind, (type, ModuleType, Tensor, str)) or id(value) in seen:
+    if depth <= 0 or issubclass(kind, (type, ModuleType, Tensor, str)):
         return
-    seen.add(id(value))
+    if not is_compiling():  # a graph would be bound to a method's id, which is new at every access
+        if id(value) in seen:
+            return
+        seen.add(id(value))
     held: list[Any] = []
     if kind is MethodType:
         held += [value.__self__, value.__func__]

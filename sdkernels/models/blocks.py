@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,10 +185,10 @@ class Add:
     """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
 
     In place it writes into sums that it has made itself. What came into the block may be somebody
-    else's too: saved by the activation before, kept among intermediate features. By default it
-    writes into a sum only if nothing holds it but a variable of the forward. (So a forward that
-    needs a sum later keeps it in a variable of another name, or in a view; a container that holds
-    it in the variable's place would not be noticed.)
+    else's too: saved by the activation before, kept among intermediate features. A sum is seen by
+    nobody: the forwards here hand it to the next `add` and to nothing else (the tests read their
+    source), and branches, with what hooks their modules, get a copy of the kept rows. Where a
+    branch runs on all rows, it gets the sum itself; into that the op does not write by default.
     """
 
     def __init__(self, block: Any, laws: list[Law]) -> None:
@@ -229,18 +227,12 @@ class Add:
                 after.append(layer_scale)
         else:
             factor = layer_scale
-        shape: str | None = "residual" if residual is not None else "keywords"
-        keywords = (norm, post_norm, layer_scale, residual, activation)
-        if not args and all(each is None for each in keywords):
-            shape = "positional"
-        if isinstance(x, list):
-            shape = None
         composed = Composed([*before, branch, *after], len(before), self.block)
         rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
 
         def one(x: Tensor, residual: Any, rows: Any, args: Sequence[Any]) -> Tensor:
             return self._one(
-                index, composed, x, residual, rows, args, fused_norm, factor, activation, shape
+                index, composed, x, residual, rows, args, fused_norm, factor, activation
             )
 
         several = isinstance(x, list)
@@ -266,7 +258,6 @@ class Add:
         norm: nn.LayerNorm | nn.RMSNorm | None,
         layer_scale: Tensor | None,
         activation: Activation | None,
-        shape: str | None,
     ) -> Tensor:
         law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
         if isinstance(rows, KeptRows) and _is_everything(rows):
@@ -277,7 +268,7 @@ class Add:
         is_own = any(stream is each for each in self.sums)
         inplace: bool | None = False
         if options.inplace is not False and is_own and not is_shared:
-            inplace = True if options.inplace else self._permitted(stream, shape)
+            inplace = True if options.inplace else _permitted(stream)
         total: Tensor = fused_stochastic_depth(
             x,
             branch,
@@ -297,19 +288,6 @@ class Add:
             activation=activation,
         )
         return total
-
-    def _permitted(self, stream: Any, shape: str | None) -> bool | None:
-        """The op's `inplace` for a sum: None, which permits it, where nobody can see it.
-
-        Whoever could holds it. A dispatch mode may hold it later: selective checkpointing gives
-        results out of a cache. `shape` says how the sum came (see below); None in a list.
-        """
-        if type(stream) is not Tensor or is_compiling() or torch._C._len_torch_dispatch_stack():
-            return False
-        if shape is None:
-            return False
-        held, lone = _holders(stream), _holders_of_a_lone_sum()[shape]
-        return None if all(a <= b for a, b in zip(held, lone, strict=True)) else False
 
     def activated(
         self,
@@ -332,43 +310,13 @@ class Add:
         return result
 
 
-def _holders(total: Tensor) -> tuple[int, int, int]:
-    """How many hold it: in Python (a list, a hook), in C++ (what autograd saved), and its memory (a
-    view, a result that its own node saved)."""
-    memory = torch._C._storage_Use_Count(total.untyped_storage()._cdata)
-    return sys.getrefcount(total), total._use_count(), memory  # type: ignore[attr-defined]
+def _permitted(total: Tensor) -> bool | None:
+    """The op's `inplace` by default: None, which permits it, or False where a mode may keep sums.
 
-
-@functools.cache
-def _holders_of_a_lone_sum() -> dict[str, tuple[int, int, int]]:
-    """The same of a sum that nothing but a variable of the forward holds.
-
-    Interpreter and PyTorch hold it too while it is passed on: how often depends on their versions,
-    and on whether it comes beside keywords or as one. So this is counted where it counts, in a
-    block like any other.
+    Selective checkpointing does: its dispatch mode gives them out of a cache later.
     """
-    counted: dict[str, tuple[int, int, int]] = {}
-
-    class Counting(Add):
-        def _permitted(self, stream: Any, shape: str | None) -> bool | None:
-            if shape is not None:
-                counted[shape] = _holders(stream)
-            return False
-
-    def body(add: Add, x: Tensor) -> None:
-        total = add(0, x, torch.neg)
-        total = add(1, total, torch.neg)
-        total = add(2, total, torch.neg, layer_scale=x[0])
-        add(3, x, torch.neg, residual=total)
-
-    state = BlockState(Options(), (None,) * 4, [None] * 4)
-    rows = KeptRows.from_index(torch.tensor([0], device="cpu"), batch=2, scale=1.0)
-    state.rows = [rows] * 4
-    block = SimpleNamespace(_sdkernels=state, _runs_empty=True)
-    with torch.no_grad():
-        laws = [Law(0.5, "row", True, True)] * 4
-        body(Counting(block, laws), torch.zeros(2, 1, device="cpu"))
-    return counted
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return False if watched or is_compiling() or type(total) is not Tensor else None
 
 
 Body = Callable[..., Any]

@@ -61,10 +61,10 @@ def patch(
         inplace: add the branches after a block's first one into the sum that the block has made so
             far, which saves a pass over the whole batch. The block's input stays as it is: others
             may hold it (intermediate features, the activation before). Nothing changes for blocks
-            of one branch. None, the default, does so in training where nobody can see it: no one
-            else holds the sum (a hook, a list, autograd), no dispatch mode watches, the result has
-            the sum's dtype, nothing is compiled, and what goes in is one tensor, no list of them.
-            True does so for every sum of the block's own, False for none.
+            of one branch. None, the default, does so in training where nobody can see it: the
+            branches run on copies of the kept rows (not on all rows), no dispatch or function mode
+            watches, the result has the sum's dtype, and nothing is compiled. True does so for every
+            sum of the block's own, False for none.
 
     Returns:
         A report of the blocks that were patched and those that were not. It prints as a table.

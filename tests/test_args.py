@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -223,6 +224,11 @@ OBJECTS = {
     "partial": partial(torch.add, T),
     "array": np.zeros((B, 3)),
     "array-in-object": Nested(np.zeros(B)),
+    "iterator": iter([T]),
+    "map": map(torch.sin, [T]),
+    "generator": (each for each in [T]),
+    "weak-reference": weakref.ref(T),
+    "storage": T.untyped_storage(),
 }
 
 

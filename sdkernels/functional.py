@@ -37,11 +37,10 @@ from .building_blocks import (
     compact_norm,
     scatter_add,
 )
-from .empty import EMPTY, Empty, has_no_rows, note_no_rows, run_list_on_ones, run_on_ones
+from .empty import EMPTY, Empty, has_no_rows, run_list_on_ones, run_on_nothing, run_on_ones
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
-from .statistics import untouched_statistics
 from .tracing import fx, is_recorded, jit_tracing_state, refuse_training
 
 __all__ = ["fused_stochastic_depth"]
@@ -397,19 +396,13 @@ def fused_stochastic_depth(
     kept, stream = _open_branch(ops, x, rows, norm, residual, inplace, relu, whole)
     nothing = has_no_rows(rows) if compiling else rows.index.numel() == 0
     on_ones = nothing and empty == "ones"
-    if nothing and not on_ones:
-        branch = untouched_statistics(branch)
     given = take_args(args, x.shape[0], _how(rows, whole, on_ones)) if args else ()
     if on_ones:
         out = run_on_ones(branch, kept, given)
-    elif compiling:
-        out = branch(kept, *given)
+    elif nothing:
+        out = run_on_nothing(branch, kept, given)
     else:
-        try:
-            out = branch(kept, *given)
-        except Exception as error:
-            note_no_rows(error, [rows])
-            raise
+        out = branch(kept, *given)
     out = _kept_output(out, rows, base, layer_scale, whole)
     if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
         inplace = False
@@ -537,18 +530,12 @@ def _fused_list(
         kept_inputs.append(kept)
         streams.append(stream)
     given = take_args_of_list(args, batches, hows)
-    if any(nothing) and not any(on_ones):
-        branch = untouched_statistics(branch)
     if any(on_ones):
         results = run_list_on_ones(branch, kept_inputs, given, on_ones)
-    elif is_compiling():
-        results = branch(kept_inputs, *given)
+    elif any(nothing):
+        results = run_on_nothing(branch, kept_inputs, given)
     else:
-        try:
-            results = branch(kept_inputs, *given)
-        except Exception as error:
-            note_no_rows(error, plan)
-            raise
+        results = branch(kept_inputs, *given)
     outs = per_tensor(results, len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)

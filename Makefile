@@ -54,7 +54,7 @@ test-install: $(BUILT)
 
 peer-tests: $(BUILT)
 	$(PEER_REQUIREMENTS)
-	$(RUN) tests/peers/run.py
+	$(RUN) tests/peers/run.py $(PEERS)
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick

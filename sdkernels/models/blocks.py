@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +162,14 @@ class PatchedBlock:
         _runs_empty: bool
 
     def __prepare_scriptable__(self) -> Any:
-        refuse_script("a patched block", "script the model before patch or after unpatch")
+        """torch.jit.script compiles the original forward, which cannot multiply by 1 - p."""
+        if self._sdkernels.options.rescale == "eval":
+            refuse_script(
+                'a block patched with rescale="eval"',
+                "script the model before patch or after unpatch",
+            )
+        _say_what_is_left_out(self)
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         """nn.DataParallel's copy for a device: it draws for its share of the batch."""
@@ -319,6 +327,24 @@ def _permitted(total: Tensor) -> bool | None:
     return False if watched or is_compiling() or type(total) is not Tensor else None
 
 
+def _say_what_is_left_out(block: Any) -> None:
+    """Of what patch() was told, where the original forward is recorded instead."""
+    state: BlockState = block._sdkernels
+    if state.rows[0] is not None:
+        raise RuntimeError(
+            "plan: torch.jit and torch.fx would repeat its rows for ever; trace or script outside "
+            "of the with statement, where a patched block runs its original forward"
+        )
+    options = state.options
+    given = any(p is not None for p in state.p) or options.mode or options.rescale != "train"
+    if block.training and given:
+        warnings.warn(
+            "sdkernels: a patched block that is traced or scripted in training is its original "
+            "forward, without the drop_probs=, mode= and rescale= given to patch",
+            stacklevel=3,
+        )
+
+
 Body = Callable[..., Any]
 
 
@@ -333,8 +359,7 @@ def make_patched(
     own_forward = original.forward
     _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
 
-    @functools.wraps(own_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, args: Any, kwargs: Any) -> Any:
         state = self._sdkernels
         if not is_compiling() and is_recorded(args, [*kwargs.values()]):
             return run_recorded(self, state, args, kwargs)
@@ -369,18 +394,7 @@ def make_patched(
         """Rows cannot be drawn in the graphs of torch.jit.trace and torch.fx."""
         if not self.training:
             return run(self, state, args, kwargs)
-        if state.rows[0] is not None:
-            raise RuntimeError(
-                "plan: torch.jit.trace and torch.fx would repeat its rows for ever; trace outside "
-                "of the with statement, where a patched block runs its original forward"
-            )
-        options = state.options
-        if any(p is not None for p in state.p) or options.mode or options.rescale != "train":
-            warnings.warn(
-                "sdkernels: a patched block that is traced in training is its original forward, "
-                "without the drop_probs=, mode= and rescale= given to patch",
-                stacklevel=2,
-            )
+        _say_what_is_left_out(self)
         return run_original(self, args, kwargs)
 
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
@@ -389,8 +403,15 @@ def make_patched(
             return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, args, kwargs)
+
+    # TorchScript compiles the source of what is wrapped, with the globals of what wraps it.
+    scriptable = FunctionType(
+        forward.__code__, own_forward.__globals__, "forward", None, forward.__closure__
+    )
     members = {
-        "forward": forward,
+        "forward": functools.wraps(own_forward)(scriptable),
         "_original": original,
         "_runs_empty": runs_empty,
         "__module__": module,

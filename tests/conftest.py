@@ -27,7 +27,7 @@ settings.register_profile("thorough", max_examples=2000, **{**_COMMON, "derandom
 settings.load_profile("repeatable")
 
 # Programs that tests run, which import Triton (it need not be there); tests of other libraries.
-collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "peers"]
+collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

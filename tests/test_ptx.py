@@ -173,3 +173,19 @@ def test_block_past_its_mask(sanitizers, triton):
     sound, faulty = run("ptx.triton_fault", env=environment(sanitizers, "forward")).splitlines()
     assert sound == "equal"
     assert "bytes outside of any tensor" in faulty
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_traffic_budget(backend, sanitizers, request):
+    """What the design says that an op reads and writes of whole rows, within 3 %."""
+    request.getfixturevalue("nvcc" if backend == "cuda" else "triton")
+    clean = environment(sanitizers, "forward", LD_PRELOAD="", ASAN_OPTIONS="")
+    counts = json.loads(run("ptx.count", "--json", backend, "all", env=clean))
+    assert len(counts) == 60
+    beyond = [c for c in counts if abs(c["touched"] - c["budget"]) > 0.03 * c["budget"]]
+    assert not beyond
+    # A float32 vector beside one of 16 bits is read and written in two halves, which lie in the
+    # same sectors; everything else is asked for once.
+    again = [c for c in counts if c["again"] > (1.0 if "+" in c["dtypes"] else 0.03) * c["budget"]]
+    assert not again

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from .translate import Entry, entries, translate
+from .translate import Entry, entries, header, translate
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -178,15 +178,27 @@ def faults() -> tuple[Path, list[str]]:
 class Kernels:
     """Translates and loads kernels of some PTX files when they are asked for."""
 
-    def __init__(self, ptx: Sequence[str], counting: bool = False) -> None:
-        self.entries = {name: e for text in ptx for name, e in entries(text).items()}
+    def __init__(self, ptx: Sequence[str] = (), counting: bool = False) -> None:
+        self.entries: dict[str, tuple[Entry, str]] = {}
         self.counting = counting
         self.loaded: dict[str, ctypes.CDLL] = {}
+        self.asked: list[str] = []  # with repetitions
+        for text in ptx:
+            self.add(text)
+
+    def add(self, ptx: str, prefix: str = "") -> None:
+        head = header(ptx)
+        self.entries.update({prefix + name: (entry, head) for name, entry in entries(ptx).items()})
+
+    def entry(self, name: str) -> tuple[Entry, str]:
+        """With the head that makes it a file of its own."""
+        return self.entries[name]
 
     def __getitem__(self, name: str) -> int:
         """The address of the kernel's description."""
+        self.asked.append(name)
         if name not in self.loaded:
-            self.loaded[name] = ctypes.CDLL(str(library(self.entries[name], self.counting)))
+            self.loaded[name] = ctypes.CDLL(str(library(self.entries[name][0], self.counting)))
         return ctypes.addressof(ctypes.c_char.in_dll(self.loaded[name], "kernel"))
 
 
@@ -238,9 +250,8 @@ def keep(loaded: object) -> None:
     _kept.append(loaded)
 
 
-def load(library: Path, ptx: Sequence[str], counting: bool = False) -> ctypes.CDLL:
-    """A library whose launches run the kernels of `ptx`."""
-    kernels = Kernels(ptx, counting)
+def load(library: Path, kernels: Kernels) -> ctypes.CDLL:
+    """A library whose launches run these kernels."""
     load_machine()
     loaded = ctypes.CDLL(str(library))
 

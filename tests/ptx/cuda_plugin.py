@@ -13,7 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     library, ptx = build.cuda_ops(few="SDKERNELS_PTX_FEW" in os.environ)
     torch.ops.load_library(str(library))
-    build.load(library, ptx)
+    build.load(library, build.Kernels(ptx))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

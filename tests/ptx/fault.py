@@ -7,6 +7,7 @@ import sys
 from . import build
 
 if __name__ == "__main__":
-    library = build.load(*build.faults())
+    path, ptx = build.faults()
+    library = build.load(path, build.Kernels(ptx))
     library.run_fault.restype = ctypes.c_char_p
     print(json.dumps({name: library.run_fault(name.encode()).decode() for name in sys.argv[1:]}))

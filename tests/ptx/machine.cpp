@@ -123,7 +123,11 @@ class Machine {
     }
     ++launches;
     if (counting) {
-      ++counts.launches;
+      if (!counts.launches++) {
+        counts.first_blocks = blocks;
+        counts.first_threads = threads_;
+        counts.first_shared = shared_bytes;
+      }
       counts.blocks += blocks;
       counts.threads += blocks * threads_;
     }

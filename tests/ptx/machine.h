@@ -18,7 +18,8 @@ struct Counts {
   uint64_t launches, blocks, threads;
   uint64_t loads, stores;  // of warps, global memory
   uint64_t shared_accesses, bank_conflicts;
-  uint64_t stream_bytes, waits;  // see Thread::note_load
+  uint64_t stream_bytes, waits;                        // see Thread::note_load
+  uint64_t first_blocks, first_threads, first_shared;  // of the first launch
 };
 
 // 32 bytes of global memory, and how often a warp asked for some of them.

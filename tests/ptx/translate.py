@@ -78,19 +78,25 @@ def entries(ptx: str) -> dict[str, Entry]:
         found[match[1]] = ptx[match.start() : end]
         outside += ptx[position : match.start()]
         position = end
-    declared = re.findall(r"^\s*(?:\.extern )?\.(?:global|shared).*;", outside, re.MULTILINE)
+    pattern = r"^\s*(?:(?:\.extern )?\.(?:global|shared)|\.extern \.func)\b[^;]*;"
+    declared = re.findall(pattern, outside, re.MULTILINE)
     return {name: Entry(name, text, "\n".join(declared)) for name, text in found.items()}
 
 
 def header(ptx: str) -> str:
-    """What makes the text of one entry a file that ptxas takes."""
-    return "\n".join(re.findall(r"^\.(?:version|target|address_size).*$", ptx, re.MULTILINE))
+    """What makes the text of one entry a file that ptxas takes, if no line refers to a source."""
+    head = "\n".join(re.findall(r"^\.(?:version|target|address_size).*$", ptx, re.MULTILINE))
+    return head.replace(", debug", "")
+
+
+def without_sources(text: str) -> str:
+    return re.sub(r"^[ \t]*\.loc\b[^\n]*", "", text, flags=re.MULTILINE)
 
 
 def statements(body: str) -> Iterator[tuple[int, str]]:
     """Labels (with their colon), braces and instructions, with their lines."""
     body = re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), body, flags=re.DOTALL)
-    body = re.sub(r"^[ \t]*\.loc\b[^\n]*", "", body, flags=re.MULTILINE)
+    body = without_sources(body)
     pattern = re.compile(r"\s*(?:([$\w%]+:)|([{}])|([^;]*?);)", re.DOTALL)
     position = 0
     while match := pattern.match(body, position):
@@ -252,6 +258,8 @@ class Translator:
             only(condition, "and", "or")
             unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(condition, condition)
             a, b = (self.read(kind, o) for o in operands[1:3])
+            if kind == "bf16":
+                a, b = f"converted<float>({a})", f"converted<float>({b})"
             compared = f"compare_{unsigned}({a}, {b})"
             if len(operands) == 4:
                 operator = "&&" if "and" in others else "||"

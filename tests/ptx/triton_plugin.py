@@ -47,22 +47,19 @@ class Started(ctypes.Structure):
 class Launcher:
     def __init__(self, counting: bool = False) -> None:
         self.machine = build.load_machine()
-        self.counting = counting
-        self.compiled: dict[object, tuple[Any, int]] = {}
+        self.kernels = build.Kernels(counting=counting)
+        self.compiled: dict[object, Any] = {}
 
     def kernel(self, asked: Launch) -> tuple[Any, int]:
         """What Triton compiled, and the address of the translated kernel."""
         source = ASTSource(asked.kernel, *asked.signature())
         options = launching.options(asked.tile)
-        key = source.hash(), str(options)
+        key = f"{source.hash()}-{options}-"
         if key not in self.compiled:
             target = GPUTarget("cuda", int(build.ARCHITECTURE), 32)
-            binary = triton.compile(source, target, options)
-            kernels = build.Kernels([binary.asm["ptx"]], self.counting)
-            (name,) = kernels.entries
-            self.compiled[key] = binary, kernels[name]
-            build.keep(kernels)
-        return self.compiled[key]
+            self.compiled[key] = triton.compile(source, target, options)
+            self.kernels.add(self.compiled[key].asm["ptx"], key)
+        return self.compiled[key], self.kernels[key + asked.kernel.__name__]
 
     def __call__(
         self, kernel: Any, tiles: int, rows: int, tile: Any, device: torch.device, *arguments: Any

@@ -2,6 +2,7 @@
 // values, and the thread, through which they reach memory and other threads.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -123,12 +124,19 @@ template <class T>
 inline uint32_t op_clz(T a) {
   return std::countl_zero(a);
 }
+// Of a signed type: extended by the highest bit of the field, or of the number where that ends.
 template <class T>
 inline T op_bfe(T a, uint32_t from, uint32_t length) {
-  static_assert(std::is_unsigned_v<T>);
-  const T low = op_shr(a, from & 255);
-  length &= 255;
-  return length >= sizeof(T) * 8 ? low : T(low & ((T(1) << length) - 1));
+  constexpr int kBits = sizeof(T) * 8;
+  const int first = from & 255, count = length & 255;
+  const int sign = std::min(first + count - 1, kBits - 1);
+  const bool negative = std::is_signed_v<T> && count && (a >> sign & 1);
+  T result = 0;
+  for (int i = 0; i < kBits; ++i) {
+    const bool inside = i < count && first + i < kBits;
+    if (inside ? a >> (first + i) & 1 : negative) result |= std::make_unsigned_t<T>(1) << i;
+  }
+  return result;
 }
 template <class T>
 inline T mul_lo(T a, T b) {
@@ -293,6 +301,21 @@ struct Thread {
     Vector<uint32_t, N> value;
     for (uint32_t m = 0; m < N; ++m)
       value.v[m] = load_shared<uint32_t, 1>(line, matrix_place(line, address, m)).v[0];
+    return value;
+  }
+  // Transposed: of column lane / 4 the ones in rows 2 (lane % 4) and after.
+  template <int N>
+  Vector<uint32_t, N> load_transposed(int line, uint64_t address) {
+    Vector<uint32_t, N> value{};
+    for (uint32_t m = 0; m < N; ++m) {
+      for (uint32_t i = 0; i < 2; ++i) {
+        const auto row = shuffle(line, Shuffle::idx, static_cast<uint32_t>(address),
+                                 8 * m + lane() % 4 * 2 + i, 31, ~0u);
+        if (row.value % 16) fault(line, "a misaligned row of a matrix");
+        const auto part = load_shared<uint16_t, 1>(line, row.value + lane() / 4 * 2);
+        value.v[m] |= static_cast<uint32_t>(part.v[0]) << (16 * i);
+      }
+    }
     return value;
   }
   template <int N>

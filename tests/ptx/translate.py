@@ -256,6 +256,8 @@ class Translator:
         if name == "setp":
             (condition,) = others & CONDITIONS
             only(condition, "and", "or")
+            if "|" in operands[0]:  # halves: the low ones, the high ones
+                return self.compare_halves(condition, kind, operands)
             unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(condition, condition)
             a, b = (self.read(kind, o) for o in operands[1:3])
             if kind == "bf16":
@@ -305,18 +307,28 @@ class Translator:
             return f"t.barrier({self.line});"
         if opcode == "bar.warp.sync":
             return f"t.warp_barrier({self.line}, {self.read('b32', operands[0])});"
-        if found := re.fullmatch(
-            r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", opcode
-        ):
-            return self.matrix(found[1], int(found[2]), operands)
+        form = r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16"
+        if (found := re.fullmatch(form, opcode)) and (found[1] == "ld" or not found[3]):
+            return self.matrix(found[1], int(found[2]), bool(found[3]), operands)
         raise NotModelled(opcode)
 
-    def matrix(self, direction: str, count: int, operands: list[str]) -> str:
+    def compare_halves(self, condition: str, kind: str, operands: list[str]) -> str:
+        if kind not in ("f16x2", "bf16x2") or len(operands) != 3:
+            raise NotModelled(f"setp.{condition}.{kind}")
+        code = ""
+        for i, target in enumerate(operands[0].split("|")):
+            bits = (f"uint16_t({self.read('b32', o)} >> {16 * i})" for o in operands[1:])
+            a, b = (f"converted<float>(as<{TYPES[kind]}>({part}))" for part in bits)
+            code += self.write(target, "pred", f"compare_{condition}({a}, {b})")
+        return "{ " + code + " }"
+
+    def matrix(self, direction: str, count: int, transposed: bool, operands: list[str]) -> str:
         if direction == "st":
             values = ", ".join(self.read("b32", o) for o in self.vector(operands[1]))
             where = f"{self.line}, {self.address(operands[0])}"
             return f"t.store_matrix<{count}>({where}, {{{{{values}}}}});"
-        code = f"auto v = t.load_matrix<{count}>({self.line}, {self.address(operands[1])});"
+        load = "load_transposed" if transposed else "load_matrix"
+        code = f"auto v = t.{load}<{count}>({self.line}, {self.address(operands[1])});"
         registers = self.vector(operands[0])
         code += "".join(self.write(r, "b32", f"v.v[{i}]") for i, r in enumerate(registers))
         return "{ " + code + " }"

@@ -323,8 +323,10 @@ def _permitted(total: Tensor) -> bool | None:
 
     Selective checkpointing does: its dispatch mode gives them out of a cache later.
     """
+    if is_compiling() or type(total) is not Tensor:  # a compiler cannot look at the stacks
+        return False
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return False if watched or is_compiling() or type(total) is not Tensor else None
+    return False if watched else None
 
 
 def _say_what_is_left_out(block: Any) -> None:

@@ -49,7 +49,7 @@ build: $(BUILT)
 
 # Test files side by side. Threads that wait do not spin: there are more of them than cores then.
 test: $(BUILT)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-install: $(BUILT)
 	$(RUN) -m pytest -m install

@@ -171,7 +171,11 @@ def _collect(value: Any, found: dict[nn.Module, None], seen: set[int], depth: in
         if not is_compiling():  # Dynamo does not open cells
             held += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         held += value.__defaults__ or ()
-        used = (value.__globals__.get(name) for name in value.__code__.co_names)
+        try:
+            names = value.__globals__
+        except AttributeError:  # Dynamo knows none of a function that was made in the graph
+            names = {}
+        used = (names.get(name) for name in value.__code__.co_names)
         held += [each for each in used if issubclass(type(each), nn.Module)]
     elif kind is partial:
         held += [value.func, *value.args, *value.keywords.values()]

@@ -17,7 +17,7 @@ import logging
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
@@ -29,12 +29,14 @@ from torch import nn
 
 import sdkernels
 from benchmarks.libraries import LIBRARIES, import_module, is_installed
-from sdkernels.models import fingerprint, registry
+from benchmarks.zoo import TINY, Net, nets
+from sdkernels.models import registry
 from sdkernels.models.parts import drop_law, is_drop_path
 from sdkernels.models.verified import VERIFIED
 
 RATE = 0.2
 SMALL = 96  # height and width of images for models that take any
+UNSEEN = "it did not run on these inputs"
 UNUSED = "its forward does not call its drop path"
 FILE = Path(registry.__file__).with_name("verified.py")
 
@@ -242,13 +244,34 @@ def survey(
             continue
         found.append(counted)
         size = sum(p.numel() for p in model.parameters())
-        for module in model.modules():
-            state = getattr(module, "_sdkernels", None)
-            if state is not None and state.rewriting.source:
-                key = (state.rewriting.original, state.rewriting.source)
-                if key not in smallest or size < smallest[key][0]:
-                    smallest[key] = (size, each)
+        for key in written_for(model):
+            if key not in smallest or size < smallest[key][0]:
+                smallest[key] = (size, each)
     return found, smallest
+
+
+def written_for(model: nn.Module) -> Iterator[Any]:
+    """The classes of a patched model with the marks of what was written for them."""
+    for module in model.modules():
+        state = getattr(module, "_sdkernels", None)
+        if state is not None and state.rewriting.source:
+            yield state.rewriting.original, state.rewriting.mark
+
+
+def zoo(library: str) -> dict[Any, tuple[int, Architecture]]:
+    """What is written for the small models of the tests, of which each is quickly compared."""
+    found: dict[Any, tuple[int, Architecture]] = {}
+    for name, net in nets(TINY).items():
+        if name.partition("-")[0] == library:
+
+            def inputs(model: nn.Module, net: Net = net) -> tuple[Any, ...]:
+                return (net.inputs(4),)
+
+            model = net.model()
+            sdkernels.patch(model, drop_probs=net.drop_probs)
+            each = Architecture(name, net.model, inputs)
+            found.update(dict.fromkeys(written_for(model), (0, each)))
+    return found
 
 
 def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
@@ -274,9 +297,13 @@ def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
             continue
         for entry, result in zip(report.patched, checked, strict=True):
             rewriting = entry.block._sdkernels.rewriting
-            key = (rewriting.original, rewriting.source)
-            if result.holds or not found.get(key):
-                found[key] = "" if result.holds else result.reason
+            key = (rewriting.original, rewriting.mark)
+            if result.holds and found.get(key, UNSEEN) == UNSEEN:
+                found[key] = ""
+            elif not result.holds and result.reason == UNSEEN:
+                found.setdefault(key, UNSEEN)
+            elif not result.holds:  # in one model is enough
+                found[key] = result.reason
         print(f"checked {name}", file=sys.stderr, flush=True)
     return found
 
@@ -314,17 +341,13 @@ def reasons(found: list[Counted]) -> str:
     )
 
 
-def write(results: dict[Any, str]) -> None:
+def write(equal: Iterable[Any]) -> None:
     """Put what was found equal into the package's table, beside the versions that are there."""
-    equal: dict[Any, list[bool]] = defaultdict(list)
-    for (kind, _), reason in results.items():
-        equal[kind].append(not reason)
     entries = {path: dict(marks) for path, marks in VERIFIED.items()}
-    for kind, each in equal.items():
-        mark = fingerprint.fingerprint(kind.forward)
-        if all(each) and mark is not None:
-            path = f"{kind.__module__}:{kind.__qualname__}"
-            entries.setdefault(path, {})[mark] = version(kind.__module__.partition(".")[0])
+    for kind, mark in equal:
+        path = f"{kind.__module__}:{kind.__qualname__}"
+        library = version(kind.__module__.partition(".")[0])
+        entries.setdefault(path, {})[mark] = library
     head = FILE.read_text().partition("VERIFIED: ")[0]
     body = json.dumps({path: entries[path] for path in sorted(entries)}, indent=4)
     FILE.write_text(f"{head}VERIFIED: dict[str, dict[str, str]] = {body}\n")
@@ -335,17 +358,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--library", choices=SOURCES, action="append")
     parser.add_argument("--filter", default="", help="architectures whose names have this part")
     parser.add_argument("--every", type=int, default=1, help="one in so many: a sample")
+    parser.add_argument("--zoo", action="store_true", help="the tests' small models only")
     parser.add_argument("--check", action="store_true", help="compare with the originals")
     parser.add_argument("--write", action="store_true", help="keep what was found equal")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     rows, details = [HEADER], []
+    equal: list[Any] = []
     for library in filter(is_installed, options.library or LIBRARIES):
-        found, smallest = survey(library, options.filter, options.every)
-        if not found:
-            continue
-        rows.append(table(library, found))
-        details.append(f"{library}:\n{reasons(found)}")
+        if options.zoo:
+            smallest = zoo(library)
+        else:
+            found, smallest = survey(library, options.filter, options.every)
+            if not found:
+                continue
+            rows.append(table(library, found))
+            details.append(f"{library}:\n{reasons(found)}")
         if options.check or options.write:
             results = check(smallest)
             bad = {key: reason for key, reason in results.items() if reason}
@@ -353,8 +381,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{len(results) - len(bad)} of {len(results)} sources equal their originals"
             )
             details += [f"- {kind.__module__}.{kind.__name__}: {r}" for (kind, _), r in bad.items()]
-            if options.write:
-                write(results)
+            equal += [key for key, reason in results.items() if not reason]
+    if options.write:
+        write(equal)
     print("\n".join([*rows, "", *details]))
 
 

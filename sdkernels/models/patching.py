@@ -93,8 +93,15 @@ def patch(
         torch.fx record the original forward.
 
     Example:
-        >>> patch(nn.Linear(4, 4)).patched
-        ()
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mlp, self.drop_path = nn.Linear(4, 4), nn.Identity()
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.drop_path(self.mlp(x))
+        >>> len(patch(Block(), drop_probs=0.5).patched)
+        1
     """
     check_model(model)
     # The op checks its own options; without training nothing is drawn.
@@ -126,8 +133,9 @@ def patch(
     unpatch(model)
     for _, block, rewriting in found:
         _give(block, rewriting, options, [next(overrides) for _ in rewriting.branches])
-    if drop_probs is not None and not found:
-        warnings.warn("drop_probs: no block with a residual branch was found", stacklevel=2)
+    if not found and (drop_probs is not None or not left):
+        what = "a drop path" if drop_probs is None else "a residual branch"
+        warnings.warn(f"model: no block with {what} was found to patch", stacklevel=2)
     blocks = tuple(PatchedEntry(name, block, r.branches) for name, block, r in found)
     return PatchReport(model, blocks, left)
 

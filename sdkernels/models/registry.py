@@ -130,13 +130,13 @@ def find_rewriting(block: nn.Module) -> Rewriting | Refusal | None:
     """How a block is patched, why it cannot be, or None where it has no residual branch to drop."""
     kind = original_class(block)
     path = f"{kind.__module__}:{kind.__qualname__}"
-    mark = fingerprint(kind.forward) or ""
     hand = _REGISTERED.get(kind) or BY_HAND.get(path)
-    if hand is not None and (hand.fingerprints is None or mark in hand.fingerprints):
+    prints = None if hand is None else hand.fingerprints
+    if hand is not None and (prints is None or fingerprint(kind.forward) in prints):
         own = hand.branches(block)
         return Rewriting(kind, hand.forward, own, hides_sums=hand.hides_sums)
     found = rewriting_of(block, kind)
-    if isinstance(found, Rewriting) and mark in VERIFIED.get(path, {}):
+    if isinstance(found, Rewriting) and found.mark in VERIFIED.get(path, {}):
         found.is_known = True
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -97,6 +98,11 @@ class Rewriting:
         code = next(c for c in code.co_consts if isinstance(c, CodeType))
         self.ask: Callable[[Any], tuple[bool, ...]] = FunctionType(code, names)
         self.answers = tuple(self.assumed.values())
+
+    @property
+    def mark(self) -> str:
+        """A hash of the original and of what was written from it."""
+        return hashlib.sha256((self.before + self.source).encode()).hexdigest()[:12]
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the block still has the configuration that this was written for."""

@@ -131,3 +131,35 @@ def test_fingerprints_see_the_code_and_nothing_else():
     assert fingerprint.fingerprint(len) is None
     assert fingerprint.fingerprint(lambda self, x: self.a(x) + 1) is None
     assert fingerprint.fingerprint(functools.wraps(first)(third)) == sources[2]
+
+
+class Plain(nn.Module):
+    """It has no drop path, or gives it what is no branch."""
+
+    def __init__(self, drop: nn.Module | None = None):
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), drop
+
+    def forward(self, x):
+        return x + self.f(x) if self.drop_path is None else self.drop_path(x)
+
+
+def test_an_unknown_model_is_named():
+    with pytest.warns(UserWarning, match="model: no block with a drop path was found to patch"):
+        sdkernels.patch(Plain())
+    with pytest.warns(UserWarning, match="model: no block with a residual branch was found"):
+        sdkernels.patch(Plain(), drop_probs=0.5)
+
+
+def test_strict():
+    model = VIT.model()
+    assert sdkernels.patch(model, strict=True).patched
+    sdkernels.unpatch(model)
+    with pytest.raises(ValueError, match="model: strict=True, and 0 blocks are left alone"):
+        sdkernels.patch(Plain(), strict=True)
+    drop = next(m for m in model.modules() if type(m).__name__ == "DropPath")
+    both = nn.Sequential(model, Plain(drop))
+    with pytest.raises(ValueError, match=r"1 blocks are left alone: 1 \(Plain\): .*drop_path"):
+        sdkernels.patch(both, strict=True)
+    assert not patched_blocks(both)
+    assert sdkernels.patch(both).left

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sdkernels
 from sdkernels import KeptRows
-from sdkernels.models import PatchReport, rewriting, slicing
+from sdkernels.models import PatchReport, rewriting, slicing, verified
 
 WIDTH = 6
 
@@ -403,6 +403,47 @@ class PerWindow(Block):
 def test_a_block_that_differs_keeps_its_own_forward(kind):
     message = keeps_its_own(kind(), tokens())
     assert kind.__name__ in message
+
+
+def test_the_report_says_what_differed():
+    model = nn.Sequential(PerWindow(), Helper()).train()
+    report = sdkernels.patch(model)
+    assert not report.whole
+    with pytest.warns(UserWarning, match="keeps its own forward"):
+        model(tokens())
+    (left,) = report.whole
+    assert (left.name, left.kind) == ("0", PerWindow)
+    assert "rows" in left.reason
+    assert left.reason in str(report)
+    with pytest.raises(RuntimeError, match="plan: 0 draws its own rows"):
+        report.plan(4)
+    model(tokens())  # one warning is enough
+    report = sdkernels.patch(model)
+    with pytest.warns(UserWarning, match="keeps its own forward"):
+        model(tokens())
+
+
+def test_what_the_tests_have_compared_runs_at_once(monkeypatch):
+    """In the configuration that they have compared, for which this very source was written."""
+
+    class Scaled(Block):
+        def forward(self, x):
+            y = self.f(self.norm1(x))
+            if self.use_scale:
+                y = y * self.gamma
+            return x + self.drop_path(y)
+
+    block = Scaled().train()
+    written = sdkernels.patch(block).patched[0].block._sdkernels.rewriting
+    assert not written.is_known
+    path = f"{Scaled.__module__}:{Scaled.__qualname__}"
+    monkeypatch.setitem(verified.VERIFIED, path, {written.mark: "1.0"})
+    sdkernels.patch(block)
+    monkeypatch.setattr("sdkernels.models.proving.prove", None)
+    block(tokens())
+    other = Scaled().train()
+    other.use_scale = False
+    assert not sdkernels.patch(other).patched[0].block._sdkernels.rewriting.is_known
 
 
 def test_a_wrong_slice_is_caught(monkeypatch):

@@ -379,6 +379,8 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
                 except Asked as asked:
                     proof = state.refused = Proof(False, asked.reason)
                     warn(rewriting, proof)
+            if not proof.holds and proof in rewriting.proofs.values():
+                state.refused = proof
             reason = proof.reason
         else:
             return run_original(self, args, kwargs)

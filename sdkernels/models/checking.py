@@ -67,9 +67,10 @@ def check_blocks(
             try:
                 proof = proof_of(block, state.rewriting, "always", args, kwargs)
             except Asked as asked:
-                proof = state.refused = Proof(False, asked.reason)
+                proof = Proof(False, asked.reason)
             finally:
                 block.training = False
+            state.refused = None if proof.holds else proof
             found[entry.name] = Checked(entry.name, proof.holds, proof.difference, proof.reason)
 
         return hook

@@ -148,7 +148,8 @@ def patch_block(block: nn.Module) -> None:
 
 
 def _give(block: Any, rewriting: Rewriting, options: Options, p: Sequence[float | None]) -> None:
-    """Make a block a patched one."""
+    """Make a block a patched one, which is compared anew if that failed before."""
+    rewriting.proofs = {key: proof for key, proof in rewriting.proofs.items() if proof.holds}
     block._sdkernels = BlockState(options, rewriting.branches, list(p), rewriting)
     block.__class__ = patched_class(type(block))
     for module in block.modules():

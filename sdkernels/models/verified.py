@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Written forwards that were compared with their originals before a release: they run at once.
 
 Written by ``python -m benchmarks.patch_coverage --write``.

@@ -115,6 +115,18 @@ def tokens(batch: int = 4) -> Tensor:
 # What research code writes
 
 
+class Rotated(Block):
+    """Positions that both branches get are nobody's, also where there are as many as samples."""
+
+    def rotation(self, n: int) -> Tensor:
+        return torch.linspace(0.5, 1.5, n, dtype=torch.float64).view(n, 1) + torch.zeros(n, WIDTH)
+
+    def forward(self, x):
+        where = self.rotation(x.shape[1])
+        x = x + self.drop_path(self.f(self.norm1(x) * where))
+        return x + self.drop_path(self.g(self.norm2(x) * where))
+
+
 class Windows(Block):
     """ViTDet: windows, padding, sizes read before."""
 
@@ -221,6 +233,8 @@ class HandsOn(Block):
         (Masked, tokens(), (torch.rand(4, 5).double(), torch.rand(5, WIDTH).double())),
         (Masked, tokens(5), (torch.rand(5, 5).double(), torch.rand(5, WIDTH).double())),
         (Arms, tokens(), ()),
+        (Rotated, tokens(), ()),
+        (Rotated, tokens(5), ()),
         (Parallel, tokens(), ()),
         (HandsOn, tokens(), ()),
     ],

@@ -26,7 +26,7 @@ from ..sampling import Mode, Rescale, Sampler
 from ..tracing import is_recorded, refuse_script
 from .branches import Composed, entries
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
-from .proof import TRUSTED, Asked, Proof, leaves, mapped
+from .proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
 from .proving import proof_of, warn
 from .rewriting import Branch, Rewriting
 
@@ -193,6 +193,7 @@ class Add:
         self.rewriting = rewriting
         self.proof = proof
         self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
+        self.taken: list[tuple[int, Leaf]] = []  # inputs of which the kept rows were taken
         self.aside: dict[str, Any] = {}
 
     def __call__(
@@ -300,20 +301,22 @@ class Add:
         return total
 
     def _inputs(self, index: int, x: Any, args: Mapping[str, Any]) -> list[Any]:
-        """Further inputs for the op, with what belongs to samples marked, and what does not."""
-        origins = self.rewriting.origins
+        """Further inputs for the op, with what belongs to samples marked, and what does not.
 
-        def marked(value: Any, name: str) -> Any:
-            def mark(path: str, leaf: Tensor) -> Any:
-                if leaf.dim() and leaf.shape[0] == x.shape[0]:
-                    where, stream = (path, leaf.dim()), self.rewriting.positional[0]
-                    if self.proof.belongs_to_samples(where, origins.get((index, name)), stream):
-                        return PerSample(leaf)
-                return Shared(leaf)
+        Whose rows they have by chance is not asked: in the comparison nothing had by chance.
+        """
+        of_samples, stream = self.proof.of_samples, self.rewriting.positional[0]
 
-            return mapped(value, mark, name)
+        def mark(path: str, leaf: Tensor) -> Any:
+            if leaf.dim() and leaf.shape[0] == x.shape[0]:
+                where = (index, (path, leaf.dim()))
+                trusted = self.proof is TRUSTED and path == stream
+                if trusted or of_samples is None or where in of_samples:
+                    self.taken.append(where)
+                    return PerSample(leaf)
+            return Shared(leaf)
 
-        return [marked(value, name) for name, value in args.items()]
+        return [mapped(value, mark, name) for name, value in args.items()]
 
     def put_aside(self, name: str, value: Any) -> None:
         """What a branch computes and the forward hands on: nothing that is of some rows only."""

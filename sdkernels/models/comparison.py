@@ -13,7 +13,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..rows import KeptRows
 from .parts import Law
-from .proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
+from .proof import Asked, Leaf, Proof, leaves, mapped
 from .rewriting import Rewriting
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class _Comparison:
     of_samples: frozenset[Leaf] = frozenset()
     largest: float = 0.0
     inputs: list[Tensor] = field(default_factory=list)
+    taken: list[tuple[int, Leaf]] = field(default_factory=list)
 
     def run(self) -> Proof:
         batch = self._rows()
@@ -189,7 +190,7 @@ class _Comparison:
                     f"{what} differs by {difference:.2g} of its largest entry from that of its own "
                     f"forward, with {kept} of {batch} rows"
                 )
-        return Proof(True, of_samples=self.of_samples, difference=self.largest)
+        return Proof(True, of_samples=frozenset(self.taken), difference=self.largest)
 
     def _rows(self) -> int:
         """A number of rows that nothing else has."""
@@ -337,9 +338,9 @@ class _Comparison:
         laws = [Law(0.5, "row", True, True)] * len(branches)
         self.clone.__dict__["_sdkernels"] = state
         try:
-            add: Add = Add(
-                self.clone, laws, self.rewriting, replace(TRUSTED, of_samples=self.of_samples)
-            )
+            # Nothing but what belongs to samples has as many rows here.
+            add: Add = Add(self.clone, laws, self.rewriting, Proof(True, of_samples=None))
+            self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)
             return self._gradients(self._call(forward, (self.clone, add), named))
         finally:

@@ -31,29 +31,15 @@ class Proof:
     Args:
         holds: whether the rewriting may run.
         reason: why not.
-        of_samples: the tensors among the arguments that belong to samples, each with its number of
-            dimensions; None: all whose first dimension is the number of rows.
+        of_samples: the inputs of branches that belong to samples, each with the number of the
+            branch and its own of dimensions; None: all whose first dimension is the number of rows.
         difference: the largest relative one that was measured.
     """
 
     holds: bool
     reason: str = ""
-    of_samples: frozenset[Leaf] | None = frozenset()
+    of_samples: frozenset[tuple[int, Leaf]] | None = frozenset()
     difference: float | None = None
-
-    def belongs_to_samples(self, leaf: Leaf, origin: frozenset[str] | None, stream: str) -> bool:
-        """Whether a tensor of as many rows as the stream belongs to its samples.
-
-        Args:
-            leaf: where it is, in a parameter, and its number of dimensions.
-            origin: the parameters that it was computed from; None for a parameter.
-            stream: the parameter with the samples.
-        """
-        if self.of_samples is None:
-            return True
-        if origin is None:
-            return leaf[0] == stream or leaf in self.of_samples
-        return stream in origin or any(p.partition(".")[0] in origin for p, _ in self.of_samples)
 
 
 TRUSTED = Proof(True)

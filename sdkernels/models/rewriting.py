@@ -68,8 +68,7 @@ class Rewriting:
         source, before: the forward, and the original's, as the interpreter reads them.
         calls: those of drop paths in the original, in the order in which they are made.
         positional: the parameters of the original after `self` that take a position.
-        origins: for a branch and the name of an input of it, the parameters that it comes from;
-            None for a parameter itself.
+        derives: whether a branch gets more of its forward than parameters as they came.
         assumed: tests of the block with the answers that the forward was written for.
         is_known: whether it has been compared with the original before it was released.
         leaks: whether the forward hands on what its branches compute.
@@ -84,7 +83,7 @@ class Rewriting:
     before: str = ""
     calls: tuple[Call, ...] = ()
     positional: tuple[str, ...] = ()
-    origins: dict[tuple[int, str], frozenset[str] | None] = field(default_factory=dict)
+    derives: bool = False
     assumed: dict[str, bool] = field(default_factory=dict)
     is_known: bool = True
     leaks: bool = False
@@ -199,7 +198,7 @@ def _rewrite(block: nn.Module, original: type[nn.Module], leaking: bool) -> Rewr
         before,
         tuple(maker.calls),
         tuple(a.arg for a in arguments.args[1:]),
-        maker.origins,
+        maker.derives,
         configuration.assumed,
         False,
         maker.leaks,
@@ -225,7 +224,7 @@ class _Maker:
         self.branches: dict[int, Branch] = {}
         self.left: list[Left] = []
         self.calls: list[Call] = []
-        self.origins: dict[tuple[int, str], frozenset[str] | None] = {}
+        self.derives = False
         self.leaks = False
         self.next = 0
 
@@ -259,7 +258,7 @@ class _Maker:
             for name, definition in each.extras.items():
                 value = flow.values[name, definition]
                 is_parameter = value.parameters == {name} and value.is_parameter
-                self.origins[number, name] = None if is_parameter else value.parameters
+                self.derives |= not is_parameter
         return result
 
     def _slices(self, flow: Flow, found: list[Addition]) -> dict[DropCall, Slice]:

@@ -339,6 +339,11 @@ class Chained(Block):
         return self.f(x), residual
 
 
+class NotSelf(Block):
+    def forward(block, x):
+        return x + block.drop_path(block.f(x))
+
+
 class WrittenOut(Block):
     def forward(self, x):
         mask = torch.rand(x.shape[0], 1, 1).ge(0.5) / 0.5
@@ -356,6 +361,7 @@ class AfterTheDrop(Block):
 
 
 REFUSED = {
+    NotSelf: "the first parameter of its forward is not called self",
     DropsInput: "its result is used by self.g(x)",
     Concatenates: "its result is used by [x, self.drop_path(self.f(x))]",
     AddsAPart: "its result is used by y[:, :1]",
@@ -413,7 +419,16 @@ class PerWindow(Block):
         return x.reshape(B, N, C)
 
 
-@pytest.mark.parametrize("kind", [SequenceFirst, PerWindow])
+class Numbered(Block):
+    """What is added depends on which sample of the batch it is."""
+
+    def forward(self, x):
+        B = len(x)
+        y = self.f(self.norm1(x)) + torch.arange(B).view(B, 1, 1)
+        return x + self.drop_path(y)
+
+
+@pytest.mark.parametrize("kind", [SequenceFirst, PerWindow, Numbered])
 def test_a_block_that_differs_keeps_its_own_forward(kind):
     message = keeps_its_own(kind(), tokens())
     assert kind.__name__ in message

@@ -279,10 +279,12 @@ class _Comparison:
         def rows(index: Tensor) -> KeptRows:
             return KeptRows.from_index(index.sort().values, batch, SCALE).to(self.x.device)
 
-        some = [
-            rows(torch.randperm(batch, generator=generator)[: batch // 2 + number % 2])
-            for number in range(calls)
-        ]
+        some = []
+        for number in range(calls):
+            # Without one of the first two, so that kept rows come to stand where others were.
+            others = [row for row in range(batch) if row != number % 2]
+            chosen = torch.randperm(batch - 1, generator=generator)[: batch // 2 + number % 2]
+            some.append(rows(torch.tensor(others)[chosen]))
         return [
             some,
             [rows(torch.arange(batch))] * calls,

@@ -160,6 +160,8 @@ def _rewrite(block: nn.Module, original: type[nn.Module], leaking: bool) -> Rewr
     before = ast.unparse(tree) + "\n"
     arguments = tree.args
     parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    if parameters[:1] != ["self"] and any(map(parts.is_drop_path, block.children())):
+        raise Refusal("the first parameter of its forward is not called self", tree)
     configuration = Configuration(
         block, function.__globals__, _locals(tree) | {*parameters[1:]}, attributes.is_drop
     )

@@ -46,15 +46,16 @@ help:
 
 build: $(BUILT)
 
+# Test files side by side. Threads that wait do not spin: there are more of them than cores then.
 test: $(BUILT)
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-install: $(BUILT)
 	$(RUN) -m pytest -m install
 
 peer-tests: $(BUILT)
 	$(PEER_REQUIREMENTS)
-	$(RUN) tests/peers/run.py
+	$(RUN) tests/peers/run.py $(PEERS)
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks --preset quick
@@ -84,11 +85,12 @@ $(TOOLS): $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) torch setuptools ninja ruff mypy clang-format
 	touch $@
 
-# torchvision 0.(N + 15) is made for torch 2.N, which has its own wishes for Triton and setuptools.
-build/constraints-torch-%.txt: constraints.txt
+# torchvision 0.(N + 15) is made for torch 2.N, which has its own wishes for Triton and setuptools; of
+# the latter, what an environment of Python 3.11 comes with does not know pyproject.toml's licence.
+build/constraints-torch-%.txt: constraints.txt Makefile
 	mkdir -p build
-	minor=$$(echo $* | cut -d. -f2); sed -e 's/^torch==.*/torch==$*/' -e '/^triton==/d' -e '/^setuptools==/d' \
-		-e "s/^torchvision==.*/torchvision==0.$$((minor + 15)).*/" $< > $@
+	minor=$$(echo $* | cut -d. -f2); sed -e 's/^torch==.*/torch==$*/' -e '/^triton==/d' \
+		-e 's/^setuptools==.*/setuptools>=77/' -e "s/^torchvision==.*/torchvision==0.$$((minor + 15)).*/" $< > $@
 
 clean:
 	rm -rf build dist *.egg-info sdkernels/_C.*.so sdkernels/_build.json

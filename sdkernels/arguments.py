@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set, ValuesView
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,8 @@ def unmarked(arg: Any) -> Any:
 
 
 def _take(arg: Any, batch: int, how: Everything, where: Where, marked: bool = False) -> Any:
+    if type(arg) is Tensor and _is_dense(arg) and arg.dim() and arg.shape[0] == batch:
+        return how.tensor(arg, where)  # as nearly always, in one step
     if isinstance(arg, Tensor) and _is_plain(arg):
         return how.tensor(arg, where) if _is_of_batch(arg, batch, where, marked) else arg
     if isinstance(arg, Shared):
@@ -272,7 +275,11 @@ def _is_plain(tensor: Tensor) -> bool:
     known = kind is Tensor or kind is nn.Parameter
     if not known:  # what stands for a tensor while a graph is made
         known = kind.__module__.startswith(("torch._subclasses.", "torch._functorch."))
-    return known and tensor.layout is STRIDED and not tensor.is_nested
+    return known and _is_dense(tensor)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is STRIDED and not tensor.is_nested
 
 
 def _is_container(arg: Any) -> bool:
@@ -310,7 +317,7 @@ def holds_tensors(value: Any) -> bool:
 
 
 def _holds_tensors(value: Any, seen: set[int]) -> bool:
-    if isinstance(value, Tensor):
+    if isinstance(value, _HOLDERS):
         return True
     if isinstance(value, _LEAVES) or id(value) in seen:
         return False
@@ -320,7 +327,9 @@ def _holds_tensors(value: Any, seen: set[int]) -> bool:
     if type(value) is partial:
         return any(_holds_tensors(v, seen) for v in (*value.args, *value.keywords.values()))
     held: list[Any] = []
-    if isinstance(value, Mapping):
+    if isinstance(value, ReferenceType):
+        held.append(value())
+    elif isinstance(value, Mapping):
         held += value.values()
     elif isinstance(value, (list, tuple, Set, ValuesView, deque)):
         held += value
@@ -340,6 +349,8 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+# An iterator may give tensors, and gives what it has only once.
+_HOLDERS = (Tensor, torch.UntypedStorage, torch.TypedStorage, Iterator)
 _CONTAINERS = frozenset((tuple, list, dict, OrderedDict, defaultdict))
 # What holds no tensors, or is part of the branch.
 _LEAVES = (

@@ -229,6 +229,8 @@ def check_activation(activation: object) -> bool:
 
 def check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
+        if is_recorded(value):
+            refuse_training()
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.layout is not STRIDED or value.is_nested:
         layout = str(value.layout).removeprefix("torch.")

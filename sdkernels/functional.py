@@ -37,12 +37,11 @@ from .building_blocks import (
     compact_norm,
     scatter_add,
 )
-from .empty import EMPTY, Empty, has_no_rows, note_no_rows, run_list_on_ones, run_on_ones
+from .empty import EMPTY, Empty, has_no_rows, run_list_on_ones, run_on_nothing, run_on_ones
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
-from .statistics import untouched_statistics
-from .tracing import is_recorded, jit_tracing_state, refuse_training
+from .tracing import fx, is_recorded, jit_tracing_state, refuse_training
 
 __all__ = ["fused_stochastic_depth"]
 
@@ -84,6 +83,7 @@ def _fused(norm: nn.LayerNorm | nn.RMSNorm | None) -> nn.Module | None:
 
 
 def _open_branch(
+    ops: Any,
     x: Tensor,
     rows: KeptRows,
     norm: nn.LayerNorm | nn.RMSNorm | None,
@@ -98,9 +98,9 @@ def _open_branch(
     with_stream = residual is None
     inplace = inplace and with_stream
     if norm is None:
-        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace, relu)
+        kept, stream = ops.compact(x, rows.index, rows.slot, with_stream, inplace, relu)
     elif not _is_plain(norm):
-        kept, stream = kernels().compact(x, rows.index, rows.slot, with_stream, inplace, relu)
+        kept, stream = ops.compact(x, rows.index, rows.slot, with_stream, inplace, relu)
         kept = norm(kept)
     else:
         rms = isinstance(norm, nn.RMSNorm)
@@ -312,9 +312,11 @@ def fused_stochastic_depth(
     elif not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
     check_law(mode, sampler, rescale)
-    check_choice("empty", empty, EMPTY)
-    check_norm(norm)
-    relu = check_activation(activation)
+    if empty not in EMPTY:
+        check_choice("empty", empty, EMPTY)
+    if norm is not None:
+        check_norm(norm)
+    relu = activation is not None and check_activation(activation)
     if not isinstance(args, (list, tuple)):
         if is_recorded(args):
             raise RuntimeError(
@@ -330,10 +332,11 @@ def fused_stochastic_depth(
     permitted, inplace = inplace is None, bool(inplace)
     # In place, the branch needs a copy of its rows: it may save them for its backward.
     dense = not training or (p == 0.0 and rows is None and not inplace)
+    compiling = is_compiling()  # asked once, as `ops`: it is a call
     if (
-        (type(x) is not Tensor or jit_tracing_state() is not None)
-        and not is_compiling()
-        and is_recorded(x)
+        not compiling
+        and (type(x) is not Tensor or jit_tracing_state() is not None or fx._is_fx_tracing_flag)
+        and is_recorded(x, residual, layer_scale, args)
     ):
         if not dense:
             refuse_training()
@@ -385,30 +388,28 @@ def fused_stochastic_depth(
         check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return _unchanged(base, inplace, relu)
-    whole = _runs_whole(rows, min_saving, inplace)
-    if permitted and not (whole or relu or is_compiling()):
-        kernels().check_inplace(base)
+    whole = min_saving != 0.0 and _runs_whole(rows, min_saving, inplace)
+    ops = kernels()
+    if permitted and not (whole or relu or compiling):
+        ops.check_inplace(base)
         inplace = True
-    kept, stream = _open_branch(x, rows, norm, residual, inplace, relu, whole)
-    nothing = has_no_rows(rows)
+    kept, stream = _open_branch(ops, x, rows, norm, residual, inplace, relu, whole)
+    nothing = has_no_rows(rows) if compiling else rows.index.numel() == 0
     on_ones = nothing and empty == "ones"
-    if nothing and not on_ones:
-        branch = untouched_statistics(branch)
     given = take_args(args, x.shape[0], _how(rows, whole, on_ones)) if args else ()
     if on_ones:
         out = run_on_ones(branch, kept, given)
-    elif is_compiling():
-        out = branch(kept, *given)
+    elif nothing:
+        out = run_on_nothing(branch, kept, given)
     else:
-        try:
-            out = branch(kept, *given)
-        except Exception as error:
-            note_no_rows(error, [rows])
-            raise
+        out = branch(kept, *given)
     out = _kept_output(out, rows, base, layer_scale, whole)
     if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
         inplace = False
-    return scatter_add(stream, out, rows, layer_scale, inplace, relu)
+    y: Tensor = ops.scatter_add(
+        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
+    )
+    return y
 
 
 def _how(rows: KeptRows, whole: bool, on_ones: bool) -> Everything:
@@ -521,25 +522,20 @@ def _fused_list(
     nothing = [has_no_rows(each) for each in plan]
     on_ones = [each and empty == "ones" for each in nothing]
     hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
+    ops = kernels()
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
-        kept, stream = _open_branch(x, each, norm, base, inplace, relu, all_rows)
+        kept, stream = _open_branch(ops, x, each, norm, base, inplace, relu, all_rows)
         kept_inputs.append(kept)
         streams.append(stream)
     given = take_args_of_list(args, batches, hows)
-    if any(nothing) and not any(on_ones):
-        branch = untouched_statistics(branch)
     if any(on_ones):
         results = run_list_on_ones(branch, kept_inputs, given, on_ones)
-    elif is_compiling():
-        results = branch(kept_inputs, *given)
+    elif any(nothing):
+        results = run_on_nothing(branch, kept_inputs, given)
     else:
-        try:
-            results = branch(kept_inputs, *given)
-        except Exception as error:
-            note_no_rows(error, plan)
-            raise
+        results = branch(kept_inputs, *given)
     outs = per_tensor(results, len(xs), "branch output")
     outs = [
         _kept_output(out, each, base, layer_scale, all_rows)
@@ -547,7 +543,7 @@ def _fused_list(
     ]
     for stream, out, each in zip(streams, outs, plan, strict=True):
         # All of them before the first is added, which may be in place.
-        kernels().check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
+        ops.check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
     return [
         scatter_add(stream, out, each, layer_scale, inplace, relu)
         for stream, out, each in zip(streams, outs, plan, strict=True)

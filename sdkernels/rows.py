@@ -268,12 +268,12 @@ class KeptRows:
     @property
     def batch(self) -> int:
         """Number of rows B of the batch."""
-        return self.slot.shape[0]
+        return self.slot.numel()
 
     @property
     def k(self) -> int:
         """Number of kept rows."""
-        return self.index.shape[0]
+        return self.index.numel()  # of one dimension; `shape` is slower
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> KeptRows:
         """The same rows on another device."""

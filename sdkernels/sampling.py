@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import namespace
 from .backends.ops import host, is_compiling
-from .tracing import PROXY, dispatch_mode, jit_tracing_state, refuse_fixed_rows
+from .tracing import dispatch_modes, jit_tracing_state, refuse_fixed_rows
 
 P = ParamSpec("P")
 
@@ -37,6 +37,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_law(mode: object, sampler: object, rescale: object) -> None:
     """The options that say what is drawn, and how it is scaled."""
+    known = mode in MODES and sampler in SAMPLERS and rescale in RESCALES
+    if known and (sampler != "fixed" or mode != "batch"):
+        return  # as nearly always, in one step: this is on the path of every call
     check_choice("mode", mode, MODES)
     check_choice("sampler", sampler, SAMPLERS)
     check_choice("rescale", rescale, RESCALES)
@@ -139,8 +142,9 @@ def sample_rows(
     """Index, slot and scale, for arguments that were looked at before."""
     if is_compiling():
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
-    refuse_capture()
-    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
+    if _CAPTURING_DEVICES:
+        refuse_capture()
+    if jit_tracing_state() is not None or dispatch_modes():
         refuse_fixed_rows()
     draw, scale = law(batch, p, mode, sampler, rescale)
     index, slot = host.sample_rows(batch, draw, generator, device)

@@ -1,7 +1,8 @@
-"""Running statistics of BatchNorm and its like stay as they are where a branch runs on no row.
+"""Modules keep their statistics as they are where a branch runs on no row, or on one of ones.
 
-PyTorch's BatchNorm counts an empty batch as one of its batches, and the statistics of InstanceNorm
-become NaN.
+PyTorch's BatchNorm counts an empty batch as one of its batches, the statistics of InstanceNorm
+become NaN, and the row of ones is nobody's. In eager code global hooks find a module whatever way
+the branch comes to it by; a graph has no hooks, there the modules are looked for beforehand.
 """
 
 from __future__ import annotations
@@ -9,91 +10,130 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.nn.parameter import UninitializedBuffer
 
-__all__ = ["untouched_statistics", "waits_for_others"]
+__all__ = ["no_statistics"]
 
 
-def waits_for_others(module: nn.Module) -> bool:
+@contextmanager
+def no_statistics(branch: Callable[..., Any], kept: Tensor, on_ones: bool) -> Iterator[None]:
+    """What runs inside takes none; `kept` is like what the branch gets.
+
+    On no row, only modules that get an empty tensor are looked at: what the branch computes of
+    other things counts. Where other processes have samples for a SyncBatchNorm, it takes theirs.
+    """
+    if is_compiling():
+        modules = _modules_of(branch)
+        owners = [_Rest(m, kept, on_ones) for m in modules if m.training and not _waits(m)]
+    else:  # hooks do not see a method that is called as a function
+        owner = getattr(branch, "__self__", None)
+        owners = [_Rest(owner, kept, on_ones)] if isinstance(owner, nn.Module) else []
+    try:
+        if is_compiling():
+            yield
+        else:
+            with _hooks(kept, on_ones):
+                yield
+    finally:
+        for each in owners:
+            each.end()
+
+
+class _Rest:
+    """A module, from before a call of it until after."""
+
+    def __init__(self, module: Any, like: Tensor, on_ones: bool) -> None:
+        self.module = module
+        self.asleep = on_ones and module.training and isinstance(module, _NormBase)
+        self.lent = self.asleep and module.running_mean is None
+        if self.asleep:
+            # One row may be too few to normalize with, so that it runs as in evaluation.
+            module.training = False
+        if self.lent:
+            self.tracked = module.track_running_stats
+            module.track_running_stats = True
+            module.running_mean = like.new_zeros(module.num_features)
+            module.running_var = like.new_ones(module.num_features)
+        self.buffers = [
+            (name, buffer, None if isinstance(buffer, UninitializedBuffer) else buffer.clone())
+            for name, buffer in module._buffers.items()
+            # A graph would write all of them at every call.
+            if buffer is not None and not self.asleep and not (is_compiling() and not _is_one(name))
+        ]
+
+    def end(self) -> None:
+        module = self.module
+        if self.asleep:
+            module.training = True
+        if self.lent:
+            module.track_running_stats = self.tracked
+            module.running_mean = module.running_var = None
+        for name, buffer, value in self.buffers:
+            if value is None:  # made by the call, which started them from nothing
+                module.reset_running_stats()
+                continue
+            # Not a write that autograd sees: the backward of an earlier call may have saved it.
+            buffer.data.copy_(value)
+            if module._buffers[name] is not buffer:
+                module._buffers[name] = buffer
+
+
+def _is_one(name: str) -> bool:
+    return name.startswith("running_") or name == "num_batches_tracked"
+
+
+def _waits(module: nn.Module) -> bool:
     """Whether the module's statistics are those of several processes, which wait for this one."""
     return (
         isinstance(module, nn.SyncBatchNorm)
+        and module.training
         and torch.distributed.is_available()
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size(module.process_group) > 1
     )
 
 
-class _Saved:
-    """The running statistics of a module, to be put back."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.buffers = [
-            (buffer, None if isinstance(buffer, UninitializedBuffer) else buffer.clone())
-            for name, buffer in module._buffers.items()
-            if buffer is not None and (name.startswith("running_") or name == "num_batches_tracked")
-        ]
-
-    def put_back(self) -> None:
-        for buffer, value in self.buffers:
-            if value is None:  # made by the call, which started them from nothing
-                self.module.reset_running_stats()
-            else:
-                # Not a write that autograd sees: the backward of an earlier call may have saved it.
-                buffer.data.copy_(value)
-
-
-def _takes_statistics(module: nn.Module) -> bool:
-    return module.training and len(module._buffers) > 0 and not waits_for_others(module)
-
-
-def untouched_statistics(branch: Callable[..., Any]) -> Callable[..., Any]:
-    """The branch, where modules that it calls on an empty tensor take no statistics.
-
-    Where other processes have samples for a SyncBatchNorm, its statistics are theirs.
-    """
-
-    def run(*args: Any) -> Any:
-        if is_compiling():
-            owner = getattr(branch, "__self__", branch)
-            modules = owner.modules() if isinstance(owner, nn.Module) else ()
-            saved = [_Saved(module) for module in modules if _takes_statistics(module)]
-            out = branch(*args)
-            for each in saved:
-                each.put_back()
-            return out
-        with _hooks():
-            return branch(*args)
-
-    return run
-
-
 @contextmanager
-def _hooks() -> Iterator[None]:
-    """Whatever way the branch comes to its modules by, it calls them."""
+def _hooks(kept: Tensor, on_ones: bool) -> Iterator[None]:
     thread = threading.get_ident()
-    running: list[_Saved] = []
+    resting: list[_Rest] = []
+    joining: list[tuple[nn.Module, Tensor]] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() != thread or not _takes_statistics(module):
-            return
+    def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if threading.get_ident() != thread:
+            return None
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.numel() == 0:
-            running.append(_Saved(module))
+        if _waits(module):
+            if on_ones and isinstance(x, Tensor):  # it joins in with no sample
+                joining.append((module, x))
+                return (x[:0], *args[1:])
+        elif (module._buffers or isinstance(module, _NormBase)) and (
+            on_ones or (module.training and (not isinstance(x, Tensor) or x.numel() == 0))
+        ):
+            resting.append(_Rest(module, x if isinstance(x, Tensor) else kept, on_ones))
+        return None
 
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        if running and running[-1].module is module and threading.get_ident() == thread:
-            running.pop().put_back()
+    def after(module: nn.Module, args: Any, out: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        if resting and resting[-1].module is module:
+            resting.pop().end()
+        if joining and joining[-1][0] is module:
+            _, x = joining.pop()
+            return torch.cat([out, x]) if isinstance(out, Tensor) else None
+        return None
 
     handles = (
         register_module_forward_pre_hook(before),
@@ -104,3 +144,49 @@ def _hooks() -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _modules_of(branch: Any) -> list[nn.Module]:
+    """The modules that a branch runs: itself, or what a function or an object of it refers to."""
+    found: dict[nn.Module, None] = {}
+    _collect(branch, found, set(), 4)
+    return list(found)
+
+
+def _collect(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int) -> None:
+    kind = type(value)
+    if issubclass(kind, nn.Module):
+        found.update(dict.fromkeys(value.modules()))
+        return
+    if depth <= 0 or issubclass(kind, (type, ModuleType, Tensor, str)):
+        return
+    if not is_compiling():  # a graph would be bound to a method's id, which is new at every access
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+    held: list[Any] = []
+    if kind is MethodType:
+        held += [value.__self__, value.__func__]
+    elif kind is FunctionType:
+        if not is_compiling():  # Dynamo does not open cells
+            held += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held += value.__defaults__ or ()
+        used = (value.__globals__.get(name) for name in value.__code__.co_names)
+        held += [each for each in used if issubclass(type(each), nn.Module)]
+    elif kind is partial:
+        held += [value.func, *value.args, *value.keywords.values()]
+    elif issubclass(kind, (list, tuple)):
+        held += value
+    elif issubclass(kind, dict):
+        held += value.values()
+    else:
+        held += getattr(value, "__dict__", {}).values()
+    for each in held:
+        _collect(each, found, seen, depth - 1)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that has no value yet
+        return False

@@ -6,10 +6,11 @@ from typing import NoReturn
 
 import torch
 from torch.fx import Proxy
+from torch.fx import _symbolic_trace as fx
 
 __all__ = [
-    "PROXY",
-    "dispatch_mode",
+    "dispatch_modes",
+    "fx",
     "is_recorded",
     "jit_tracing_state",
     "refuse_fixed_rows",
@@ -17,10 +18,12 @@ __all__ = [
     "refuse_training",
 ]
 
-# None where there is none; by themselves, because they are asked at every call.
-jit_tracing_state = torch._C._get_tracing_state
-dispatch_mode = torch._C._get_dispatch_mode
-PROXY = torch._C._TorchDispatchModeKey.PROXY
+# By themselves, because they are asked at every call, as fx._is_fx_tracing_flag is, which says that
+# torch.fx traces in some thread.
+jit_tracing_state = torch._C._get_tracing_state  # None where there is none
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many, make_fx's among them
+_dispatch_mode = torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_recorded(*values: object) -> bool:
@@ -34,6 +37,8 @@ def is_recorded(*values: object) -> bool:
 def _is_proxy(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_proxy, value))
+    if isinstance(value, dict):
+        return any(map(_is_proxy, value.values()))
     return isinstance(value, Proxy)
 
 
@@ -52,7 +57,7 @@ def refuse_training() -> NoReturn:
 
 def refuse_fixed_rows() -> None:
     """Called where rows are drawn by eager code."""
-    if jit_tracing_state() is not None or dispatch_mode(PROXY) is not None:
+    if jit_tracing_state() is not None or _dispatch_mode(_PROXY) is not None:
         raise RuntimeError(
             "rows: torch.jit.trace and make_fx would repeat the rows drawn in this one call for "
             "ever; pass them in from outside of the graph, or use torch.compile or torch.export, "

@@ -29,6 +29,28 @@ settings.load_profile("repeatable")
 # Programs that tests run, which import Triton (it need not be there); tests of other libraries.
 collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "peers"]
 
+# Files that take a minute or more start first, so that no process is left with one of them alone.
+LONGEST = [
+    "test_without_extension.py",
+    "test_patched_training.py",
+    "test_cuda_emulation.py",
+    "test_paper.py",
+    "test_benchmark_runs.py",
+    "test_distributed.py",
+    "test_cuda_compile.py",
+    "test_compiled_models.py",
+    "test_compile_graphs.py",
+    "test_compile.py",
+    "test_backends.py",
+    "test_triton_compiled.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))  # stable
+
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

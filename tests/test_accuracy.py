@@ -200,6 +200,20 @@ def test_every_rounding_to_half(dtype, cut):
     assert torch.equal(y.isnan(), values.isnan())
 
 
+@pytest.mark.parametrize("cut", [0, 5])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_rounding_among_halves(dtype, cut):
+    """Where all tensors are of one 16-bit type: bfloat16 goes two by two there."""
+    values = floats_around_halves(dtype)[cut:]
+    grad, index = torch.ones(1, len(values), dtype=dtype), torch.arange(1)
+    (d_out, _, _) = torch.ops.sdkernels.scatter_add_rows_backward(
+        grad, None, index, values, None, 1.0, dtype, [False, False]
+    )
+    number = ~values.isnan()
+    assert torch.equal(as_integers(d_out[0])[number], as_integers(values.to(dtype))[number])
+    assert torch.equal(d_out[0].isnan(), values.isnan())
+
+
 def test_double_is_not_rounded_to_float():
     x, out = torch.ones(2, 3, dtype=torch.float64), torch.full((2, 3), 1e-12, dtype=torch.float64)
     y = scatter_add_rows(x, out, all_rows(2, 1 / 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -150,14 +152,18 @@ class PairWithMethods(namedtuple("PairWithMethods", "cos sin")):
 
 
 Entry = TypeVar("Entry")
+PAIRS: list[Any] = [Pair, PairWithMethods]
+
+if sys.version_info >= (3, 11):  # which can have both bases
+
+    class GenericPair(NamedTuple, Generic[Entry]):
+        cos: Entry
+        sin: Entry
+
+    PAIRS.append(GenericPair)
 
 
-class GenericPair(NamedTuple, Generic[Entry]):
-    cos: Entry
-    sin: Entry
-
-
-@pytest.mark.parametrize("kind", [Pair, PairWithMethods, GenericPair])
+@pytest.mark.parametrize("kind", PAIRS)
 def test_named_tuples(kind):
     x = torch.arange(4.0).view(4, 1)
     pair = got(kind(x, -x), rows=ROWS)
@@ -223,6 +229,11 @@ OBJECTS = {
     "partial": partial(torch.add, T),
     "array": np.zeros((B, 3)),
     "array-in-object": Nested(np.zeros(B)),
+    "iterator": iter([T]),
+    "map": map(torch.sin, [T]),
+    "generator": (each for each in [T]),
+    "weak-reference": weakref.ref(T),
+    "storage": T.untyped_storage(),
 }
 
 

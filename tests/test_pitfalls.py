@@ -122,6 +122,28 @@ def test_a_fixed_count_of_two():
         fused_stochastic_depth(torch.ones(2, 2), torch.sin, 0.2, "batch", sampler="fixed")
 
 
+def test_a_checkpoint_inside_of_the_branch():
+    """Around the op, it leaves statistics alone; what it hides in the branch runs unseen."""
+    nothing = KeptRows.from_index(torch.empty(0, dtype=torch.int64), 4)
+    for empty in ("run", "ones"):
+        norm = nn.BatchNorm1d(3)
+        x = torch.randn(4, 3, requires_grad=True)
+
+        def inside(kept: Tensor, norm: nn.Module = norm) -> Tensor:
+            return checkpoint(norm, kept, use_reentrant=False)
+
+        block = StochasticDepth(norm, 0.5, empty=empty)
+        checkpoint(block, x, rows=nothing, use_reentrant=False).sum().backward()
+        assert norm.num_batches_tracked == 0
+        y = fused_stochastic_depth(x, inside, 0.5, rows=nothing, empty=empty)
+        if empty == "ones":
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+            assert norm.num_batches_tracked == 1
+
+
 # Random numbers
 
 

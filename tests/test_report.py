@@ -134,6 +134,10 @@ def test_a_drop_path_in_evaluation_drops_nothing():
     assert 0.0 < one < both
     assert report.drop_probs == P
     assert "blocks.1  Block  0.5 (in evaluation) 0.5" in str(report)
+    model.blocks[1].drop_path1.train()
+    model.blocks[1].eval()  # a block that is frozen, in a model that trains
+    assert 0.0 <= report.expected_saving() < one
+    assert "blocks.1  Block  0.5 (in evaluation) 0.5 (in evaluation)" in str(report)
     model.eval()  # as a whole it says nothing about training
     assert report.expected_saving() == both
     assert "blocks.1  Block  0.5 0.5" in str(report)

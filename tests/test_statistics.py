@@ -72,6 +72,60 @@ def test_no_kept_row_leaves_no_trace(name, call):
     assert_equal(buffers(norm), buffers(twin))
 
 
+class Average(nn.Module):
+    """Statistics of one's own, under names of one's own; some are written to, some replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.zeros(3))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ema.lerp_(x.detach().mean(0), 0.1)
+        self.count = self.count + 1
+        return x
+
+    def again(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+@pytest.mark.parametrize("empty", ["run", "ones"])
+@pytest.mark.parametrize("way", ["module", "closure", "forward", "method"])
+def test_buffers_of_any_name(empty, way):
+    net = Average()
+    ways = {"module": net, "closure": lambda x: net(x), "forward": net.forward, "method": net.again}
+    x, (ema, count) = torch.randn(4, 3), net.buffers()
+    fused_stochastic_depth(x, ways[way], 0.5, rows=ROWS)
+    before, count = buffers(net), net.count
+    fused_stochastic_depth(x, ways[way], 0.5, rows=NOTHING, empty=empty)
+    assert_equal(buffers(net), before)
+    assert net.ema is ema  # the tensors that others may hold
+    assert net.count is count
+    assert before["ema"].any()
+
+
+@pytest.mark.parametrize("empty", ["run", "ones"])
+def test_a_norm_that_is_called_by_its_forward(empty):
+    norm = nn.BatchNorm1d(3)
+    fused_stochastic_depth(torch.randn(4, 3), norm.forward, 0.5, rows=NOTHING, empty=empty)
+    assert_equal(buffers(norm), buffers(nn.BatchNorm1d(3)))
+    assert norm.training
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.BatchNorm1d(3, track_running_stats=False), lambda: nn.InstanceNorm1d(3, affine=True),
+])  # fmt: skip
+def test_a_norm_without_statistics_runs_on_the_row_of_ones(make):
+    """Of which there may be one value a channel."""
+    norm, seen = make(), []
+    norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(4, 3, 1)
+    fused_stochastic_depth(x, lambda kept: norm(kept), 0.5, rows=NOTHING, empty="ones")
+    torch.testing.assert_close(seen[0], torch.full((1, 3, 1), (1 + norm.eps) ** -0.5))
+    assert (norm.running_mean, norm.running_var, norm.training) == (None, None, True)
+    assert not norm.track_running_stats
+
+
 def test_an_input_that_is_given_by_name():
     norm = nn.BatchNorm1d(3)
     fused_stochastic_depth(torch.randn(4, 3), lambda kept: norm(input=kept), 0.5, rows=NOTHING)
@@ -133,8 +187,9 @@ def test_modules_that_other_threads_call():
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's
+@pytest.mark.parametrize("empty", ["run", "ones"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), NORMS["instance"][0]()], ids=["batch", "inst"])
-def test_compiled(norm):
+def test_compiled(norm, empty):
     """The block, and a branch that was compiled on its own."""
     x = torch.randn(4, 3, 5)
     for part in ("block", "branch"):
@@ -143,7 +198,7 @@ def test_compiled(norm):
         branch = nn.Sequential(own)
         if part == "branch":
             branch = torch.compile(branch, backend="aot_eager")
-        block = StochasticDepth(branch, 0.5)
+        block = StochasticDepth(branch, 0.5, empty=empty)
         if part == "block":
             block = torch.compile(block, backend="aot_eager", fullgraph=True)
         twin = copy.deepcopy(norm)

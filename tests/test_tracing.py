@@ -171,6 +171,39 @@ def test_fx_of_lists_and_arguments():
     torch.testing.assert_close(b, Y * 3 + 3)
 
 
+class OfABuffer(nn.Module):
+    """The stream is no input of the graph; what else the op gets is."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.register_buffer("stream", torch.randn(4, 6))
+        self.which, self.linear = which, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        options: dict[str, Any] = {"training": self.training}
+        if self.which == "args":
+            options["args"] = ({"inside": [x]},)
+            return fused_stochastic_depth(
+                self.stream, lambda kept, a: kept + a["inside"][0], 0.5, **options
+            )
+        options[self.which] = x[0] if self.which == "layer_scale" else x
+        return fused_stochastic_depth(self.stream, self.linear, 0.5, **options)
+
+
+@pytest.mark.parametrize("which", ["args", "residual", "layer_scale"])
+def test_fx_where_the_stream_is_a_constant(which):
+    net, x = OfABuffer(which), torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match=r"^training: torch\.fx's symbolic tracing"):
+        symbolic_trace(net)
+    assert_same_bits(symbolic_trace(net.eval())(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["compact", "layer-norm", "rms-norm", "scatter-add"])
+def test_fx_of_building_blocks(name):
+    with pytest.raises(RuntimeError, match=r"^training: torch\.fx's symbolic tracing"):
+        symbolic_trace(TRAINING[name])
+
+
 def test_a_leaf_of_the_tracer_draws_at_every_call():
     class LeafTracer(Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -295,7 +328,7 @@ def test_what_a_trace_in_training_leaves_out_is_said():
     ):
         net = resnet(**options)[0] if not options else convnext()[0]
         sdkernels.patch(net, **options or {"drop_probs": 0.5})
-        with pytest.warns(UserWarning, match="traced in training is its original forward, without"):
+        with pytest.warns(UserWarning, match="in training is its original forward, without"):
             symbolic_trace(net.train())
 
 
@@ -314,22 +347,99 @@ def test_a_plan_is_not_traced():
     report = sdkernels.patch(net)
     with report.use(report.plan(4)):
         for trace in (lambda: symbolic_trace(net.train()), lambda: torch.jit.trace(net, IMAGES)):
-            with pytest.raises(RuntimeError, match=r"^plan: torch\.jit\.trace and torch\.fx would"):
+            with pytest.raises(RuntimeError, match=r"^plan: torch\.jit and torch\.fx would"):
                 trace()
 
 
-def test_script_of_a_patched_model():
+def timm_resnet() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    net = load("timm").create_model("resnet10t", num_classes=3, drop_path_rate=0.5)
+    twin = copy.deepcopy(net)
+    assert len(sdkernels.patch(net).patched) == 4
+    return net, twin
+
+
+def timm_vit() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    vit = load("timm.models.vision_transformer").VisionTransformer
+    net = vit(32, 8, embed_dim=16, depth=2, num_heads=2, drop_path_rate=0.5, num_classes=3)
+    twin = copy.deepcopy(net)
+    assert len(sdkernels.patch(net).patched) == 2
+    return net, twin
+
+
+@without_options
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [resnet, convnext, timm_resnet, timm_vit])
+def test_script_of_a_patched_model(make, training):
+    """The original forward is compiled; the model itself stays patched."""
+    net, twin = make()
+    patched = [m for m in net.modules() if isinstance(m, sdkernels.models.blocks.PatchedBlock)]
+    outputs = []
+    for model in (net, twin):
+        scripted = torch.jit.script(model.train(training))
+        torch.manual_seed(0)
+        outputs.append(scripted(IMAGES))
+    assert_same_bits(*outputs)
+    now = [m for m in net.modules() if isinstance(m, sdkernels.models.blocks.PatchedBlock)]
+    assert now == patched != []
+
+
+def test_what_cannot_be_scripted():
     net, _ = convnext()
+    report = sdkernels.patch(net)
+    with report.use(report.plan(4)), pytest.raises(RuntimeError, match=r"^plan: torch\.jit and "):
+        torch.jit.script(net)
+    sdkernels.patch(net, rescale="eval")
     with pytest.raises(
-        RuntimeError, match=r"^torch\.jit\.script: cannot read a patched block; "
+        RuntimeError, match=r"^torch\.jit\.script: cannot read a block patched with rescale=.eval"
     ) as e:
         torch.jit.script(net.eval())
     assert "\n" not in str(e.value)
-    blocks = [m for m in net.modules() if isinstance(m, sdkernels.models.blocks.PatchedBlock)]
-    assert len(blocks) == 3  # as before
+    torch.jit.script(sdkernels.unpatch(net))
+
+
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "indices", "nodes"), [
+    (timm_resnet, (3, 4), ["layer3", "layer4"]), (timm_vit, (0, 1), ["blocks.0", "blocks.1"]),
+])  # fmt: skip
+def test_timms_feature_extractors_by_fx(make, indices, nodes, training):
+    extraction = load("timm.models._features_fx")
+    features = []
+    for model in make():
+        model.train(training)
+        for extractor in (
+            extraction.FeatureGraphNet(model, out_indices=indices),
+            extraction.create_feature_extractor(model, nodes),
+        ):
+            torch.manual_seed(1)
+            found = extractor(IMAGES)
+            features.append([*found.values()] if isinstance(found, dict) else found)
+    assert len(features) == 4
+    for each in features[1:]:
+        for a, b in zip(features[0], each, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timms_features_only(name):
+    """Wrappers that call the patched blocks: without a trace, they draw in training."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "depth": 2, "out_indices": (0, 1)} if "vit" in name else {}
+    net = load("timm").create_model(name, features_only=True, drop_path_rate=0.5, **options).eval()
     expected = net(IMAGES)
-    scripted = torch.jit.script(sdkernels.unpatch(net))
-    torch.testing.assert_close(scripted(IMAGES), expected)
+    report = sdkernels.patch(net)
+    assert report.patched
+    for a, b in zip(net(IMAGES), expected, strict=True):
+        assert_same_bits(a, b)
+    for parameter in net.parameters():  # also those that start at zero
+        nn.init.uniform_(parameter, 0.1, 0.2)
+    nothing = [KeptRows.from_mask(torch.zeros(4, dtype=torch.bool))] * len(report.drop_probs)
+    net.train()
+    with report.use(nothing):
+        *_, last = net(IMAGES)
+    assert not torch.equal(last, net(IMAGES)[-1])
 
 
 @without_options

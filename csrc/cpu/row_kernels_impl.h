@@ -16,22 +16,33 @@ SDKERNELS_INLINE T* at(T* data, Stride stride, int64_t row, int64_t line) {
   return data + row * stride.row + line * stride.line;
 }
 
-// f(row, line, first, count) for the pieces of lines that make up elements [begin, end).
+// f(row, line, first, count, together) for the pieces of lines that make up elements [begin, end):
+// `most` whole lines of a row in one call where there are as many, else one, or a piece of it.
 template <class F>
-SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end, F f) {
+SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end,
+                                   int64_t most, F f) {
   int64_t first = begin % len;
   int64_t line = begin / len % lines;
   int64_t row = begin / len / lines;
   while (begin < end) {
+    const bool together =
+        most > 1 && first == 0 && lines - line >= most && end - begin >= most * len;
     const int64_t count = len - first < end - begin ? len - first : end - begin;
-    f(row, line, first, count);
-    begin += count;
+    f(row, line, first, count, together ? most : 1);
+    begin += together ? most * len : count;
+    line += together ? most : 1;
     first = 0;
-    if (++line == lines) {
+    if (line == lines) {
       line = 0;
       ++row;
     }
   }
+}
+template <class F>
+SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end, F f) {
+  for_segments(lines, len, begin, end, 1,
+               [&](int64_t row, int64_t line, int64_t first, int64_t count, int64_t)
+                   SDKERNELS_INLINE_LAMBDA { f(row, line, first, count); });
 }
 
 // The plain copy of a dropped row: bits unchanged where the types agree, else exact (widening).
@@ -77,14 +88,14 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
         const A row_scale = row_weight ? scale * row_weight[slot] : scale;
         if (layer_scale && p.layer_scale_element) {
           const A* gamma = layer_scale + line * p.layer_scale_line + first;
-          for_vectors(count, [&](int64_t c, auto n) {
+          for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
             store(y + c, load(residual + c, n) + row_scale * load(gamma + c, n) * load(out + c, n),
                   n);
           });
         } else {
           const A factor =
               layer_scale ? row_scale * layer_scale[line * p.layer_scale_line] : row_scale;
-          for_vectors(count, [&](int64_t c, auto n) {
+          for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
             store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
           });
         }
@@ -123,11 +134,11 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
       // Of what is stored: a positive sum may be rounded to zero.
       const auto mask = zero_missing(passes<Y>(words), n);
       store_words(y + c, words & mask, n);
-      const uint16_t bits = bits_of(mask);
-      __builtin_memcpy(positive + c / 8, &bits, n > 8 ? 2 : 1);
+      const uint32_t bits = bits_of(mask);
+      __builtin_memcpy(positive + c / 8, &bits, n > 16 ? 4 : n > 8 ? 2 : 1);
     };
     if (slot < 0) {
-      for_vectors(count, [&](int64_t c, auto n) {
+      for_elements<Y, R>(count, [&](int64_t c, auto n) {
         if constexpr (std::is_same_v<Y, R>)
           finish(c, load_words(residual + c, n), n);  // NaN payloads included
         else
@@ -138,12 +149,12 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     const O* out = static_cast<const O*>(p.out) + slot * p.out_row + first;
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
     if (layer_scale) {
-      for_vectors(count, [&](int64_t c, auto n) {
-        const Vec<A> factor = scale * load(layer_scale + first + c, n);
+      for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
+        const auto factor = scale * load(layer_scale + first + c, n);
         finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
       });
     } else {
-      for_vectors(count, [&](int64_t c, auto n) {
+      for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
         finish(c, words_of<Y>(load(residual + c, n) + scale * load(out + c, n)), n);
       });
     }
@@ -159,23 +170,28 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     const G* grad = static_cast<const G*>(p.grad) + row * p.len + first;
     G* d_residual = static_cast<G*>(p.d_residual) + row * p.len + first;
     const uint8_t* positive = bits_at(p.positive, p.len, row, first);
-    // A copy of what passes, bit by bit; gives the bits of the lanes that do.
+    // A copy of what passes, bit by bit; gives it as numbers too.
     const auto pass = [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
-      uint16_t bits = 0;
-      __builtin_memcpy(&bits, positive + c / 8, n > 8 ? 2 : 1);
-      store_words(d_residual + c, load_words(grad + c, n) & mask_of<Word<G>>(bits), n);
-      return bits;
+      uint32_t bits = 0;
+      __builtin_memcpy(&bits, positive + c / 8, n > 16 ? 4 : n > 8 ? 2 : 1);
+      if constexpr (std::is_same_v<decltype(n), Pairs>) {
+        const auto passed = load_words(grad + c, n) & mask_of_pairs(bits);
+        store_words(d_residual + c, passed, n);
+        return floats_of(passed);
+      } else {
+        store_words(d_residual + c, load_words(grad + c, n) & mask_of<Word<G>>(bits), n);
+        return masked(load(grad + c, n), mask_of<Word<A>>(bits));
+      }
     };
     const int64_t slot = p.d_out ? p.slot[row] : -1;
     if (slot < 0) {
-      for_vectors(count, [&](int64_t c, auto n) { pass(c, n); });
+      for_elements<G>(count, [&](int64_t c, auto n) { pass(c, n); });
       return;
     }
     O* d_out = static_cast<O*>(p.d_out) + slot * p.len + first;
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
-    for_vectors(count, [&](int64_t c, auto n) {
-      const auto mask = mask_of<Word<A>>(pass(c, n));
-      Vec<A> d = scale * masked(load(grad + c, n), mask);
+    for_elements<G, O>(count, [&](int64_t c, auto n) {
+      auto d = scale * pass(c, n);
       if (layer_scale) d = d * load(layer_scale + first + c, n);
       store(d_out + c, d, n);
     });
@@ -203,6 +219,27 @@ SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer
   return layer_scale && !gamma ? total * *layer_scale : total;
 }
 
+// Lines that share a sum: it is read and written once for so many.
+constexpr int64_t kLinesAtOnce = 4;
+
+// d_out of `lines` lines with a layer scale for each element, and their part of its gradient.
+template <int64_t lines, class G, class O, class A>
+SDKERNELS_INLINE void layer_scale_backward_lines(O* d_out, const G* grad, const O* out,
+                                                 const A* layer_scale, A* total, A scale,
+                                                 int64_t len, const ScatterAddBackward& p) {
+  for_elements<G, O>(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+    const auto gamma = load(layer_scale + c, n);
+    auto sums = gamma;
+    if (total) sums = load(total + c, n);
+    for (int64_t u = 0; u < lines; ++u) {
+      const auto scaled = scale * load(grad + u * p.grad_stride.line + c, n);
+      if (total) sums += scaled * load(out + u * p.out_stride.line + c, n);
+      store(d_out + u * p.d_out_stride.line + c, gamma * scaled, n);
+    }
+    if (total) store(total + c, sums, n);
+  });
+}
+
 template <class G, class O>
 void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t end,
                           void* layer_scale_sum, double* row_weight_sum) {
@@ -210,46 +247,47 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
   const A* row_weight = static_cast<const A*>(p.row_weight);
   const int64_t first_row = begin / p.len / p.lines;
-  for_segments(
-      p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
-        const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
-        O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
-        const O* out =
-            p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
-        const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
-        const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[j] : A(1));
-        A* total = layer_scale_sum ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
-        if (row_weight_sum)
-          row_weight_sum[j - first_row] +=
-              sum_products(grad, out, layer_scale ? layer_scale + offset : nullptr,
-                           p.layer_scale_element, count);
-        if (!layer_scale) {
-          for_vectors(count,
-                      [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
-        } else if (!p.layer_scale_element) {
-          const A gamma = layer_scale[offset];
-          Vec<A> sums = {};
-          for_vectors(count, [&](int64_t c, auto n) {
-            const Vec<A> g = load(grad + c, n);
-            // Not yet scaled: a missing lane is zero, and an infinite row weight would make it NaN.
-            if (total) sums += g * load(out + c, n);
-            store(d_out + c, gamma * (scale * g), n);
-          });
-          if (total) *total += scale * sum(sums);
-        } else {
-          for_vectors(count, [&](int64_t c, auto n) {
-            const Vec<A> scaled = scale * load(grad + c, n);
-            if (total) store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
-            store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
-          });
-        }
+  const auto piece = [&](int64_t j, int64_t line, int64_t first, int64_t count,
+                         int64_t together) SDKERNELS_INLINE_LAMBDA {
+    const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
+    O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
+    const O* out =
+        p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
+    const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
+    const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[j] : A(1));
+    A* total = layer_scale_sum ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+    if (row_weight_sum)
+      row_weight_sum[j - first_row] += sum_products(
+          grad, out, layer_scale ? layer_scale + offset : nullptr, p.layer_scale_element, count);
+    if (!layer_scale) {
+      for_elements<G, O>(
+          count, [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
+    } else if (!p.layer_scale_element) {
+      const A gamma = layer_scale[offset];
+      Vec<A> sums = {};
+      for_vectors(count, [&](int64_t c, auto n) {
+        const Vec<A> g = load(grad + c, n);
+        // Not yet scaled: a missing lane is zero, and an infinite row weight would make it NaN.
+        if (total) sums += g * load(out + c, n);
+        store(d_out + c, gamma * (scale * g), n);
       });
+      if (total) *total += scale * sum(sums);
+    } else if (together == kLinesAtOnce) {
+      layer_scale_backward_lines<kLinesAtOnce>(d_out, grad, out, layer_scale + offset, total, scale,
+                                               count, p);
+    } else {
+      layer_scale_backward_lines<1>(d_out, grad, out, layer_scale + offset, total, scale, count, p);
+    }
+  };
+  if (layer_scale && p.layer_scale_element && !p.layer_scale_line && !row_weight_sum)
+    for_segments(p.lines, p.len, begin, end, kLinesAtOnce, piece);
+  else
+    for_segments(p.lines, p.len, begin, end, 1, piece);
 }
 
 // Lines of a norm that are worked on together, stage by stage: the sums of one line would wait for
 // their own last additions, and those of several overlap. Longer lines would leave the nearest
 // cache between two stages.
-constexpr int64_t kLinesAtOnce = 4;
 constexpr int64_t kLongLine = 1024;
 
 // f(row, line, number of lines) for the lines [begin, end) of [rows, lines], at most `most` at once

@@ -117,10 +117,11 @@ SDKERNELS_INLINE Lanes<T, N> operator>>(const Lanes<T, N>& a, int bits) {
 }
 
 template <class To, class T, int64_t N>
-SDKERNELS_INLINE Lanes<To, N> bits_as(const Lanes<T, N>& a) {
-  static_assert(sizeof(To) == sizeof(T));
+SDKERNELS_INLINE Lanes<To, N * int64_t(sizeof(T)) / int64_t(sizeof(To))> bits_as(
+    const Lanes<T, N>& a) {
+  using Result = Lanes<To, N * int64_t(sizeof(T)) / int64_t(sizeof(To))>;
   if constexpr (kIsRegister<Lanes<T, N>>) {
-    return {(typename Lanes<To, N>::Register)a.value};
+    return {(typename Result::Register)a.value};
   } else {
     return {bits_as<To>(a.low), bits_as<To>(a.high)};
   }
@@ -144,8 +145,9 @@ SDKERNELS_INLINE Lanes<uint32_t, N> equal(const Lanes<uint32_t, N>& a, uint32_t 
   return map<Lanes<uint32_t, N>>([](auto x, auto y) SDKERNELS_INLINE_LAMBDA { return x == y; }, a,
                                  splat<uint32_t, N>(b));
 }
-SDKERNELS_INLINE Lanes<uint32_t, kLanes> is_number(const Floats& v) {
-  return map<Lanes<uint32_t, kLanes>>([](auto x) SDKERNELS_INLINE_LAMBDA { return x == x; }, v);
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint32_t, N> not_nan(const Lanes<float, N>& v) {
+  return map<Lanes<uint32_t, N>>([](auto x) SDKERNELS_INLINE_LAMBDA { return x == x; }, v);
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -257,20 +259,25 @@ SDKERNELS_INLINE Floats load(const f16* p) {
   auto v = select(equal(exponent, 0), subnormal, rebiased);
   v = select(equal(exponent, 0x0f800000), infinite, v);
   // A NaN becomes quiet, as the instructions of the other sets make it.
-  v = select(is_number(bits_as<float>(v)), v, v | 0x00400000u);
+  v = select(not_nan(bits_as<float>(v)), v, v | 0x00400000u);
   return bits_as<float>(v | (h & 0x80000000u));
 }
 #endif
+
+// Numbers of float whose upper halves are v rounded to bf16: to nearest, ties to even. 0x8000 more,
+// one less where the bit above is zero. A NaN is cut off: what comes out of arithmetic is quiet, by
+// a bit that stays.
+template <int64_t N>
+SDKERNELS_INLINE Lanes<uint32_t, N> rounded_to_bf16(const Lanes<float, N>& v) {
+  const auto u = bits_as<uint32_t>(v);
+  return u + ((equal(u & 0x10000u, 0) + 0x8000u) & not_nan(v));
+}
 
 // The bits that numbers of the arithmetic have when they are stored as T.
 template <class T>
 SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
   if constexpr (std::is_same_v<T, bf16>) {
-    const auto u = bits_as<uint32_t>(v);
-    // To nearest, ties to even: 0x8000 more, one less where the bit above is zero. A NaN is cut
-    // off: what comes out of arithmetic is quiet, by a bit that stays.
-    const auto half = (equal(u & 0x10000u, 0) + 0x8000u) & is_number(v);
-    return narrow((u + half) >> 16);
+    return narrow(rounded_to_bf16(v) >> 16);
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(SDKERNELS_AVX512)
     return {(typename Lanes<uint16_t, kLanes>::Register)_mm512_cvtps_ph(v.value,
@@ -290,7 +297,7 @@ SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
     auto h = select(less(u, 113 << 23), subnormal, normal);
     h = select(less(u, (127 + 16) << 23), h, splat(0x7c00u));  // overflow and infinity
     // A NaN keeps what fits of its payload and is quiet, as the instructions of the other sets do.
-    h = select(is_number(v), h, ((u >> 13) & 0x7fffu) | 0x0200u);
+    h = select(not_nan(v), h, ((u >> 13) & 0x7fffu) | 0x0200u);
     return narrow(h | ((bits >> 16) & 0x8000u));
 #endif
   } else {
@@ -363,6 +370,129 @@ SDKERNELS_INLINE void store(T* p, const Vec<T>& v, Count n) {
   store_words(p, words_of<T>(v), n);
 }
 
+// ---- pairs of bf16 ------------------------------------------------------------------------------
+
+// A register of bf16, read as words of 32 bits: their upper halves are the odd elements, floats
+// but for what stands below, and the lower halves, shifted up, the even ones. So no lane moves,
+// neither here nor when they are stored.
+struct Pairs {
+  constexpr operator int64_t() const { return kRegisterBytes / sizeof(bf16); }
+};
+using WordsOfPairs = Lanes<uint16_t, Pairs{}>;
+struct FloatsOfPairs {
+  Lanes<float, Pairs{} / 2> even, odd;
+};
+SDKERNELS_INLINE FloatsOfPairs operator+(const FloatsOfPairs& a, const FloatsOfPairs& b) {
+  return {a.even + b.even, a.odd + b.odd};
+}
+SDKERNELS_INLINE FloatsOfPairs operator*(const FloatsOfPairs& a, const FloatsOfPairs& b) {
+  return {a.even * b.even, a.odd * b.odd};
+}
+SDKERNELS_INLINE FloatsOfPairs operator*(float a, const FloatsOfPairs& b) {
+  return {a * b.even, a * b.odd};
+}
+SDKERNELS_INLINE FloatsOfPairs& operator+=(FloatsOfPairs& a, const FloatsOfPairs& b) {
+  return a = a + b;
+}
+
+SDKERNELS_INLINE WordsOfPairs load_words(const bf16* p, Pairs n) {
+  return load_lanes<uint16_t, n>(p);
+}
+SDKERNELS_INLINE void store_words(bf16* p, const WordsOfPairs& words, Pairs) {
+  store_lanes(p, words);
+}
+SDKERNELS_INLINE FloatsOfPairs floats_of(const WordsOfPairs& halves) {
+  const auto words = bits_as<uint32_t>(halves);
+  return {bits_as<float>(words << 16), bits_as<float>(words & 0xffff0000u)};
+}
+SDKERNELS_INLINE FloatsOfPairs load(const bf16* p, Pairs n) { return floats_of(load_words(p, n)); }
+
+// Floats in their own order, beside pairs.
+SDKERNELS_INLINE FloatsOfPairs load(const float* p, Pairs n) {
+  const auto a = load_lanes<float, n / 2>(p).value, b = load_lanes<float, n / 2>(p + n / 2).value;
+#if defined(SDKERNELS_AVX512)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(a, even, b)}, {_mm512_permutex2var_ps(a, odd, b)}};
+#elif defined(SDKERNELS_AVX2)
+  const auto in_order = [](__m256 v) SDKERNELS_INLINE_LAMBDA {  // it was shuffled by 128 bits
+    return (__m256)_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8);
+  };
+  return {{in_order(_mm256_shuffle_ps(a, b, 0x88))}, {in_order(_mm256_shuffle_ps(a, b, 0xdd))}};
+#elif defined(__SSE2__)
+  return {{_mm_shuffle_ps(a, b, 0x88)}, {_mm_shuffle_ps(a, b, 0xdd)}};
+#else
+  FloatsOfPairs v;
+  for (int64_t lane = 0; lane < n / 2; ++lane) {
+    v.even.value[lane] = p[2 * lane];
+    v.odd.value[lane] = p[2 * lane + 1];
+  }
+  return v;
+#endif
+}
+SDKERNELS_INLINE void store(float* p, const FloatsOfPairs& v, Pairs n) {
+  const auto even = v.even.value, odd = v.odd.value;
+#if defined(SDKERNELS_AVX512)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even, low, odd));
+  _mm512_storeu_ps(p + n / 2, _mm512_permutex2var_ps(even, high, odd));
+#elif defined(SDKERNELS_AVX2)
+  const __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(a, b, 0x20));
+  _mm256_storeu_ps(p + n / 2, _mm256_permute2f128_ps(a, b, 0x31));
+#elif defined(__SSE2__)
+  _mm_storeu_ps(p, _mm_unpacklo_ps(even, odd));
+  _mm_storeu_ps(p + n / 2, _mm_unpackhi_ps(even, odd));
+#else
+  for (int64_t lane = 0; lane < n / 2; ++lane) {
+    p[2 * lane] = even[lane];
+    p[2 * lane + 1] = odd[lane];
+  }
+#endif
+}
+
+// Rounded to nearest, ties to even, even and odd elements at once: what is kept, and the rest,
+// which is more than half, or half and the last bit is odd, where 0x7fff more overflows. In 16 bits
+// this is a mean with 0x7ffe (which adds 1 itself). NaN would become infinite.
+template <class T>
+SDKERNELS_INLINE WordsOfPairs words_of(const FloatsOfPairs& v) {
+  static_assert(std::is_same_v<T, bf16>);
+#if defined(SDKERNELS_AVX512)
+  if (!_mm512_cmp_ps_mask(v.even.value, v.odd.value, _CMP_UNORD_Q)) {
+    const __m512i even = (__m512i)v.even.value, odd = (__m512i)v.odd.value;
+    const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+    const __m512i rest = _mm512_mask_mov_epi16(_mm512_slli_epi32(odd, 16), 0x55555555, even);
+    const __m512i last = _mm512_and_si512(kept, _mm512_set1_epi16(1));
+    const __m512i mean = _mm512_avg_epu16(_mm512_or_si512(rest, last), _mm512_set1_epi16(0x7ffe));
+    return {(WordsOfPairs::Register)_mm512_add_epi16(kept, _mm512_srli_epi16(mean, 15))};
+  }
+#elif defined(SDKERNELS_AVX2)
+  if (!_mm256_movemask_ps(_mm256_cmp_ps(v.even.value, v.odd.value, _CMP_UNORD_Q))) {
+    const __m256i even = (__m256i)v.even.value, odd = (__m256i)v.odd.value;
+    const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+    const __m256i rest = _mm256_blend_epi16(_mm256_slli_epi32(odd, 16), even, 0x55);
+    const __m256i last = _mm256_and_si256(kept, _mm256_set1_epi16(1));
+    const __m256i mean = _mm256_avg_epu16(_mm256_or_si256(rest, last), _mm256_set1_epi16(0x7ffe));
+    return {(WordsOfPairs::Register)_mm256_add_epi16(kept, _mm256_srli_epi16(mean, 15))};
+  }
+#endif
+  const auto odd = rounded_to_bf16(v.odd) & 0xffff0000u;
+  return bits_as<uint16_t>(odd | (rounded_to_bf16(v.even) >> 16));
+}
+SDKERNELS_INLINE void store(bf16* p, const FloatsOfPairs& v, Pairs n) {
+  store_words(p, words_of<bf16>(v), n);
+}
+
+// for_vectors where every element stands for itself: those of bf16 alone go by pairs.
+template <class... T, class F>
+SDKERNELS_INLINE void for_elements(int64_t len, F f) {
+  int64_t i = 0;
+  if constexpr ((std::is_same_v<T, bf16> && ...))
+    for (; i + Pairs{} <= len; i += Pairs{}) f(i, Pairs{});
+  for_vectors(len - i, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA { f(i + c, n); });
+}
+
 // A copy of bytes. Not memcpy: from some KiB on it is a string instruction, which processors with
 // Zen cores execute ten times slower where the two pointers lie alike within their pages.
 SDKERNELS_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
@@ -378,9 +508,9 @@ SDKERNELS_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
 // ---- masks --------------------------------------------------------------------------------------
 
 // What a ReLU lets pass of stored numbers: positive ones, and NaN.
-template <class T>
-SDKERNELS_INLINE Lanes<Word<T>, kLanes> passes(const Lanes<Word<T>, kLanes>& words) {
-  using Result = Lanes<Word<T>, kLanes>;
+template <class T, int64_t N>
+SDKERNELS_INLINE Lanes<Word<T>, N> passes(const Lanes<Word<T>, N>& words) {
+  using Result = Lanes<Word<T>, N>;
   if constexpr (sizeof(T) > 2) {
     return map<Result>([](auto x) SDKERNELS_INLINE_LAMBDA { return ~(x <= 0); }, bits_as<T>(words));
   } else {
@@ -402,7 +532,9 @@ SDKERNELS_INLINE uint32_t bits_of(const Lanes<W, N>& mask) {
     return bits_of(mask.low) | bits_of(mask.high) << (N / 2);
   } else {
 #if defined(SDKERNELS_AVX512)
-    if constexpr (sizeof(W) == 2) return _mm256_movepi16_mask((__m256i)mask.value);
+    if constexpr (sizeof(mask) == 32) return _mm256_movepi16_mask((__m256i)mask.value);
+    if constexpr (sizeof(mask) == 64 && sizeof(W) == 2)
+      return _mm512_movepi16_mask((__m512i)mask.value);
     if constexpr (sizeof(W) == 4) return _mm512_movepi32_mask((__m512i)mask.value);
     if constexpr (sizeof(W) == 8) return _mm512_movepi64_mask((__m512i)mask.value);
 #elif defined(SDKERNELS_AVX2)
@@ -440,10 +572,22 @@ SDKERNELS_INLINE Lanes<W, N> mask_of(uint32_t bits) {
   }
 }
 
+SDKERNELS_INLINE WordsOfPairs mask_of_pairs(uint32_t bits) {
+#if defined(SDKERNELS_AVX512)
+  return {(WordsOfPairs::Register)_mm512_movm_epi16(bits)};
+#else
+  return mask_of<uint16_t, Pairs{}>(bits);
+#endif
+}
+
 // Zero in the lanes that a line of n more elements does not have: what was computed there from
 // zeros need not be zero (0 - mean), nor finite.
-template <class T>
-SDKERNELS_INLINE Lanes<T, kLanes> zero_missing(const Lanes<T, kLanes>& v, Whole) {
+template <class V>
+SDKERNELS_INLINE V zero_missing(const V& v, Whole) {
+  return v;
+}
+template <class V>
+SDKERNELS_INLINE V zero_missing(const V& v, Pairs) {
   return v;
 }
 template <class T>

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,7 +155,14 @@ class PatchedBlock:
         _original: type[nn.Module]
 
     def __prepare_scriptable__(self) -> Any:
-        refuse_script("a patched block", "script the model before patch or after unpatch")
+        """torch.jit.script compiles the original forward, which cannot multiply by 1 - p."""
+        if self._sdkernels.options.rescale == "eval":
+            refuse_script(
+                'a block patched with rescale="eval"',
+                "script the model before patch or after unpatch",
+            )
+        _say_what_is_left_out(self)
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         """nn.DataParallel's copy for a device: it draws for its share of the batch."""
@@ -336,6 +344,24 @@ def _permitted(total: Tensor) -> bool | None:
     return False if watched else None
 
 
+def _say_what_is_left_out(block: Any) -> None:
+    """Of what patch() was told, where the original forward is recorded instead."""
+    state: BlockState = block._sdkernels
+    if state.rows[0] is not None:
+        raise RuntimeError(
+            "plan: torch.jit and torch.fx would repeat its rows for ever; trace or script outside "
+            "of the with statement, where a patched block runs its original forward"
+        )
+    options = state.options
+    given = any(p is not None for p in state.p) or options.mode or options.rescale != "train"
+    if block.training and given:
+        warnings.warn(
+            "sdkernels: a patched block that is traced or scripted in training is its original "
+            "forward, without the drop_probs=, mode= and rescale= given to patch",
+            stacklevel=3,
+        )
+
+
 def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.Module]:
     """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
 
@@ -345,8 +371,7 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
     own_forward = original.forward
     _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
 
-    @functools.wraps(own_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, args: Any, kwargs: Any) -> Any:
         state = self._sdkernels
         if not is_compiling() and is_recorded(args, [*kwargs.values()]):
             return run_recorded(self, state, args, kwargs)
@@ -395,18 +420,7 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
         """Rows cannot be drawn in the graphs of torch.jit.trace and torch.fx."""
         if not self.training:
             return run(self, state, args, kwargs)
-        if state.rows[0] is not None:
-            raise RuntimeError(
-                "plan: torch.jit.trace and torch.fx would repeat its rows for ever; trace outside "
-                "of the with statement, where a patched block runs its original forward"
-            )
-        options = state.options
-        if any(p is not None for p in state.p) or options.mode or options.rescale != "train":
-            warnings.warn(
-                "sdkernels: a patched block that is traced in training is its original forward, "
-                "without the drop_probs=, mode= and rescale= given to patch",
-                stacklevel=2,
-            )
+        _say_what_is_left_out(self)
         return run_original(self, args, kwargs)
 
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
@@ -415,8 +429,15 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
             return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, args, kwargs)
+
+    # TorchScript compiles the source of what is wrapped, with the globals of what wraps it.
+    scriptable = FunctionType(
+        forward.__code__, own_forward.__globals__, "forward", None, forward.__closure__
+    )
     members = {
-        "forward": forward,
+        "forward": functools.wraps(own_forward)(scriptable),
         "_original": original,
         "__module__": module,
         "__qualname__": name,

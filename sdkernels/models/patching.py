@@ -89,7 +89,7 @@ def patch(
     Note:
         What runs on the kept samples only: hooks on a block's submodules see k samples, BatchNorm
         computes its statistics over them, and dropout inside a branch draws other numbers than
-        before. Hooks on a drop path module make its block run as before. torch.jit.trace and
+        before. Hooks on a drop path module make its block run as before. torch.jit and
         torch.fx record the original forward.
 
     Example:

@@ -160,9 +160,14 @@ class PatchReport:
                 continue
             drops = zip(entry.branches, probabilities(entry.block), strict=True)
             for index, (branch, p) in enumerate(drops):
-                if p > 0.0 and not _is_switched_off(entry.block, index):
+                if p > 0.0 and not self._is_switched_off(entry.block, index):
                     saved += p * _size(entry.block, branch, counts)
         return saved / total if total else 0.0
+
+    def _is_switched_off(self, block: Any, branch: int) -> bool:
+        """Whether the branch's drop path is in evaluation mode, where the model or block is not."""
+        law = block._sdkernels.law(block, branch)
+        return (self.model.training or block.training) and not law.training
 
     def __str__(self) -> str:
         states = [f"{len(self.idle)} of them run as before: p == 0"] if self.idle else []
@@ -174,7 +179,7 @@ class PatchReport:
             f"saving {self.expected_saving():.1%} of the computation (by parameters)"
         ]
         rows = [
-            (entry.name or "(the model)", type(entry.block).__name__, _p_column(entry))
+            (entry.name or "(the model)", type(entry.block).__name__, _p_column(self, entry))
             for entry in self.patched
         ]
         rows += [
@@ -193,13 +198,7 @@ def _why_whole(entry: PatchedEntry) -> str | None:
     return reason
 
 
-def _is_switched_off(block: Any, branch: int) -> bool:
-    """Whether the branch's drop path is in evaluation mode, in a block that is not."""
-    law = block._sdkernels.law(block, branch)
-    return block.training and not law.training
-
-
-def _p_column(entry: PatchedEntry) -> str:
+def _p_column(report: PatchReport, entry: PatchedEntry) -> str:
     block = entry.block
     reason, values = _why_whole(entry), probabilities(block)
     if reason is not None:
@@ -207,7 +206,7 @@ def _p_column(entry: PatchedEntry) -> str:
     if not any(values):
         return "p == 0: runs as before, until a p rises"
     return " ".join(
-        f"{p:.4g}" + (" (in evaluation)" if p and _is_switched_off(block, branch) else "")
+        f"{p:.4g}" + (" (in evaluation)" if p and report._is_switched_off(block, branch) else "")
         for branch, p in enumerate(values)
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import compilation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -678,3 +679,25 @@ def test_generated_forwards(before, between, second, tmp_path_factory):
     expected = step(lambda: original(x), original, x)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b if b.dim() or not a.dim() else torch.zeros_like(a))
+
+
+class Plain(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_before_it_was_compared():
+    """That it saves nothing is said; compared first, it runs on the kept rows in one graph."""
+    block = Plain().train()
+    report = sdkernels.patch(block)
+    x = torch.randn(4, 3, WIDTH)
+    with compilation(), pytest.warns(UserWarning, match="was not compared with it yet"):
+        torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+    report.check(x)
+    sizes: list[int] = []
+    block.f.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    with compilation() as seen, report.use([KeptRows.from_index(torch.tensor([1, 3]), 4)]):
+        torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+        assert sizes == [2]
+    assert seen.breaks == 0

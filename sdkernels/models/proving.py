@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ..sampling import at_trace_time
 from .comparison import prove
 from .proof import TRUSTED, Leaf, Proof, leaves
 from .rewriting import Rewriting
@@ -81,6 +82,8 @@ def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str,
         return found
     if rewriting.is_known and not (key or rewriting.derives) and check != "always":
         return TRUSTED
+    if is_compiling():
+        _say_uncompared(rewriting.original.__module__, rewriting.original.__qualname__)
     if is_compiling() or torch.is_inference_mode_enabled():
         return Proof(False, "it was not compared with its original yet: report.check(*inputs) does")
     found = rewriting.proofs[key] = prove(block, rewriting, named, doubtful)
@@ -94,5 +97,14 @@ def warn(rewriting: Rewriting, proof: Proof) -> None:
     warnings.warn(
         f"{kind.__module__}.{kind.__qualname__} keeps its own forward, and computes what it drops: "
         f"{proof.reason}",
+        stacklevel=2,
+    )
+
+
+@at_trace_time
+def _say_uncompared(module: str, name: str) -> None:
+    warnings.warn(
+        f"{module}.{name} is compiled with its own forward, which computes what it drops: the "
+        "other one was not compared with it yet; call report.check(*inputs) before you compile",
         stacklevel=2,
     )

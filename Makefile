@@ -31,12 +31,13 @@ LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c $(CONSTRAINTS) -r tests/
 PEER_REQUIREMENTS := $(RUN) -m pip install --quiet -c $(CONSTRAINTS) parameterized
 endif
 
-.PHONY: help build test test-install peer-tests bench paper gpu-check lint clean
+.PHONY: help build test test-install test-ptx peer-tests bench paper gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
 	@echo 'make test        run the tests and the examples in the docstrings (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
+	@echo 'make test-ptx    execute all compiled GPU kernels, translated: no GPU is needed, nvcc is'
 	@echo 'make peer-tests  run tests of timm and transformers on patched models, compare with unpatched ones'
 	@echo 'make bench       run the quick benchmarks'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
@@ -52,6 +53,9 @@ test: $(BUILT)
 
 test-install: $(BUILT)
 	$(RUN) -m pytest -m install
+
+test-ptx: $(BUILT)
+	$(RUN) -m pytest -m ptx
 
 peer-tests: $(BUILT)
 	$(PEER_REQUIREMENTS)
@@ -71,7 +75,7 @@ lint: $(TOOLS)
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror \
-		$$(find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+		$$(find csrc tests/cuda_emulation tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # Folders are listed by find too: a deleted source is a change.
 $(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc build_tools/*.py)

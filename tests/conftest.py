@@ -27,7 +27,10 @@ settings.register_profile("thorough", max_examples=2000, **{**_COMMON, "derandom
 settings.load_profile("repeatable")
 
 # Programs that tests run, which import Triton (it need not be there); tests of other libraries.
-collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "peers"]
+collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
+
+# What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 # Files that take a minute or more start first, so that no process is left with one of them alone.
 LONGEST = [

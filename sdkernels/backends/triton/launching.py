@@ -33,9 +33,12 @@ def launch(
     kernel: Any, tiles: int, rows: int, tile: Tile, device: torch.device, *arguments: object
 ) -> None:
     """Run `tiles` programs for each of the `rows`, on the current stream of the device."""
-    grid = (tiles, min(rows, _MOST_ROWS), cdiv(rows, _MOST_ROWS))
     with _on(device):
-        kernel[grid](*arguments, **options(tile))
+        kernel[grid(tiles, rows)](*arguments, **options(tile))
+
+
+def grid(tiles: int, rows: int) -> tuple[int, int, int]:
+    return tiles, min(rows, _MOST_ROWS), cdiv(rows, _MOST_ROWS)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -205,7 +205,8 @@ PRESETS = {
                 DepthCase(48),
                 HostCase(),
             ),
-            rounds=_QUICK_ROUNDS,
+            rounds=_QUICK_ROUNDS
+            | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
             training=TrainingCase(epochs=8),
             timeline=SHORT_VIT.name if HAS_LIBRARIES else None,
         ),

@@ -193,7 +193,7 @@ PRESETS = {
         Preset(
             name="quick",
             summary="the headline shapes",
-            duration="under 5 minutes on 2 cores",
+            duration="5 to 7 minutes on 2 cores",
             cases=(
                 *_op_cases(),
                 *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),

@@ -147,29 +147,26 @@ def _hooks(kept: Tensor, on_ones: bool) -> Iterator[None]:
 
 
 def _modules_of(branch: Any) -> list[nn.Module]:
-    """The modules that a branch runs: itself, or what a function or an object of it refers to."""
+    """The modules that a branch runs: itself, or what a function or an object of it refers to.
+
+    Called in a graph, where Dynamo does not open the cells of a closure.
+    """
     found: dict[nn.Module, None] = {}
-    _collect(branch, found, set(), 4)
+    _collect(branch, found, 4)
     return list(found)
 
 
-def _collect(value: Any, found: dict[nn.Module, None], seen: set[int], depth: int) -> None:
+def _collect(value: Any, found: dict[nn.Module, None], depth: int) -> None:
     kind = type(value)
     if issubclass(kind, nn.Module):
         found.update(dict.fromkeys(value.modules()))
         return
     if depth <= 0 or issubclass(kind, (type, ModuleType, Tensor, str)):
         return
-    if not is_compiling():  # a graph would be bound to a method's id, which is new at every access
-        if id(value) in seen:
-            return
-        seen.add(id(value))
     held: list[Any] = []
     if kind is MethodType:
         held += [value.__self__, value.__func__]
     elif kind is FunctionType:
-        if not is_compiling():  # Dynamo does not open cells
-            held += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         held += value.__defaults__ or ()
         try:
             names = value.__globals__
@@ -186,11 +183,4 @@ def _collect(value: Any, found: dict[nn.Module, None], seen: set[int], depth: in
     else:
         held += getattr(value, "__dict__", {}).values()
     for each in held:
-        _collect(each, found, seen, depth - 1)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a variable that has no value yet
-        return False
+        _collect(each, found, depth - 1)

@@ -37,6 +37,7 @@ LONGEST = [
     "test_without_extension.py",
     "test_patched_training.py",
     "test_cuda_emulation.py",
+    "test_ptx.py",
     "test_paper.py",
     "test_benchmark_runs.py",
     "test_distributed.py",

@@ -6,6 +6,7 @@ CPU generator, or from the Philox stream of a training step.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Draw:
     count: int  # negative: Bernoulli
     whole_batch: bool
 
+    @functools.cached_property
+    def below(self) -> int:
+        """A row is kept where its word, without a sign, is below this."""
+        return _threshold(self.keep) << 11
+
 
 @dataclass(frozen=True)
 class StepKey:
@@ -52,13 +58,16 @@ class _Words(Protocol):
         """The next `count` words of 64 random bits, as int64."""
 
 
+def _generator_words(count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(count, dtype=torch.int64).random_(_INT64_MIN, None, generator=generator)
+
+
 class _GeneratorWords:
     def __init__(self, generator: torch.Generator | None) -> None:
         self._generator = generator
 
     def take(self, count: int) -> Tensor:
-        words = torch.empty(count, dtype=torch.int64)
-        return words.random_(_INT64_MIN, None, generator=self._generator)
+        return _generator_words(count, self._generator)
 
 
 class _StepWords:
@@ -146,9 +155,20 @@ def _draw_rows(batch: int, draw: Draw, words: _Words) -> tuple[Tensor, Tensor]:
         mask = _bernoulli(words.take(batch), _threshold(draw.keep))
         return mask.nonzero().view(-1), _slots(mask)
     else:
-        below = _threshold(draw.keep) << 11
-        drawn = words.take(batch).tolist()
-        kept = [row for row, word in enumerate(drawn) if word % 2**64 < below]
+        return _rows_below(words.take(batch), draw.below)
+    return _rows_of(kept, batch)
+
+
+def _rows_below(words: Tensor, below: int) -> tuple[Tensor, Tensor]:
+    """The rows whose word, without a sign, is below."""
+    negative = below - 2**64
+    return _rows_of(
+        [row for row, word in enumerate(words.tolist()) if word < negative or 0 <= word < below],
+        words.numel(),
+    )
+
+
+def _rows_of(kept: list[int], batch: int) -> tuple[Tensor, Tensor]:
     slots = [-1] * batch
     for j, row in enumerate(kept):
         slots[row] = j
@@ -165,7 +185,10 @@ def sample_rows(
 ) -> tuple[Tensor, Tensor]:
     """index [k] and slot [batch], int64, on `device`: one copy from the host, no waiting."""
     refuse_functorch()
-    index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
+    if draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch:  # as in nearly every call
+        index, slot = _rows_below(_generator_words(batch, generator), draw.below)
+    else:
+        index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
     if device is None or device.type == "cpu":
         trust_rows(index, slot)
         return index, slot

@@ -51,7 +51,7 @@ class StepKey:
     rank: int
 
 
-class _Words(Protocol):
+class Words(Protocol):
     """A source of random words."""
 
     def take(self, count: int) -> Tensor:
@@ -108,6 +108,10 @@ class _StepWords:
         return even.bitwise_or_(odd << 32).t()
 
 
+def words_of(generator: torch.Generator | None, step: StepKey | None) -> Words:
+    return _GeneratorWords(generator) if step is None else _StepWords(step)
+
+
 def _threshold(keep: float) -> int:
     return ceil(keep * 2.0**53)
 
@@ -120,7 +124,7 @@ def _bernoulli(words: Tensor, threshold: int | Tensor) -> Tensor:
     return words.bitwise_right_shift_(11).bitwise_and_(2**53 - 1) < threshold
 
 
-def _choose_rows(batch: int, count: int, words: _Words) -> list[int]:
+def _choose_rows(batch: int, count: int, words: Words) -> list[int]:
     """Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): `count` rows, ascending."""
     stream = iter(words.take(batch).tolist())
     kept: list[int] = []
@@ -145,7 +149,7 @@ def _int64(values: list[int]) -> Tensor:
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
-def _draw_rows(batch: int, draw: Draw, words: _Words) -> tuple[Tensor, Tensor]:
+def _draw_rows(batch: int, draw: Draw, words: Words) -> tuple[Tensor, Tensor]:
     """index and slot."""
     if draw.count >= 0:
         kept = _choose_rows(batch, draw.count, words)
@@ -213,7 +217,7 @@ def sample_plan(
     [layers, 2, total] (slot, then index, those of batch after batch); ``draws[layer * batches +
     batch]``. The numbers come from `step` where it is given, otherwise from the generator.
     """
-    words: _Words = _GeneratorWords(generator) if step is None else _StepWords(step)
+    words = words_of(generator, step)
     total, crops = sum(batches), len(batches)
     layers = len(draws) // crops
     rows = torch.zeros((layers, 2, total), dtype=torch.int64, pin_memory=pin_memory)
@@ -233,13 +237,21 @@ def sample_plan(
 
 
 def _draw_all(
-    rows: Tensor, batches: Sequence[int], draws: Sequence[Draw], words: _Words
+    rows: Tensor, batches: Sequence[int], draws: Sequence[Draw], words: Words
 ) -> list[int]:
-    """Writes the rows of Bernoulli draws, in a number of operations that no plan's size changes."""
+    """Writes the rows of Bernoulli draws."""
     layers, _, total = rows.shape
     thresholds = _int64([_threshold(draw.keep) for draw in draws]).view(layers, -1)
     thresholds = thresholds.repeat_interleave(_int64([*batches]), 1)
     mask = _bernoulli(words.take(layers * total).view(layers, total), thresholds)
+    return write_rows(rows, batches, mask)
+
+
+def write_rows(rows: Tensor, batches: Sequence[int], mask: Tensor) -> list[int]:
+    """Writes the rows where the mask [layers, total] is true, and returns how many of each draw.
+
+    In a number of operations that no plan's size changes.
+    """
     kept = []
     start = 0
     for batch in batches:

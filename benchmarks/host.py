@@ -20,52 +20,6 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-class _FirstNode(torch.autograd.Function):
-    """What compacting in Python asks of autograd: two results, two saved tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(index, slot)
-        return x.detach(), x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, d_kept: Tensor, d_stream: Tensor) -> tuple[Tensor | None, ...]:
-        _, _ = ctx.saved_tensors
-        return d_stream, None, None
-
-
-class _SecondNode(torch.autograd.Function):
-    """What adding in Python asks of autograd: two inputs, one result, a saved tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, stream: Tensor, out: Tensor, index: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.scale = scale
-        return stream.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (_,) = ctx.saved_tensors
-        return grad, grad, None, None
-
-
-def _nodes(x: Tensor, p: float, rows: KeptRows) -> Tensor:
-    """Two autograd functions in Python that compute nothing."""
-    kept, stream = _FirstNode.apply(x, rows.index, rows.slot)
-    y: Tensor = _SecondNode.apply(stream, kept, rows.index, rows.scale)
-    return y
-
-
-def _calls(x: Tensor, p: float, rows: KeptRows) -> Tensor:
-    """The PyTorch calls of a compacted forward and backward, without their autograd."""
-    with torch.no_grad():
-        kept = x.index_select(0, rows.index)
-        y = x.index_add(0, rows.index, kept, alpha=rows.scale)
-        d_out = y.index_select(0, rows.index).mul_(rows.scale)
-        y.index_add(0, rows.index, d_out)
-    return x + _identity(x)
-
-
 # "-rows" runs on kept rows drawn beforehand; the others draw in every call, as peers' naive masking
 # always does.
 HOST_PROVIDERS: dict[str, HostFunction] = {
@@ -74,10 +28,7 @@ HOST_PROVIDERS: dict[str, HostFunction] = {
     "index_add-rows": lambda x, p, rows: reference.index_add(x, _identity, rows=rows),
     "fused-rows": lambda x, p, rows: sdkernels.fused_stochastic_depth(x, _identity, p, rows=rows),
     "fused": lambda x, p, rows: sdkernels.fused_stochastic_depth(x, _identity, p),
-    "nodes": _nodes,
-    "calls": _calls,
 }
-COMPUTE_SOMETHING_ELSE = ("plain", "nodes", "calls")
 
 
 @dataclass(frozen=True)
@@ -85,7 +36,7 @@ class HostCase:
     """Forward and backward on a tensor so small that only the cost of the calls is left.
 
     What counts is the extra over ``plain``, which is ``x + branch(x)`` with the identity for a
-    branch. ``nodes`` and ``calls`` are parts of what the op costs where Python does all of it.
+    branch.
     """
 
     shape: tuple[int, ...] = (8, 4, 16)
@@ -137,7 +88,7 @@ class HostCase:
             return evaluate(reference.naive_masking(x, _identity, 1 - self.keep, rows=rows))
 
         for provider, function in HOST_PROVIDERS.items():
-            if provider in COMPUTE_SOMETHING_ELSE:
+            if provider == "plain":
                 continue
             got = evaluate(function(x, 1 - self.keep, rows))
             if provider.endswith("-rows"):

@@ -96,8 +96,6 @@ def plot_host(cases: list[Case]) -> Figure:
         "index_add-rows": "gather + index_add, rows given",
         "fused-rows": "sdkernels, rows given",
         "fused": "sdkernels, drawing Bernoulli rows",
-        "nodes": "two empty autograd functions in Python",
-        "calls": "the PyTorch calls of a compacted pass, without autograd",
     }
     values = [1e6 * case["providers"][p]["extra"] for p in providers]
     bars = axes.barh(range(len(providers)), values, 0.6, color=[colour(p) for p in providers])

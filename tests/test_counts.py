@@ -12,9 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_samplers import assert_binomial, assert_law, kept, masks, patterns, probabilities, seeded
+from zoo import NETS
 
+import sdkernels
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, fused_stochastic_depth, plan, sampling
 from sdkernels.backends import sampler as python_sampler
+from sdkernels.models import drop_probs
 
 ROUNDED = {"sampler": "rounded"}
 STEPS = 4000
@@ -213,6 +216,25 @@ def test_balanced_from_a_generator():
 
 
 # Both
+
+
+def test_patched_models():
+    """Blocks draw for themselves, by the report's plans, and by a balanced plan that is given."""
+    net = NETS["timm-vit"]
+    model = net.model().train()
+    report = sdkernels.patch(model, drop_probs=[0.1, 0.1, 0.3, 0.5], sampler="rounded")
+    model(net.inputs(8)).sum().backward()
+    seen = set()
+    for step in range(40):
+        plans = [report.plan_for_step(1, step, 8, rank=rank) for rank in range(2)]
+        first, second = ([rows.k for rows in drawn] for drawn in plans)
+        assert first == second
+        seen |= set(enumerate(first))
+    assert seen == {(0, 7), (0, 8), (1, 7), (1, 8), (2, 5), (2, 6), (3, 4)}
+    balanced = DepthPlan.for_step(1, 0, 8, drop_probs(model), kinds=2, **BALANCED)
+    for drawn in (plans[0], balanced):
+        with report.use(drawn):
+            model(net.inputs(8)).sum().backward()
 
 
 def test_the_same_rows_without_the_extension(monkeypatch):

@@ -28,10 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.rank_plans import rounded_plan, total_rows
 from benchmarks.scaling_model import BranchClock, Net, Shape, make_batch, row_counts
 from benchmarks.simulation import KINDS
-from sdkernels import DepthPlan, KeptRows, uniform
+from sdkernels import DepthPlan, uniform
 
 SAMPLERS = ("bernoulli", "fixed", "rounded", "total")
 SWEEP = "sweep"  # all branches keep 0, 1, 2, 4, ... rows, one number a step
@@ -55,15 +54,13 @@ class ProcessCase:
         return uniform(KINDS * self.shape.depth, self.p)
 
 
-def draw_plan(
-    case: ProcessCase, sampler: str, step: int, rank: int
-) -> DepthPlan | Sequence[KeptRows]:
+def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> DepthPlan:
     """The rows of a rank in a step."""
     batch, drop_probs, seed = case.batch, case.drop_probs, case.seed
-    if sampler == "rounded":
-        return rounded_plan(seed, step, batch, drop_probs, rank)
     if sampler == "total":
-        return total_rows(seed, step, batch, drop_probs, rank, KINDS)
+        return DepthPlan.for_step(
+            seed, step, batch, drop_probs, sampler="balanced", kinds=KINDS, rank=rank
+        )
     if sampler == SWEEP:
         counts = row_counts(batch)
         k = counts[step % len(counts)]

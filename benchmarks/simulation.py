@@ -57,7 +57,7 @@ def draw_fixed(layers: Layers, steps: int, ranks: int, generator: np.random.Gene
 
 
 def draw_rounded(layers: Layers, steps: int, ranks: int, generator: np.random.Generator) -> Counts:
-    """A fixed count that is rounded up or down at random, with a generator that all ranks share.
+    """``sampler="rounded"``: rounded up or down at random, with a generator that all ranks share.
 
     A branch's count is the same on all ranks and averages to exactly ``batch * keep``.
     """
@@ -99,7 +99,7 @@ def draw_dealt(layers: Layers, steps: int, ranks: int, generator: np.random.Gene
 
 
 def draw_total(layers: Layers, steps: int, ranks: int, generator: np.random.Generator) -> Counts:
-    """Every row by itself, but the rows of all branches of a kind together are fixed in number.
+    """``sampler="balanced"``: the rows of all branches of a kind together are fixed in number.
 
     Systematic sampling over the (branch, row) pairs in a random order: each pair is kept with
     exactly its probability, and the total is the rounded sum of them. Ranks need not know of each

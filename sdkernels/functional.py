@@ -252,7 +252,9 @@ def fused_stochastic_depth(
             `generator` are not used in training, and scale and weights are those of the rows. In
             evaluation rows are not used: a gate that holds there too needs ``training=True``.
         sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
-            ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static.
+            ``clamp(round(B * (1 - p)), 1, B)`` rows, so that shapes are static; "rounded" keeps
+            ``B * (1 - p)`` rows rounded up or down at random, so that each is kept with probability
+            1 - p.
         rescale: "train" divides by the survival probability in training (inverted scaling); "eval"
             is the paper's rule, unscaled in training and multiplied by 1 - p in evaluation; "none"
             never scales (training and evaluation then differ in expectation).

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast, overload
 import torch
 from torch import Tensor
 
+from .backends.balanced import sample_balanced_plan
 from .backends.ops import host, is_compiling
+from .backends.sampler import StepKey
 from .rows import KeptRows, normal_tensors
 from .sampling import (
+    PLAN_SAMPLERS,
     Mode,
+    PlanSampler,
     Rescale,
-    Sampler,
+    Rounded,
     check_batch,
     check_generator,
     check_law,
@@ -38,12 +42,24 @@ class BranchLaw(NamedTuple):
 
 
 def _branch_laws(drop_probs: object, mode: str, sampler: str, rescale: str) -> list[BranchLaw]:
-    check_law(mode, sampler, rescale)
+    check_law(mode, sampler, rescale, PLAN_SAMPLERS)
     if not isinstance(drop_probs, Iterable) or isinstance(drop_probs, str):
         raise TypeError(
             f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
         )
     return [BranchLaw(check_probability(p), mode, sampler, rescale) for p in drop_probs]
+
+
+def _check_kinds(kinds: object, sampler: str) -> int:
+    if not isinstance(kinds, Integral) or isinstance(kinds, bool) or kinds < 1:
+        raise ValueError(f"kinds: expected a number of kinds of branches from 1, got {kinds!r}")
+    if kinds != 1 and sampler != "balanced":
+        raise ValueError(f'kinds: expected sampler="balanced" beside it, got sampler="{sampler}"')
+    return int(kinds)
+
+
+# In place of a rank: what is drawn with it is the same on all of them.
+_ALL_RANKS = 2**32 - 1
 
 
 def step_key(seed: object, step: object, rank: object) -> tuple[int, int, int]:
@@ -105,6 +121,7 @@ class DepthPlan(Generic[R]):
         device: torch.device | str | None,
         generator: torch.Generator | None = None,
         step: tuple[int, int, int] | None = None,
+        kinds: int = 1,
     ) -> None:
         self._batches = _check_batches(batch)
         self._is_list = isinstance(batch, (list, tuple))
@@ -112,6 +129,13 @@ class DepthPlan(Generic[R]):
         self._branches = tuple(branches)
         # One list for each branch, with one entry for each batch.
         self._laws = [[law(batch, *branch) for batch in self._batches] for branch in self._branches]
+        samplers = {branch.sampler for branch in self._branches}
+        if step is not None and step[2] == _ALL_RANKS and samplers & {"rounded", "balanced"}:
+            raise ValueError(
+                'rank: expected an integer from 0 to 2**32 - 2 with sampler="rounded" or '
+                '"balanced", which draw what all ranks share with the number above'
+            )
+        self._kinds = kinds
         self._counts_vary = any(branch.sampler != "fixed" for branch in self._branches)
         self._generator = generator
         self._step = step
@@ -131,8 +155,9 @@ class DepthPlan(Generic[R]):
         drop_probs: Iterable[float],
         *,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> DepthPlan[KeptRows]: ...
@@ -145,8 +170,9 @@ class DepthPlan(Generic[R]):
         drop_probs: Iterable[float],
         *,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> DepthPlan[list[KeptRows]]: ...
@@ -158,8 +184,9 @@ class DepthPlan(Generic[R]):
         drop_probs: Iterable[float],
         *,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> DepthPlan[Any]:
@@ -170,14 +197,24 @@ class DepthPlan(Generic[R]):
                 (multi-crop).
             drop_probs: one drop probability a branch, for example from
                 :func:`sdkernels.linear_decay`.
-            mode, sampler, rescale, device: as in :meth:`KeptRows.sample`.
+            mode, rescale, device: as in :meth:`KeptRows.sample`.
+            sampler: as there, or "balanced": each row of each branch is kept with probability 1 - p
+                of the branch, and all branches together keep ``sum(B * (1 - p))`` rows, rounded up
+                or down at random. How many a single branch keeps varies nearly as under
+                "bernoulli". (Systematic sampling of the pairs of a branch and a row, in a random
+                order.) The scale is Bernoulli's.
+            kinds: of "balanced": branches i, i + kinds, ... cost the same, and each of these groups
+                has its sum. 2 where attention and MLP take turns.
             generator: CPU generator to draw from, by :meth:`resample_` too. Default: PyTorch's.
 
         Returns:
-            A plan of ``len(drop_probs)`` branches; rows, branches and batches are independent.
+            A plan of ``len(drop_probs)`` branches. Branches and batches are independent; under
+            "balanced", batches are, and the fixed sum makes any two pairs of a branch and a row
+            exclude each other slightly, with a correlation of about -1 / (their number).
 
         Raises:
-            TypeError, ValueError: as :meth:`KeptRows.sample`, or an empty list of batches.
+            TypeError, ValueError: as :meth:`KeptRows.sample`, an empty list of batches, or `kinds`
+                below 1 or with another sampler.
 
         Example:
             >>> plan = DepthPlan.sample(8, [0.25, 0.5], sampler="fixed")
@@ -187,7 +224,9 @@ class DepthPlan(Generic[R]):
             >>> [[rows.k for rows in branch] for branch in crops]
             [[6, 15], [4, 10]]
         """
-        return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, generator)
+        branches = _branch_laws(drop_probs, mode, sampler, rescale)
+        kinds = _check_kinds(kinds, sampler)
+        return cls(batch, branches, device, generator, kinds=kinds)
 
     @overload
     @classmethod
@@ -200,8 +239,9 @@ class DepthPlan(Generic[R]):
         *,
         rank: int | None = None,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         device: torch.device | str | None = None,
     ) -> DepthPlan[KeptRows]: ...
 
@@ -216,8 +256,9 @@ class DepthPlan(Generic[R]):
         *,
         rank: int | None = None,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         device: torch.device | str | None = None,
     ) -> DepthPlan[list[KeptRows]]: ...
 
@@ -231,8 +272,9 @@ class DepthPlan(Generic[R]):
         *,
         rank: int | None = None,
         mode: Mode = "row",
-        sampler: Sampler = "bernoulli",
+        sampler: PlanSampler = "bernoulli",
         rescale: Rescale = "train",
+        kinds: int = 1,
         device: torch.device | str | None = None,
     ) -> DepthPlan[Any]:
         """Draw the rows of a training step as a function of its number.
@@ -245,17 +287,21 @@ class DepthPlan(Generic[R]):
             seed: seed of the run, from 0 to 2**64 - 1.
             step: number of the step, from 0 to 2**64 - 1; with gradient accumulation, of the
                 forward pass.
-            batch, drop_probs, mode, sampler, rescale, device: as in :meth:`sample`.
+            batch, drop_probs, mode, rescale, kinds, device: as in :meth:`sample`.
+            sampler: as there. What "rounded" and "balanced" round goes the same way on all ranks:
+                with the same `batch` and `drop_probs`, all of them keep as many rows in each
+                branch ("rounded") or in each kind of branches together ("balanced").
             rank: which of the processes that train on different samples this is, from 0 to
-                2**32 - 1; each has rows of its own. Default: the rank in torch.distributed's
-                default process group, 0 where there is none. Processes that share a batch (tensor
-                or pipeline parallel) must be given the same number.
+                2**32 - 1 (2**32 - 2 for "rounded" and "balanced"); each has rows of its own.
+                Default: the rank in torch.distributed's default process group, 0 where there is
+                none. Processes that share a batch (tensor or pipeline parallel) must be given the
+                same number.
 
         Returns:
             A plan of ``len(drop_probs)`` branches. Plans of other seeds, steps or ranks are
-            independent of it: the numbers come from the counter-based generator Philox4x32-10,
-            with the seed as key and the step and the rank in its counter, so that no two streams of
-            a seed overlap.
+            independent of it (but for what ranks round alike): the numbers come from the
+            counter-based generator Philox4x32-10, with the seed as key and the step and the rank in
+            its counter, so that no two streams of a seed overlap.
 
         Raises:
             TypeError, ValueError: as :meth:`sample`, or a `seed`, `step` or `rank` out of range.
@@ -271,14 +317,15 @@ class DepthPlan(Generic[R]):
             True
         """
         key = step_key(seed, step, rank)
-        return cls(batch, _branch_laws(drop_probs, mode, sampler, rescale), device, step=key)
+        branches = _branch_laws(drop_probs, mode, sampler, rescale)
+        return cls(batch, branches, device, step=key, kinds=_check_kinds(kinds, sampler))
 
     def resample_(self) -> DepthPlan[R]:
         """Draw new rows for every branch, in place; returns self.
 
         A plan of :meth:`for_step` goes on to the next step. KeptRows taken from the plan before
         share its memory: they change with it for the fixed sampler, and are out of date for the
-        Bernoulli one, whose number of rows changes. A graph whose backward has not run yet refuses
+        others, whose number of rows changes. A graph whose backward has not run yet refuses
         rows that were refreshed under it, as PyTorch refuses any saved tensor that was modified in
         place.
         """
@@ -316,7 +363,7 @@ class DepthPlan(Generic[R]):
             if self._counts_vary and is_capturing():
                 raise RuntimeError(
                     'plan: expected sampler="fixed" while a CUDA graph is being captured: the '
-                    "number of Bernoulli rows changes with resample_(), and the shapes of a graph "
+                    "number of other rows changes with resample_(), and the shapes of a graph "
                     "cannot"
                 )
             if branch not in self._views:
@@ -349,9 +396,33 @@ class DepthPlan(Generic[R]):
 
     def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
         refuse_fixed_rows()
-        draws = [law for laws in self._laws for law, _ in laws]
-        step = None if self._step is None else host.StepKey(*self._step)
         pin_memory = device.type == "cuda"
-        rows, kept = host.sample_plan(self._batches, draws, self._generator, step, pin_memory)
+        if any(branch.sampler == "balanced" for branch in self._branches):
+            rows, kept = self._draw_balanced(pin_memory)
+        else:
+            step = None if self._step is None else host.StepKey(*self._step)
+            rows, kept = host.sample_plan(
+                self._batches, self._draws(), self._generator, step, pin_memory
+            )
         crops = len(self._batches)
         return rows, [kept[i : i + crops] for i in range(0, len(kept), crops)]
+
+    def _draws(self) -> list[host.Draw]:
+        """What is drawn for each branch and batch; which way a number is rounded is drawn here."""
+        laws = [law for laws in self._laws for law, _ in laws]
+        ups = [law.up for law in laws if isinstance(law, Rounded)]
+        if not ups:
+            return laws  # type: ignore[return-value]  # all of them are draws
+        step = None if self._step is None else host.StepKey(*self._step[:2], _ALL_RANKS)
+        _, rounded_up = host.sample_plan([1], ups, self._generator, step, False)
+        next_up = iter(rounded_up)
+        return [law.draw(next(next_up) == 1) if isinstance(law, Rounded) else law for law in laws]
+
+    def _draw_balanced(self, pin_memory: bool) -> tuple[Tensor, list[int]]:
+        steps = None
+        if self._step is not None:
+            steps = StepKey(*self._step), StepKey(*self._step[:2], _ALL_RANKS)
+        keeps = [1.0 - branch.p for branch in self._branches]
+        return sample_balanced_plan(
+            self._batches, keeps, self._kinds, self._generator, steps, pin_memory
+        )

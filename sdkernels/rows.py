@@ -145,10 +145,13 @@ class KeptRows:
             p: drop probability.
             mode: "row" decides for each row, "batch" once for all.
             sampler: "bernoulli" keeps each row with probability 1 - p; "fixed" keeps exactly
-                ``clamp(round(B * (1 - p)), 1, B)`` rows, every such subset equally likely.
-            rescale: "train" makes the scale 1 / (1 - p) (Bernoulli) or B / k (fixed); "eval" leaves
-                it at 1 (times B * (1 - p) / k for the fixed count, which its rounding may put
-                beside 1); "none" is 1.
+                ``clamp(round(B * (1 - p)), 1, B)`` rows, every such subset equally likely;
+                "rounded" rounds ``B * (1 - p)`` up with the probability of its fractional part,
+                else down, and keeps that many rows, every such subset equally likely: each row with
+                probability 1 - p, none of them where that is rounded to 0.
+            rescale: "train" makes the scale 1 / (1 - p) (Bernoulli, rounded) or B / k (fixed);
+                "eval" leaves it at 1 (times B * (1 - p) / k for the fixed count, which its rounding
+                may put beside 1); "none" is 1.
             generator: CPU generator to draw from. Default: PyTorch's, which
                 ``torch.manual_seed`` seeds and activation checkpointing restores.
             device: where `index` and `slot` go. Default: CPU.
@@ -159,8 +162,8 @@ class KeptRows:
         Raises:
             TypeError: `p` is not a number.
             ValueError: `p` lies outside [0, 1], `batch` is no count, an unknown `mode`, `sampler`
-                or `rescale`, "fixed" together with mode="batch", or a generator that is not on the
-                CPU.
+                or `rescale`, "fixed" or "rounded" together with mode="batch", "balanced" (a
+                plan's), or a generator that is not on the CPU.
 
         Example:
             >>> _ = torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Drawing rows: the options, the two laws, and the sampler in eager and in compiled code."""
+"""Drawing rows: the options, the laws, and the sampler in eager and in compiled code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count
+from math import floor
 from numbers import Integral
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Mode = Literal["row", "batch"]
-Sampler = Literal["bernoulli", "fixed"]
+Sampler = Literal["bernoulli", "fixed", "rounded"]
+PlanSampler = Literal["bernoulli", "fixed", "rounded", "balanced"]
 Rescale = Literal["train", "eval", "none"]
 MODES: tuple[str, ...] = get_args(Mode)
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+PLAN_SAMPLERS: tuple[str, ...] = get_args(PlanSampler)
 RESCALES: tuple[str, ...] = get_args(Rescale)
 
 
@@ -35,18 +38,26 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
 
-def check_law(mode: object, sampler: object, rescale: object) -> None:
+def check_law(
+    mode: object, sampler: object, rescale: object, samplers: tuple[str, ...] = SAMPLERS
+) -> None:
     """The options that say what is drawn, and how it is scaled."""
-    known = mode in MODES and sampler in SAMPLERS and rescale in RESCALES
-    if known and (sampler != "fixed" or mode != "batch"):
+    known = mode in MODES and sampler in samplers and rescale in RESCALES
+    if known and (sampler == "bernoulli" or mode != "batch"):
         return  # as nearly always, in one step: this is on the path of every call
     check_choice("mode", mode, MODES)
-    check_choice("sampler", sampler, SAMPLERS)
-    check_choice("rescale", rescale, RESCALES)
-    if sampler == "fixed" and mode == "batch":
+    if sampler == "balanced" and sampler not in samplers:
         raise ValueError(
-            'sampler: "fixed" keeps a fixed number of rows, which mode="batch" has no choice of; '
-            'use sampler="bernoulli"'
+            'sampler: "balanced" spreads the kept rows over the branches of a plan, which one draw '
+            'does not know; draw a DepthPlan with sampler="balanced" and pass its rows'
+        )
+    check_choice("sampler", sampler, samplers)
+    check_choice("rescale", rescale, RESCALES)
+    if sampler != "bernoulli" and mode == "batch":
+        number = "a fixed number of" if sampler == "fixed" else "B * (1 - p)"
+        raise ValueError(
+            f'sampler: "{sampler}" keeps {number} rows, which mode="batch" has no choice of; use '
+            'sampler="bernoulli"'
         )
 
 
@@ -80,12 +91,55 @@ def fixed_count(batch: int, p: float) -> int:
     return min(max(round(batch * (1 - Fraction(repr(p)))), 1), batch)
 
 
+def rounded_count(batch: int, p: float) -> tuple[int, float]:
+    """``batch * (1 - p)`` rounded down, and the probability with which it is rounded up instead.
+
+    From the decimal text of `p`, as :func:`fixed_count`: what is meant to be whole is not rounded.
+
+    >>> rounded_count(8, 0.25), rounded_count(10, 0.8), rounded_count(1, 0.25)
+    ((6, 0.0), (2, 0.0), (0, 0.75))
+    """
+    mean = batch * (1 - Fraction(repr(p)))
+    below = floor(mean)
+    return below, float(mean - below)
+
+
+class Rounded(NamedTuple):
+    """A number of rows between two whole ones: `up` is drawn where it is rounded up."""
+
+    up: host.Draw  # of one row, kept with the probability of rounding up
+    counts: tuple[host.Draw, host.Draw]  # rounded down, rounded up
+
+    def draw(self, rounded_up: bool) -> host.Draw:
+        return self.counts[rounded_up]
+
+
 @lru_cache(maxsize=4096)
-def law(batch: int, p: float, mode: str, sampler: str, rescale: str) -> tuple[host.Draw, float]:
+def law(
+    batch: int, p: float, mode: str, sampler: str, rescale: str
+) -> tuple[host.Draw | Rounded, float]:
     """What to draw, and the scale of the kept rows; the arguments were looked at before."""
     count = fixed_count(batch, p) if sampler == "fixed" else -1
-    draw = host.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch")
-    return draw, _scale(batch, count, p, sampler, rescale)
+    scale = _scale(batch, count, p, sampler, rescale)
+    if sampler == "rounded":
+        below, remainder = rounded_count(batch, p)
+        up = host.Draw(remainder, -1, False)
+        counts = [host.Draw(1.0 - p, min(each, batch), False) for each in (below, below + 1)]
+        return Rounded(up, (counts[0], counts[1])), scale
+    return host.Draw(1.0 - p, count, sampler == "bernoulli" and mode == "batch"), scale
+
+
+def draw_on_host(
+    batch: int,
+    drawn: host.Draw | Rounded,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor]:
+    """Index and slot of one draw."""
+    if isinstance(drawn, Rounded):
+        up, _ = host.sample_rows(1, drawn.up, generator, None)
+        drawn = drawn.draw(up.numel() == 1)
+    return host.sample_rows(batch, drawn, generator, device)
 
 
 def _scale(batch: int, count: int, p: float, sampler: str, rescale: str) -> float:
@@ -146,8 +200,8 @@ def sample_rows(
         refuse_capture()
     if jit_tracing_state() is not None or dispatch_modes():
         refuse_fixed_rows()
-    draw, scale = law(batch, p, mode, sampler, rescale)
-    index, slot = host.sample_rows(batch, draw, generator, device)
+    drawn, scale = law(batch, p, mode, sampler, rescale)
+    index, slot = draw_on_host(batch, drawn, generator, device)
     return index, slot, scale
 
 
@@ -248,7 +302,7 @@ def _sample_rows(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     refuse_capture()
-    index, slot = host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], None, device)
+    index, slot = draw_on_host(batch, law(batch, p, mode, sampler, "none")[0], None, device)
     return (index.pin_memory(), slot.pin_memory()) if pin_memory else (index, slot)
 
 
@@ -272,7 +326,8 @@ def _(
         try:
             kept = torch.library.get_ctx().new_dynamic_size()
         except RuntimeError:  # without fullgraph=True, PyTorch leaves such an op out of the graph
-            _warn_of_graph_break("Bernoulli rows, whose number is not known beforehand,")
+            kind = "Bernoulli" if sampler == "bernoulli" else sampler
+            _warn_of_graph_break(f"{kind} rows, whose number is not known beforehand,")
             raise
         torch._check(kept <= batch)
     index = torch.empty(kept, dtype=torch.int64, device=device)
@@ -284,4 +339,4 @@ def _sample_outside_graph(
     batch: int, p: float, mode: str, sampler: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     refuse_capture()
-    return host.sample_rows(batch, law(batch, p, mode, sampler, "none")[0], generator, None)
+    return draw_on_host(batch, law(batch, p, mode, sampler, "none")[0], generator, None)

@@ -45,7 +45,7 @@ REFUSED = {
     "sampler": (
         {"sampler": "uniform"},
         ValueError,
-        "sampler: expected one of 'bernoulli', 'fixed', got 'uniform'",
+        "sampler: expected one of 'bernoulli', 'fixed', 'rounded'.*, got 'uniform'",
     ),
     "sampler-none": ({"sampler": None}, ValueError, "sampler: expected one of .*, got None"),
     "rescale": (
@@ -58,6 +58,11 @@ REFUSED = {
         {"sampler": "fixed", "mode": "batch"},
         ValueError,
         'sampler: "fixed" .*mode="batch"',
+    ),
+    "rounded-batch": (
+        {"sampler": "rounded", "mode": "batch"},
+        ValueError,
+        'sampler: "rounded" .*mode="batch"',
     ),
 }
 each_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
@@ -76,6 +81,12 @@ def assert_refused(call, error, message):
 @pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_law(options, error, message, entry):
     assert_refused(lambda: entry(**options), error, message)
+
+
+@pytest.mark.parametrize("entry", ["sample", "op", "op-evaluation", "module"])
+def test_balanced_belongs_to_plans(entry):
+    message = 'sampler: "balanced" spreads .* draw a DepthPlan'
+    assert_refused(lambda: ENTRIES[entry](sampler="balanced"), ValueError, message)
 
 
 @pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 0.0, "training": False}], ids=["p0", "both"])

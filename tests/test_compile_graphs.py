@@ -134,7 +134,7 @@ def test_training_steps_follow_eager_code():
 RATES = [0.05 * step for step in range(11)]
 
 
-@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli", "rounded"])
 def test_a_schedule_of_rates_wants_a_plan(sampler):
     """The scale of a plan's rows is an input of the graph."""
     block, x = make_block(sampler=sampler), torch.randn(20, 5, 6)
@@ -294,11 +294,20 @@ def test_fixed_counts_follow_the_batch():
         assert compiled.graphs <= 4
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "batch"}], ids=["row", "batch"])
-def test_bernoulli_rows_drawn_inside(options):
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "Bernoulli"),
+        ({"mode": "batch"}, "Bernoulli"),
+        ({"sampler": "rounded"}, "rounded"),
+    ],
+    ids=["row", "batch", "rounded"],
+)
+def test_bernoulli_rows_drawn_inside(options, kind):
     """The graph breaks at the draw, which is said once; rows are those of eager code."""
     sampling._warned.clear()
-    block, x = make_block(**options), torch.randn(B, 5, 6, requires_grad=True)
+    block = make_block(**options)
+    x = torch.randn(B - 1, 5, 6, requires_grad=True)  # half of which is no whole number
     leaves = [x, *block.parameters()]
 
     def run(function: nn.Module) -> list[list[Tensor]]:
@@ -312,7 +321,7 @@ def test_bernoulli_rows_drawn_inside(options):
         assert compiled.breaks > 0
         # Before and after the draw; no, one and more rows are graphs of their own.
         assert compiled.graphs <= 4
-    assert [str(w.message).count("Bernoulli rows") for w in caught].count(1) == 1
+    assert [str(w.message).count(f"{kind} rows") for w in caught].count(1) == 1
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
     assert len({len(kept_in(step[0], x)) for step in actual}) > 1
@@ -360,6 +369,6 @@ def test_sampling_op():
     cpu = torch.device("cpu")
     tests = ("test_schema", "test_faketensor")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for sampler in ("fixed", "bernoulli"):
+        for sampler in ("fixed", "bernoulli", "rounded"):
             args = (B, 0.5, "row", sampler, 0, False)
             torch.library.opcheck(op, args, {"device": cpu}, test_utils=tests)

@@ -11,14 +11,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import torch
 
 np = pytest.importorskip("numpy")  # what the benchmarks need, the package does not
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
 from benchmarks import (  # noqa: E402
-    rank_plans,
     scaling,
     scaling_processes,
     scaling_validation,
@@ -204,38 +202,28 @@ def test_bad_arguments():
         simulation.parts_between(np.zeros((1, 1, 2)), "layer")
 
 
-def test_rounded_plan():
-    """Equal counts, rows of each rank's own, exact on average."""
-    batch, drop_probs = 8, [0.0, 0.1, 0.3, 0.5]
-    counts = []
-    for step in range(400):
-        plans = [rank_plans.rounded_plan(1, step, batch, drop_probs, rank) for rank in range(2)]
-        kept = [[rows.k for rows in plan] for plan in plans]
-        assert kept[0] == kept[1]
-        counts.append(kept[0])
-    assert any(not torch.equal(a.index, b.index) for a, b in zip(*plans, strict=True))
-    mean = np.array(counts).mean(0)
-    assert mean == pytest.approx([8, 7.2, 5.6, 4], abs=5 * 0.5 / math.sqrt(400))
-    assert (np.ptp(np.array(counts), axis=0) == [0, 1, 1, 0]).all()
-    assert plans[0][1].scale == pytest.approx(batch / plans[0][1].k)
-
-
-def test_total_rows():
-    """Equal sums for both kinds of branches, counts that vary, exact on average."""
-    batch, drop_probs = 6, [0.0, 0.1, 0.35, 0.5, 0.83, 1.0]
-    masks = []
-    for step in range(600):
-        ranks = [rank_plans.total_rows(1, step, batch, drop_probs, rank, 2) for rank in range(2)]
-        for kind in range(2):
-            assert len({sum(rows.k for rows in rank[kind::2]) for rank in ranks}) == 1
-        masks.append([[(rows.slot >= 0).tolist() for rows in rank] for rank in ranks])
-    kept = np.array(masks, float)  # [steps, ranks, branches, rows]
-    keep = 1 - np.array(drop_probs)
-    error = 5 * np.sqrt(keep * (1 - keep) / 1200)[:, None] + 1e-12
-    assert (np.abs(kept.mean((0, 1)) - keep[:, None]) <= error).all()
-    assert np.ptp(kept.sum(3), axis=(0, 1))[2] >= 4
-    assert (kept[:, 0] != kept[:, 1]).any()
-    assert [rows.scale for rows in ranks[0][2:4]] == pytest.approx([1 / 0.65, 2.0])
+@pytest.mark.parametrize(
+    ("simulated", "options"),
+    [("rounded", {"sampler": "rounded"}), ("total", {"sampler": "balanced", "kinds": KINDS})],
+)
+def test_the_public_samplers_are_the_simulated_ones(simulated, options):
+    """Numbers kept in each branch, and in each kind together: means, variances, equal ranks."""
+    layers = Layers(6, (0.0, 0.1, 0.35, 0.5, 0.83, 0.6))
+    steps = 800
+    expected = SAMPLERS[simulated](layers, steps, 2, np.random.default_rng(5))
+    drawn = [
+        DepthPlan.for_step(1, 0, layers.batch, layers.drop_probs, rank=rank, **options)
+        for rank in range(2)
+    ]
+    actual = np.array(
+        [[[rows.k for rows in plan.resample_()] for plan in drawn] for _ in range(steps)]
+    )
+    for counts in (actual, expected):
+        assert (np.ptp(counts[:, :, ::KINDS].sum(2), axis=1) == 0).all()
+        assert (np.ptp(counts[:, :, 1::KINDS].sum(2), axis=1) == 0).all()
+        error = 5 * np.sqrt(layers.batch * 0.25 / steps)
+        np.testing.assert_allclose(counts.mean((0, 1)), layers.batch * layers.keep, atol=error)
+    np.testing.assert_allclose(actual.var((0, 1)), expected.var((0, 1)), rtol=0.25, atol=1e-9)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 32, 100, 256])

@@ -170,3 +170,19 @@ def test_the_core_tests_pass():
     files = [str(TESTS / file) for file in CORE]
     result = run("-m", "pytest", *options, *files)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+WITH_OUR_NODES = """
+import sys, pytest
+from sdkernels.backends import autograd
+autograd._FEW_ELEMENTS = -1
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_larger_tensors_have_nodes_of_our_own():
+    """What tests take for an example is small, and PyTorch's own nodes serve it."""
+    options = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
+    files = [str(TESTS / f"test_{name}.py") for name in ("autograd", "functional", "memory")]
+    result = run("-c", WITH_OUR_NODES, *options, *files)
+    assert result.returncode == 0, result.stdout + result.stderr

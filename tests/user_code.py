@@ -31,6 +31,8 @@ assert_type(block(x), Tensor)
 assert_type(block(x, residual=x), Tensor)
 assert_type(StochasticDepth(of_list, p=0.5)(crops), list[Tensor])
 
+assert_type(KeptRows.sample(8, 0.5, sampler="rounded").k, int)
+assert_type(DepthPlan.for_step(1, 1, 8, [0.5], sampler="balanced", kinds=2)[0], KeptRows)
 plan = DepthPlan.sample(8, linear_decay(2, 0.5), mode="batch", rescale="none")
 assert_type(plan, DepthPlan[KeptRows])
 assert_type(plan[0], KeptRows)
@@ -61,6 +63,7 @@ assert_type(sdkernels.patch(Model(plan)).plan(8).batch, "int | list[int]")
 
 # Each line is an error of one kind, and the checkers say if it is none.
 fused_stochastic_depth(x, nn.Linear(4, 4), 0.5, sampler="poisson")  # type: ignore[arg-type]
+KeptRows.sample(8, 0.5, sampler="balanced")  # type: ignore[arg-type]
 fused_stochastic_depth(x, nn.Linear(4, 4), 0.5, "column")  # type: ignore[arg-type]
 fused_stochastic_depth(x, nn.Linear(4, 4), 0.5, rescale="yes")  # type: ignore[arg-type]
 fused_stochastic_depth(x, nn.Linear(4, 4), 0.5, empty="no")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ CPU generator, or from the Philox stream of a training step.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Draw:
     count: int  # negative: Bernoulli
     whole_batch: bool
 
+    @functools.cached_property
+    def below(self) -> int:
+        """A row is kept where its word, without a sign, is below this."""
+        return _threshold(self.keep) << 11
+
 
 @dataclass(frozen=True)
 class StepKey:
@@ -45,11 +51,15 @@ class StepKey:
     rank: int
 
 
-class _Words(Protocol):
+class Words(Protocol):
     """A source of random words."""
 
     def take(self, count: int) -> Tensor:
         """The next `count` words of 64 random bits, as int64."""
+
+
+def _generator_words(count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(count, dtype=torch.int64).random_(_INT64_MIN, None, generator=generator)
 
 
 class _GeneratorWords:
@@ -57,8 +67,7 @@ class _GeneratorWords:
         self._generator = generator
 
     def take(self, count: int) -> Tensor:
-        words = torch.empty(count, dtype=torch.int64)
-        return words.random_(_INT64_MIN, None, generator=self._generator)
+        return _generator_words(count, self._generator)
 
 
 class _StepWords:
@@ -99,6 +108,10 @@ class _StepWords:
         return even.bitwise_or_(odd << 32).t()
 
 
+def words_of(generator: torch.Generator | None, step: StepKey | None) -> Words:
+    return _GeneratorWords(generator) if step is None else _StepWords(step)
+
+
 def _threshold(keep: float) -> int:
     return ceil(keep * 2.0**53)
 
@@ -111,7 +124,7 @@ def _bernoulli(words: Tensor, threshold: int | Tensor) -> Tensor:
     return words.bitwise_right_shift_(11).bitwise_and_(2**53 - 1) < threshold
 
 
-def _choose_rows(batch: int, count: int, words: _Words) -> list[int]:
+def _choose_rows(batch: int, count: int, words: Words) -> list[int]:
     """Selection sampling (Knuth, TAOCP volume 2, algorithm 3.4.2 S): `count` rows, ascending."""
     stream = iter(words.take(batch).tolist())
     kept: list[int] = []
@@ -136,7 +149,7 @@ def _int64(values: list[int]) -> Tensor:
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
-def _draw_rows(batch: int, draw: Draw, words: _Words) -> tuple[Tensor, Tensor]:
+def _draw_rows(batch: int, draw: Draw, words: Words) -> tuple[Tensor, Tensor]:
     """index and slot."""
     if draw.count >= 0:
         kept = _choose_rows(batch, draw.count, words)
@@ -146,9 +159,20 @@ def _draw_rows(batch: int, draw: Draw, words: _Words) -> tuple[Tensor, Tensor]:
         mask = _bernoulli(words.take(batch), _threshold(draw.keep))
         return mask.nonzero().view(-1), _slots(mask)
     else:
-        below = _threshold(draw.keep) << 11
-        drawn = words.take(batch).tolist()
-        kept = [row for row, word in enumerate(drawn) if word % 2**64 < below]
+        return _rows_below(words.take(batch), draw.below)
+    return _rows_of(kept, batch)
+
+
+def _rows_below(words: Tensor, below: int) -> tuple[Tensor, Tensor]:
+    """The rows whose word, without a sign, is below."""
+    negative = below - 2**64
+    return _rows_of(
+        [row for row, word in enumerate(words.tolist()) if word < negative or 0 <= word < below],
+        words.numel(),
+    )
+
+
+def _rows_of(kept: list[int], batch: int) -> tuple[Tensor, Tensor]:
     slots = [-1] * batch
     for j, row in enumerate(kept):
         slots[row] = j
@@ -165,7 +189,10 @@ def sample_rows(
 ) -> tuple[Tensor, Tensor]:
     """index [k] and slot [batch], int64, on `device`: one copy from the host, no waiting."""
     refuse_functorch()
-    index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
+    if draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch:  # as in nearly every call
+        index, slot = _rows_below(_generator_words(batch, generator), draw.below)
+    else:
+        index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
     if device is None or device.type == "cpu":
         trust_rows(index, slot)
         return index, slot
@@ -190,7 +217,7 @@ def sample_plan(
     [layers, 2, total] (slot, then index, those of batch after batch); ``draws[layer * batches +
     batch]``. The numbers come from `step` where it is given, otherwise from the generator.
     """
-    words: _Words = _GeneratorWords(generator) if step is None else _StepWords(step)
+    words = words_of(generator, step)
     total, crops = sum(batches), len(batches)
     layers = len(draws) // crops
     rows = torch.zeros((layers, 2, total), dtype=torch.int64, pin_memory=pin_memory)
@@ -210,13 +237,21 @@ def sample_plan(
 
 
 def _draw_all(
-    rows: Tensor, batches: Sequence[int], draws: Sequence[Draw], words: _Words
+    rows: Tensor, batches: Sequence[int], draws: Sequence[Draw], words: Words
 ) -> list[int]:
-    """Writes the rows of Bernoulli draws, in a number of operations that no plan's size changes."""
+    """Writes the rows of Bernoulli draws."""
     layers, _, total = rows.shape
     thresholds = _int64([_threshold(draw.keep) for draw in draws]).view(layers, -1)
     thresholds = thresholds.repeat_interleave(_int64([*batches]), 1)
     mask = _bernoulli(words.take(layers * total).view(layers, total), thresholds)
+    return write_rows(rows, batches, mask)
+
+
+def write_rows(rows: Tensor, batches: Sequence[int], mask: Tensor) -> list[int]:
+    """Writes the rows where the mask [layers, total] is true, and returns how many of each draw.
+
+    In a number of operations that no plan's size changes.
+    """
     kept = []
     start = 0
     for batch in batches:

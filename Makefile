@@ -74,7 +74,7 @@ paper: $(BUILT)
 
 docs: $(DOCS_TOOLS)
 	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build --quiet --strict
-	@echo 'the documentation is in build/site/index.html'
+	@echo 'read it, with search: $(PYTHON) -m http.server --directory build/site'
 
 gpu-check:
 	$(PYTHON) .ci/gpu_check.py

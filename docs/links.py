@@ -74,3 +74,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     parts = FENCE.split(markdown)
     return "".join(part if i % 2 else LINK.sub(rewritten, part) for i, part in enumerate(parts))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings end a line before code with two colons, as in reStructuredText."""
+    return html.replace("::</p>", ":</p>")

@@ -18,20 +18,24 @@ BUILT := build/.built
 
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
+DOCS := $(PYTHON)
 CLANG_FORMAT := clang-format
 BUILD := $(RUN) setup.py --quiet build_ext --inplace
 else
 RUN := $(VENV)/bin/python
+DOCS := $(VENV)-docs/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 TOOLS := $(VENV)/.tools
 BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test,bench]'
+# Neither PyTorch nor a build of the package: the API is read from its source.
+DOCS_TOOLS := $(VENV)-docs/.tools
 # Without their dependencies: each asks for torch, and pip would bring another build of it.
 LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c $(CONSTRAINTS) -r tests/requirements.txt
 # What transformers' tests import.
 PEER_REQUIREMENTS := $(RUN) -m pip install --quiet -c $(CONSTRAINTS) parameterized
 endif
 
-.PHONY: help build test test-install test-ptx peer-tests bench paper gpu-check lint clean
+.PHONY: help build test test-install test-ptx peer-tests bench paper docs gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
@@ -41,6 +45,7 @@ help:
 	@echo 'make peer-tests  run tests of timm and transformers on patched models, compare with unpatched ones'
 	@echo 'make bench       run the quick benchmarks'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
+	@echo 'make docs        build the documentation into build/site, warnings are errors (half a minute)'
 	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
 	@echo 'make lint        check style, types and formatting'
 	@echo 'make clean       remove what was built, but not $(VENV)'
@@ -67,6 +72,10 @@ bench: $(BUILT)
 paper: $(BUILT)
 	$(RUN) -m benchmarks.paper claim all --preset quick
 
+docs: $(DOCS_TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build --quiet --strict
+	@echo 'read it, with search: $(PYTHON) -m http.server --directory build/site'
+
 gpu-check:
 	$(PYTHON) .ci/gpu_check.py
 
@@ -87,6 +96,11 @@ $(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find c
 $(TOOLS): $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) torch setuptools ninja ruff mypy clang-format
+	touch $@
+
+$(DOCS_TOOLS): $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)-docs
+	$(DOCS) -m pip install --quiet -c $(CONSTRAINTS) mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # torchvision 0.(N + 15) is made for torch 2.N, which has its own wishes for Triton and setuptools; of

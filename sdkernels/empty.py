@@ -1,7 +1,8 @@
-"""What runs where no row is kept: the branch on no row, the branch on a row of ones, or nothing."""
+"""What runs where no row is kept, and what is said where a branch fails on the rows it is given."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,14 @@ from .backends.ops import is_compiling
 from .rows import KeptRows
 from .statistics import no_statistics
 
-__all__ = ["EMPTY", "has_no_rows", "run_list_on_ones", "run_on_nothing", "run_on_ones"]
+__all__ = [
+    "EMPTY",
+    "has_no_rows",
+    "run_list_on_ones",
+    "run_on_kept",
+    "run_on_nothing",
+    "run_on_ones",
+]
 
 Empty = Literal["run", "ones", "skip"]
 EMPTY: tuple[str, ...] = get_args(Empty)
@@ -28,6 +36,21 @@ def has_no_rows(rows: KeptRows) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(rows.k == 0)
+
+
+def run_on_kept(branch: Callable[..., Any], kept: Tensor, args: Sequence[Any], batch: int) -> Any:
+    """The branch on the rows kept; an exception that names the batch's size says where it is from.
+
+    PyTorch names the sizes that do not fit: one of them is the batch's where the branch holds
+    something of all its samples.
+    """
+    try:
+        return branch(kept, *args)
+    except Exception as error:
+        rows = kept.shape[0]
+        if rows != batch and re.search(rf"(?<![\d.]){batch}(?!\d|\.\d)", str(error)):
+            _add_note(error, _ON_KEPT_ROWS.format(rows, batch))
+        raise
 
 
 def run_on_nothing(branch: Callable[..., Any], kept: Any, args: Sequence[Any]) -> Any:
@@ -76,6 +99,11 @@ def _without_row(out: Any) -> Any:
 _ON_NO_ROWS = (
     "sdkernels: fused_stochastic_depth ran this branch on 0 kept rows; where it cannot do that, "
     'empty="ones" runs it on one row of ones and leaves the result out'
+)
+_ON_KEPT_ROWS = (
+    "sdkernels: fused_stochastic_depth ran this branch on the {} kept rows of a batch of {}; what "
+    "it holds of the whole batch (captured by a closure, set on a module) has to come in through "
+    "args="
 )
 _ON_ONES = (
     "sdkernels: fused_stochastic_depth ran this branch on one row of ones, in place of 0 kept rows "

@@ -37,7 +37,15 @@ from .building_blocks import (
     compact_norm,
     scatter_add,
 )
-from .empty import EMPTY, Empty, has_no_rows, run_list_on_ones, run_on_nothing, run_on_ones
+from .empty import (
+    EMPTY,
+    Empty,
+    has_no_rows,
+    run_list_on_ones,
+    run_on_kept,
+    run_on_nothing,
+    run_on_ones,
+)
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
@@ -58,6 +66,18 @@ def check_norm(norm: object) -> None:
             f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}; "
             "call any other norm inside the branch"
         )
+
+
+def check_branch(branch: object) -> None:
+    if callable(branch):
+        return
+    hint = "pass the branch, not its output"
+    if isinstance(branch, (int, float)):
+        hint = (
+            "the order is x, branch, p: stochastic_depth(branch(x), p) of torchvision becomes "
+            "fused_stochastic_depth(x, branch, p)"
+        )
+    raise TypeError(f"branch: expected a callable, got {type(branch).__name__} ({hint})")
 
 
 def _is_plain(norm: nn.LayerNorm | nn.RMSNorm) -> bool:
@@ -309,6 +329,8 @@ def fused_stochastic_depth(
         >>> fused_stochastic_depth(x, lambda kept: 10 * kept, 0.5, training=False).flatten()
         tensor([11., 22., 33.])
     """
+    if not callable(branch):
+        check_branch(branch)
     if type(p) is not float:
         p = check_probability(p)
     elif not 0.0 <= p <= 1.0:
@@ -403,8 +425,10 @@ def fused_stochastic_depth(
         out = run_on_ones(branch, kept, given)
     elif nothing:
         out = run_on_nothing(branch, kept, given)
-    else:
+    elif compiling:
         out = branch(kept, *given)
+    else:
+        out = run_on_kept(branch, kept, given, rows.batch)
     out = _kept_output(out, rows, base, layer_scale, whole)
     if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
         inplace = False

@@ -160,18 +160,40 @@ def _imported_version(package: str) -> str:
 
 def format_text(info: Info) -> str:
     """Lay the information out for people."""
-    environment = {name: value or "not set" for name, value in info.environment.items()}
+    environment = {name: value for name, value in info.environment.items() if value}
+    # The extension has kernels for several; which of them run is decided where they do.
+    chosen = info.build.get("cpu_capability")
+    build = {name: value or "-" for name, value in info.build.items() if name != "cpu_capability"}
     sections = [
         _section("versions", info.versions),
-        _section("build", {name: value or "-" for name, value in info.build.items()}),
+        _section("processor", {"instruction set of the kernels": chosen} if chosen else {}),
+        _section("build", build),
         _section("environment", environment),
         _records("devices", ["device", "name", "capability", "covered"], info.devices),
-        _records("backends", ["op", "device", "backend", "reason"], info.backends),
+        _records("backends", ["device", "backend", "ops", "reason"], _grouped(info.backends)),
         _records('min_saving="auto"', ["device", "min_saving", "reason"], info.min_saving),
     ]
     if info.error:
         sections.append(f"error\n  {info.error}")
     return "\n\n".join(section for section in sections if section)
+
+
+def _grouped(backends: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One record for all ops that the same backend serves on a device, for the same reason."""
+    ops: dict[tuple[str, str, str], list[str]] = {}
+    for choice in backends:
+        key = choice["device"], choice["backend"], choice["reason"]
+        ops.setdefault(key, []).append(choice["op"])
+    count = {device: sum(len(v) for k, v in ops.items() if k[0] == device) for device, *_ in ops}
+    return [
+        {
+            "device": device,
+            "backend": backend,
+            "ops": f"all {len(names)}" if len(names) == count[device] else ", ".join(names),
+            "reason": reason,
+        }
+        for (device, backend, reason), names in ops.items()
+    ]
 
 
 def _section(title: str, items: dict[str, str]) -> str:
@@ -200,7 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     info = collect()
-    print(json.dumps(asdict(info), indent=2) if options.json else format_text(info))
+    try:
+        print(json.dumps(asdict(info), indent=2) if options.json else format_text(info), flush=True)
+    except BrokenPipeError:  # `| head` has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if info.error else 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .break_even import check_min_saving
 from .building_blocks import Activation, check_activation
 from .empty import EMPTY, Empty
-from .functional import X, check_norm, fused_stochastic_depth
+from .functional import X, check_branch, check_norm, fused_stochastic_depth
 from .rows import KeptRows
 from .sampling import Mode, Rescale, Sampler, check_choice, check_law
 from .schedules import check_probability
@@ -65,6 +65,7 @@ class StochasticDepth(nn.Module):
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
+        check_branch(branch)
         check_law(mode, sampler, rescale)
         check_choice("empty", empty, EMPTY)
         check_norm(norm)

@@ -277,7 +277,7 @@ def _warn_of_graph_break(what: str) -> None:
         warnings.warn(
             f"sdkernels: drawing {what} inside a compiled region breaks its graph at every draw; "
             'draw a DepthPlan outside and pass rows=, or use sampler="fixed" and the default '
-            "generator (the README's section on torch.compile has more)",
+            "generator (docs/guides/compile.md has more)",
             stacklevel=2,
         )
 

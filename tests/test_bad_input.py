@@ -9,6 +9,7 @@ from torch import nn
 from sdkernels import (
     KeptRows,
     Shared,
+    StochasticDepth,
     compact_layer_norm,
     compact_rows,
     fused_stochastic_depth,
@@ -362,3 +363,24 @@ def test_inplace_where_pytorch_forbids_it(make, message, place, options):
         fused_stochastic_depth(branch=lambda *_: pytest.fail("the branch ran first"), **call)
     for now, then in zip(given, before, strict=True):
         assert torch.equal(now, then)
+
+
+def test_a_branch_is_not_its_output():
+    message = r"^branch: expected a callable, got Tensor \(pass the branch, not its output\)$"
+    linear = nn.Linear(3, 3)
+    for training in (True, False):
+        with pytest.raises(TypeError, match=message):
+            fused_stochastic_depth(X, linear(torch.ones(2, 3)), 0.5, training=training)
+    with pytest.raises(TypeError, match=message):
+        StochasticDepth(linear(torch.ones(2, 3)), 0.5)
+
+
+@pytest.mark.parametrize("p", [0.5, 1])
+def test_the_order_of_torchvision(p):
+    message = (
+        rf"^branch: expected a callable, got {type(p).__name__} \(the order is x, branch, p: "
+        r"stochastic_depth\(branch\(x\), p\) of torchvision becomes "
+        r"fused_stochastic_depth\(x, branch, p\)\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        fused_stochastic_depth(X, p, "row", True)

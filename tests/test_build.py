@@ -318,9 +318,47 @@ def test_info_text():
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["torch", torch.__version__] in lines
-    for choice in ops.backend_table():
-        row = [choice.op, choice.device, choice.backend, *choice.reason.split()]
-        assert row in lines
+    table = ops.backend_table()
+    for device in {choice.device for choice in table}:
+        choices = [choice for choice in table if choice.device == device]
+        first = choices[0]
+        assert {(each.backend, each.reason) for each in choices} == {(first.backend, first.reason)}
+        assert [device, first.backend, "all", str(len(choices)), *first.reason.split()] in lines
+    assert len(lines) < 30
+
+
+def test_info_names_ops_that_are_served_otherwise():
+    shared = {"device": "cpu", "reason": "r"}
+    choices = [
+        {"op": "a", "backend": "cpp", **shared},
+        {"op": "b", "backend": "traceable", **shared},
+        {"op": "c", "backend": "cpp", **shared},
+    ]
+    grouped = info._grouped(choices)
+    assert [(each["backend"], each["ops"]) for each in grouped] == [
+        ("cpp", "a, c"),
+        ("traceable", "b"),
+    ]
+
+
+def test_info_text_tells_the_build_from_the_processor():
+    found = info.Info(
+        versions={}, environment={"A": None, "B": "x"}, build={"cpu_capability": "avx2", "c": "d"}
+    )
+    assert info.format_text(found).split("\n\n") == [
+        "processor\n  instruction set of the kernels  avx2",
+        "build\n  c  d",
+        "environment\n  B  x",
+    ]
+
+
+def test_info_through_head():
+    command = [sys.executable, "-m", "sdkernels.info"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_info_names_the_installation_that_a_source_tree_hides(monkeypatch, tmp_path):

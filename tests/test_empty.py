@@ -412,6 +412,26 @@ def test_no_note_where_rows_are_kept():
     assert not hasattr(caught.value, "__notes__")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="has no notes")
+def test_a_branch_that_holds_the_whole_batch_gets_a_note():
+    """Where the message names the size of the batch; not where every row is kept."""
+    whole = torch.rand(B, 3)
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        fused_stochastic_depth(torch.ones(B, 3), lambda kept: kept * whole, 0.5, rows=SOME)
+    (note,) = caught.value.__notes__
+    assert f"ran this branch on the {SOME.k} kept rows of a batch of {B}; what it holds" in note
+    assert note.endswith("through args=")
+
+    def branch(kept: Tensor) -> Tensor:
+        raise ValueError(f"wrong: {B}")
+
+    everything = KeptRows.from_index(torch.arange(B), B)
+    for x, rows in ((torch.ones(B, 3), everything), (torch.ones(10 * B, 3), None)):
+        with pytest.raises(ValueError, match=r"^wrong") as refused:
+            fused_stochastic_depth(x, branch, 0.5, rows=rows, sampler="fixed")
+        assert not hasattr(refused.value, "__notes__")
+
+
 @pytest.mark.parametrize("empty", ["run", "ones"])
 def test_the_wrong_number_of_rows_is_refused_all_the_same(empty):
     with pytest.raises(ValueError, match=r"^out: expected 0 kept rows .* got \[2, 3\]"):

@@ -121,3 +121,41 @@ def test_fsdp2():
     epochs = torchrun("fsdp2_digits.py", "--epochs", "2", "--bf16")
     assert epochs[2][0] < epochs[1][0]
     assert epochs[2][1] > 0.25
+
+
+def saved(output: str) -> int:
+    """Per cent"""
+    (share,) = re.findall(r"saved (\d+)%", output)
+    return int(share)
+
+
+def test_own_block(example, capsys):
+    example("own_block").main(["--epochs", "1"])
+    output = capsys.readouterr().out
+    (difference,) = re.findall(r"differ by at most (\S+);", output)
+    assert float(difference) < 1e-4
+    assert 20 < saved(output) < 40
+
+
+def test_resnet_schedule(example, capsys):
+    example("resnet_schedule").main(["--epochs", "2"])
+    output = capsys.readouterr().out
+    epochs = epochs_of(output)
+    assert epochs[2][0] < epochs[1][0]
+    assert saved(output) == 28  # half of 0.5, and what the first block of (l / L) adds
+
+
+def test_multi_crop(example, capsys):
+    example("multi_crop").main(["--epochs", "2", "--batch-size", "128"])
+    output = capsys.readouterr().out
+    assert set(epochs_of(output)) == {1, 2}
+    assert 38 <= saved(output) <= 42
+
+
+def test_gates(example, capsys):
+    example("gates").main(["--epochs", "2"])
+    output = capsys.readouterr().out
+    epochs = epochs_of(output)
+    assert epochs[2][0] < epochs[1][0]
+    assert "6 routers of 6 trained" in output
+    assert saved(output) == 38

@@ -1,0 +1,110 @@
+"""When a rewritten forward is compared with the original, and what of it is remembered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..sampling import at_trace_time
+from .comparison import prove
+from .proof import TRUSTED, Leaf, Proof, leaves
+from .rewriting import Rewriting
+
+__all__ = ["CHECKS", "proof_of", "warn"]
+
+CHECKS = ("first", "always", "never")
+
+
+def _named(rewriting: Rewriting, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by the names of the parameters."""
+    return {**dict(zip(rewriting.positional, args, strict=False)), **kwargs}
+
+
+def _crops(named: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments for each tensor of a list in the place of the stream."""
+    x = next(iter(named.values()), None)
+    if not isinstance(x, list):
+        return [named]
+    return [
+        {k: v[n] if isinstance(v, list) and len(v) == len(x) else v for k, v in named.items()}
+        for n in range(len(x))
+    ]
+
+
+def _doubtful(named: dict[str, Any]) -> tuple[Leaf, ...]:
+    """The tensors besides the stream that may belong to its samples, by their size."""
+    x = next(iter(named.values()), None)
+    if len(named) == 1 or not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 1:
+        return ()
+    return tuple(
+        (f"{name}{path}", leaf.dim())
+        for name, value in named.items()
+        for path, leaf in leaves(value)
+        if leaf is not x and leaf.dim() and leaf.shape[0] == x.shape[0]
+    )
+
+
+def _attentions(block: Any) -> tuple[str, ...]:
+    """The kinds of attention of a block of transformers, which decide how a mask is read."""
+    configs = [getattr(module, "config", None) for module in block.modules()]
+    return tuple(str(getattr(each, "_attn_implementation", "")) for each in configs if each)
+
+
+def proof_of(block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: Any) -> Proof:
+    """What is known of a rewriting for such arguments; compares where that is still to be done."""
+    if not rewriting.fits(block):
+        return Proof(False, "its configuration is not the one that it was patched with")
+    if not rewriting.source:  # written by hand
+        return TRUSTED
+    if check == "never":
+        return Proof(True, of_samples=None)
+    found: list[Proof] = []
+    for named in _crops(_named(rewriting, args, kwargs)):
+        found.append(_proof_of_one(block, rewriting, check, named))
+        if not found[-1].holds:
+            return found[-1]
+    if len(found) == 1:
+        return found[0]
+    every = frozenset().union(*(each.of_samples or () for each in found))
+    return TRUSTED if found[0] is TRUSTED else Proof(True, of_samples=every)
+
+
+def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str, Any]) -> Proof:
+    doubtful = _doubtful(named)
+    key = (doubtful, *_attentions(block)) if doubtful else ()
+    found: Proof | None = rewriting.proofs.get(key)
+    if found is not None:
+        return found
+    if rewriting.is_known and not (key or rewriting.derives) and check != "always":
+        return TRUSTED
+    if is_compiling():
+        _say_uncompared(rewriting.original.__module__, rewriting.original.__qualname__)
+    if is_compiling() or torch.is_inference_mode_enabled():
+        return Proof(False, "it was not compared with its original yet: report.check(*inputs) does")
+    found = rewriting.proofs[key] = prove(block, rewriting, named, doubtful)
+    if not found.holds:
+        warn(rewriting, found)
+    return found
+
+
+def warn(rewriting: Rewriting, proof: Proof) -> None:
+    kind = rewriting.original
+    warnings.warn(
+        f"{kind.__module__}.{kind.__qualname__} keeps its own forward, and computes what it drops: "
+        f"{proof.reason}",
+        stacklevel=2,
+    )
+
+
+@at_trace_time
+def _say_uncompared(module: str, name: str) -> None:
+    warnings.warn(
+        f"{module}.{name} is compiled with its own forward, which computes what it drops: the "
+        "other one was not compared with it yet; call report.check(*inputs) before you compile",
+        stacklevel=2,
+    )

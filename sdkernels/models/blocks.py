@@ -68,6 +68,8 @@ class BlockState:
     pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
     recomputed: bool = field(init=False)  # in a backward since the last forward
     refused: Proof | None = field(init=False)  # why the block keeps its own forward from now on
+    proofs: dict[Any, Proof] | None = field(init=False)  # by kinds of calls
+    is_known: bool = field(init=False)  # whether it was compared before a release
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.branches)
@@ -75,6 +77,14 @@ class BlockState:
         self.pending = []
         self.recomputed = False
         self.refused = None
+        self.proofs = None
+        self.is_known = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
+        # What is known of a block holds for its copy, which may be compiled before it runs.
+        made = BlockState(self.options, self.branches, list(self.p), self.rewriting)
+        made.refused, made.proofs, made.is_known = self.refused, self.proofs, self.is_known
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no `use`, and has run no forward.
@@ -194,12 +204,18 @@ class Add:
     """
 
     def __init__(
-        self, block: Any, laws: list[Law], rewriting: Rewriting, proof: Proof = TRUSTED
+        self,
+        block: Any,
+        laws: list[Law],
+        rewriting: Rewriting,
+        proof: Proof = TRUSTED,
+        asked: bool = True,
     ) -> None:
         self.block = block
         self.laws = laws
         self.rewriting = rewriting
         self.proof = proof
+        self.asked = asked
         self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
         self.taken: list[tuple[int, Leaf]] = []  # inputs of which the kept rows were taken
         self.aside: dict[str, Any] = {}
@@ -328,9 +344,9 @@ class Add:
 
     def put_aside(self, name: str, value: Any) -> None:
         """What a branch computes and the forward hands on: nothing that is of some rows only."""
-        if any(True for _ in leaves(value)):
+        if self.asked and any(True for _ in leaves(value)):
             raise Asked(name)
-        self.aside[name] = value
+        self.aside[name] = mapped(value, lambda path, leaf: None)
 
 
 def _permitted(total: Tensor) -> bool | None:
@@ -402,12 +418,13 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
                 try:
                     proof = proof_of(self, rewriting, state.options.check, args, kwargs)
                     if proof.holds:
-                        add = Add(self, laws, rewriting, proof)
+                        asked = rewriting.asked(self, kwargs)
+                        add = Add(self, laws, rewriting, proof, asked)
                         return rewriting.forward(self, add, *args, **kwargs)
                 except Asked as asked:
                     proof = state.refused = Proof(False, asked.reason)
                     warn(rewriting, proof)
-            if not proof.holds and proof in rewriting.proofs.values():
+            if not proof.holds and state.proofs and proof in state.proofs.values():
                 state.refused = proof
             reason = proof.reason
         else:

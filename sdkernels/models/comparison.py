@@ -1,9 +1,10 @@
 """Whether a rewritten forward computes what the original does: both run, on a copy of the block.
 
-The copy has random parameters, so that no zero hides a mistake, no dropout, and norms that use
-their running statistics. It runs in double precision on as many rows as no other dimension has,
-with the drop paths of the original forced to the rows that the rewriting is given: some, one, all
-and none. Outputs and the gradients of inputs and parameters must agree. The block itself, its
+The copy is in training, with random parameters, so that no zero hides a mistake, no dropout, and
+batch norms that use their running statistics. It runs in double precision on as many rows as
+nothing else has, with the drop paths of the original forced to the rows that the rewriting is
+given: some, all and none. Outputs and the gradients of inputs and parameters must agree, samples
+must not depend on each other, and nothing that the block holds may change. The block itself, its
 buffers, its hooks and the random state are not touched.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,14 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from ..rows import KeptRows
 from .parts import Law
 from .proof import Asked, Leaf, Proof, leaves, mapped
 from .rewriting import Rewriting
+from .settings import settings
 
 if TYPE_CHECKING:
     from .blocks import Add
@@ -37,7 +42,14 @@ __all__ = ["prove"]
 SCALE = 1.5  # of the rows; any number will do
 # The largest difference, relative to the largest entry of a tensor.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_SIZES = (3, 5, 7, 11, 13, 17, 19)  # numbers of rows
+_GROUPS = 4  # of arguments that look the same
+_SIZES = (6, 8, 10, 14, 18, 22, 26, 34)  # numbers of rows; even, as what pairs samples needs
+
+
+_DROPOUTS = frozenset((
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
+))  # fmt: skip
 
 
 class Forced(nn.Module):
@@ -46,9 +58,11 @@ class Forced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[KeptRows] = []
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows.pop(0)
+        rows = self.rows[self.calls % len(self.rows)]  # a checkpoint begins anew
+        self.calls += 1
         if x.shape[0] != rows.batch:
             raise Unequal(f"its drop path gets {x.shape[0]} rows for {rows.batch} samples")
         mask = (rows.slot >= 0).to(x.dtype) * rows.scale
@@ -57,6 +71,23 @@ class Forced(nn.Module):
 
 class Unequal(Exception):
     """The two forwards differ."""
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout drops nothing: it would not draw the same for some of the rows as for all."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if function is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            if "dropout_p" in kwargs:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return function(*args, **kwargs)
 
 
 def _copy_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any:
@@ -72,6 +103,10 @@ def _copy_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
             module.__dict__[name].clear()
         if isinstance(module, _DropoutNd):
             module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        if "gradient_checkpointing" in module.__dict__:  # of transformers
+            module.gradient_checkpointing = False
         if isinstance(module, _BatchNorm):
             module.eval()
             if module.running_mean is not None and module.running_var is not None:
@@ -110,6 +145,7 @@ def _aside(device: torch.device) -> Iterator[None]:
                 torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
             )
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_WithoutDropout())
             torch.manual_seed(0)
             yield
     finally:
@@ -128,6 +164,8 @@ def prove(
     x = next(iter(named.values()), None)
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
         return Proof(False, "its first argument is not a tensor of numbers")
+    if any(_is_list_of(value, x) for value in named.values()):
+        return Proof(False, "a list of numbers with as many entries as samples may belong to them")
     own_mode = block.training
     reason, last = "", None
     for dtype in dict.fromkeys((torch.float64, torch.float32, x.dtype)):
@@ -137,7 +175,8 @@ def prove(
             with _aside(x.device):
                 with torch.no_grad():
                     clone = _copy_of(block, rewriting, dtype)
-                comparison = _Comparison(clone, rewriting, named, x, dtype, doubtful)
+                asked = rewriting.asked(block, named)
+                comparison = _Comparison(clone, rewriting, named, x, dtype, doubtful, asked=asked)
                 return comparison.run()
         except Unequal as unequal:
             return Proof(False, str(unequal))
@@ -161,6 +200,7 @@ class _Comparison:
     dtype: torch.dtype
     doubtful: Sequence[Leaf]
     of_samples: frozenset[Leaf] = frozenset()
+    asked: bool = True  # for what a branch computes besides
     largest: float = 0.0
     inputs: list[Tensor] = field(default_factory=list)
     taken: list[tuple[int, Leaf]] = field(default_factory=list)
@@ -168,21 +208,26 @@ class _Comparison:
     def run(self) -> Proof:
         batch = self._rows()
         self.of_samples = self._choose()
-        for mode in (True, False):  # in evaluation, if training is not the same twice
-            self.clone.train(mode)
-            for module in self.clone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-            rows = self._cases(batch)[0]
-            once = self._original(batch, rows)
-            if self._is_the_same_again(batch, rows, once):
-                break
-        else:
+        self.clone.train()
+        for module in self.clone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        rows = self._cases(batch)[0]
+        once = self._original(batch, rows)
+        before = self._state()  # what follows from the inputs alone is set by now
+        same = self._is_the_same_again(batch, rows, once)
+        after = self._state()
+        if before[0] != after[0] or not all(map(torch.equal, before[1], after[1])):
+            raise Unequal("its forward changes what it or a module of it holds")
+        if not same:
             raise Unequal("it computes something else in every run")
         self._check_mixing(batch)
-        for number, rows in enumerate(self._cases(batch)):
-            expected = self._original(batch, rows) if number else once
-            difference, what = self._difference(expected, self._rewritten(batch, rows))
+        for rows in self._cases(batch):
+            rewritten = self._rewritten(batch, rows)
+            # What nobody asks for is None in the rewriting: it shall not count in the gradients.
+            only = rewritten if self.rewriting.leaks and not self.asked else None
+            expected = self._original(batch, rows, only)
+            difference, what = self._difference(expected, rewritten)
             self.largest = max(self.largest, difference)
             if not difference <= TOLERANCES[self.dtype]:
                 kept = rows[0].k
@@ -191,6 +236,14 @@ class _Comparison:
                     f"forward, with {kept} of {batch} rows"
                 )
         return Proof(True, of_samples=frozenset(self.taken), difference=self.largest)
+
+    def _state(self) -> tuple[Any, list[Tensor]]:
+        """What a forward might change."""
+
+        def is_forced(path: str, module: nn.Module) -> bool:
+            return isinstance(module, Forced)
+
+        return settings(self.clone, is_forced), [b.clone() for b in self.clone.buffers()]
 
     def _rows(self) -> int:
         """A number of rows that nothing else has."""
@@ -210,7 +263,7 @@ class _Comparison:
             if belongs:
                 taken = taken[index]
             if not taken.is_floating_point():
-                return taken.clone()
+                return _varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
             noise = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
             if leaf is self.x:  # whatever the batch holds
                 taken = taken.nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
@@ -233,9 +286,16 @@ class _Comparison:
             return frozenset()
         full = self.x.shape[0]
         every = KeptRows.from_index(torch.arange(full), full).to(self.x.device)
-        for count in range(len(self.doubtful) + 1):
-            for chosen in itertools.combinations(self.doubtful, count):
-                some = frozenset(chosen)
+        alike: dict[Any, list[Leaf]] = {}  # what looks the same belongs to the same
+        tensors = {(path, t.dim()): t for path, t in self._all_leaves()}
+        for each in self.doubtful:
+            alike.setdefault((tensors[each].shape, tensors[each].dtype), []).append(each)
+        groups = list(alike.values())
+        if len(groups) > _GROUPS:
+            raise Unequal("it cannot be told which of so many arguments belong to samples")
+        for count in range(len(groups), -1, -1):
+            for chosen in itertools.combinations(groups, count):
+                some = frozenset(itertools.chain(*chosen))
                 try:
                     if self._runs_alike(some, every):
                         return some
@@ -244,6 +304,10 @@ class _Comparison:
                 except Exception:
                     continue
         raise Unequal("it cannot be told which arguments belong to samples")
+
+    def _all_leaves(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.named.items():
+            yield from leaves(value, name)
 
     def _runs_alike(self, some: frozenset[Leaf], every: KeptRows) -> bool:
         """Whether the first rows of the batch are the same without the others."""
@@ -303,7 +367,7 @@ class _Comparison:
             queue = given.setdefault(id(drop), [])
             if not only_left or call.branch is None:
                 queue.append(each)
-            drop.rows = queue
+            drop.rows, drop.calls = queue, 0
         return functions
 
     def _call_original(
@@ -322,10 +386,12 @@ class _Comparison:
             args.append(values.pop(name))
         return forward(*first, *args, **values)
 
-    def _original(self, batch: int, rows: Sequence[KeptRows]) -> dict[str, Tensor | None]:
+    def _original(
+        self, batch: int, rows: Sequence[KeptRows], only: Container[str] | None = None
+    ) -> dict[str, Tensor | None]:
         functions = self._force(rows, None)
         named = self._taken(batch, self.of_samples)
-        return self._gradients(self._call_original(named, functions))
+        return self._gradients(self._call_original(named, functions), only)
 
     def _rewritten(self, batch: int, rows: Sequence[KeptRows]) -> dict[str, Tensor | None]:
         from .blocks import Add, BlockState, Options
@@ -341,20 +407,26 @@ class _Comparison:
         self.clone.__dict__["_sdkernels"] = state
         try:
             # Nothing but what belongs to samples has as many rows here.
-            add: Add = Add(self.clone, laws, self.rewriting, Proof(True, of_samples=None))
+            trusted = Proof(True, of_samples=None)
+            add: Add = Add(self.clone, laws, self.rewriting, trusted, self.asked)
             self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)
             return self._gradients(self._call(forward, (self.clone, add), named))
         finally:
             del self.clone.__dict__["_sdkernels"]
 
-    def _gradients(self, result: Any) -> dict[str, Tensor | None]:
-        """Outputs, and the gradients of inputs and parameters."""
+    def _gradients(
+        self, result: Any, only: Container[str] | None = None
+    ) -> dict[str, Tensor | None]:
+        """Outputs, or only those of these names, and the gradients of inputs and parameters."""
         generator = torch.Generator().manual_seed(3)
         found: dict[str, Tensor | None] = {}
+        _check_container(result)
         outputs: list[Tensor] = []
         seeds: list[Tensor] = []
         for path, leaf in leaves(result):
+            if only is not None and f"output{path}" not in only:
+                continue
             found[f"output{path}"] = leaf.detach()
             if leaf.requires_grad:
                 seed = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
@@ -436,6 +508,44 @@ class _Comparison:
                 others = [0, *range(2, batch)]
                 if not torch.allclose(a[others], b[others], rtol=1e-3, atol=1e-6, equal_nan=True):
                     raise Unequal("its samples depend on each other")
+
+
+def _is_list_of(value: Any, x: Tensor) -> bool:
+    """Whether numbers may be one for each sample: as many, and no sizes of the stream."""
+    if isinstance(value, dict):
+        return any(_is_list_of(each, x) for each in value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    if any(_is_list_of(each, x) for each in value):
+        return True
+    count = len(value)
+    if count != x.shape[0] or count < 2 or not all(isinstance(v, (int, float)) for v in value):
+        return False
+    sizes = [tuple(x.shape[first : first + count]) for first in range(x.dim())]
+    return tuple(value) not in sizes and math.prod(value) not in x.shape[1:]
+
+
+def _check_container(result: Any) -> None:
+    """Refuse an output that may hold tensors where they are not seen."""
+    if isinstance(result, (list, tuple)):
+        for each in result:
+            _check_container(each)
+    elif isinstance(result, dict):
+        _check_container(list(result.values()))
+    elif not (result is None or isinstance(result, (Tensor, bool, int, float, str))):
+        raise Unequal(f"its output has a {type(result).__name__}, which may hold tensors unseen")
+
+
+def _varied(numbers: Tensor) -> Tensor:
+    """Numbers of which no two rows are the same, where they were: others will not be."""
+    numbers = numbers.clone()
+    if len(numbers) < 2 or not (numbers == numbers[:1]).all():
+        return numbers
+    if numbers.dtype == torch.bool:
+        numbers.flatten(1)[1::2, -1:] ^= True
+    else:
+        numbers[1::2] -= (numbers[1::2] > 1).to(numbers.dtype)
+    return numbers
 
 
 def _with_functions(forward: Any, functions: dict[str, Forced]) -> Any:

@@ -6,7 +6,16 @@ import ast
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["OUTSIDE", "Flow", "Value", "mutated", "names_read", "names_written", "shape_of"]
+__all__ = [
+    "OUTSIDE",
+    "Flow",
+    "Value",
+    "mutated",
+    "names_read",
+    "names_written",
+    "occurrences",
+    "shape_of",
+]
 
 OUTSIDE = -1  # the definition of what comes into a list of statements
 
@@ -98,6 +107,23 @@ def shape_of(node: ast.expr) -> tuple[str, ast.expr | None] | None:
             inner = shape_of(value)
             return None if inner is None or inner[1] is not None else (inner[0], which)
     return None
+
+
+def occurrences(name: str, trees: Iterable[ast.AST]) -> list[ast.Name]:
+    """Where a name is read for more than its sizes."""
+    sizes = {
+        id(node)
+        for tree in trees
+        for each in ast.walk(tree)
+        if isinstance(each, (ast.Attribute, ast.Call)) and shape_of(each) is not None
+        for node in ast.walk(each)
+    }
+    return [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id == name and id(node) not in sizes
+    ]
 
 
 @dataclass(frozen=True)

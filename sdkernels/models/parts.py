@@ -97,7 +97,7 @@ def sounds_like_layer_drop(name: str) -> bool:
 
 
 def _settings(module: nn.Module, but: str = "") -> tuple[Any, ...]:
-    plain = (bool, int, str, tuple, type(None))
+    plain = (bool, int, float, str, tuple, type(None))
     own = module.__dict__.items()
     values = [(k, v) for k, v in own if k[0] != "_" and k not in (but, "training")]
     return (type(module), *((k, v) for k, v in values if isinstance(v, plain)))

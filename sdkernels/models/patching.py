@@ -18,7 +18,7 @@ from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Options
 from .parts import is_drop_path, learn, looks_like_drop_path
 from .plans import check_model, patched_blocks
-from .proving import CHECKS
+from .proving import CHECKS, recall
 from .registry import find_rewriting, obstacle, original_class, patched_class
 from .report import LeftAlone, PatchedEntry, PatchReport
 from .rewriting import Branch, Rewriting
@@ -149,8 +149,11 @@ def patch_block(block: nn.Module) -> None:
 
 def _give(block: Any, rewriting: Rewriting, options: Options, p: Sequence[float | None]) -> None:
     """Make a block a patched one, which is compared anew if that failed before."""
-    rewriting.proofs = {key: proof for key, proof in rewriting.proofs.items() if proof.holds}
     block._sdkernels = BlockState(options, rewriting.branches, list(p), rewriting)
+    recall(block, rewriting)
+    proofs = block._sdkernels.proofs
+    for kind in [kind for kind, proof in proofs.items() if not proof.holds]:
+        del proofs[kind]
     block.__class__ = patched_class(type(block))
     for module in block.modules():
         learn(module)  # its class, which compiled code could not

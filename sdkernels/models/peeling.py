@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 
-from .flow import shape_of
+from .flow import occurrences
 from .sites import Parts
 from .slicing import Slice
 from .source import Swapped, attribute_path, on_self_only
@@ -44,23 +44,6 @@ def _rename_first(peeled: Peeled) -> None:
             nodes = [node for tree in (*rest, peeled.result) for node in ast.walk(tree)]
             if not any(isinstance(node, ast.Name) and node.id == value for node in nodes):
                 peeled.stream, peeled.body = name, rest
-
-
-def _occurrences(name: str, trees: list[ast.AST]) -> list[ast.Name]:
-    """Where a name is read for more than its sizes."""
-    sizes = {
-        id(node)
-        for tree in trees
-        for each in ast.walk(tree)
-        if isinstance(each, (ast.Attribute, ast.Call)) and shape_of(each) is not None
-        for node in ast.walk(each)
-    }
-    return [
-        node
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and node.id == name and id(node) not in sizes
-    ]
 
 
 def _join_last(peeled: Peeled) -> bool:
@@ -110,7 +93,7 @@ def _take_norm(peeled: Peeled, parts: Parts) -> None:
     trees: list[ast.AST] = [*peeled.body, peeled.result]
     stream, reads = peeled.stream, 0
     for tree in trees:
-        found = _occurrences(stream, [tree])
+        found = occurrences(stream, [tree])
         reads += sum(isinstance(node.ctx, ast.Load) for node in found)
         if any(not isinstance(node.ctx, ast.Load) for node in found):
             trees_of_input = trees[: trees.index(tree) + 1]

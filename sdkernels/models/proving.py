@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..sampling import at_trace_time
 from .comparison import prove
 from .proof import TRUSTED, Leaf, Proof, leaves
-from .rewriting import Rewriting
+from .rewriting import Rewriting, is_to_drop
+from .settings import settings
+from .verified import VERIFIED
 
-__all__ = ["CHECKS", "proof_of", "warn"]
+__all__ = ["CHECKS", "proof_of", "recall", "warn"]
 
 CHECKS = ("first", "always", "never")
+_KINDS = 32  # of calls, in each of which a block is compared
 
 
 def _named(rewriting: Rewriting, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +52,28 @@ def _doubtful(named: dict[str, Any]) -> tuple[Leaf, ...]:
     )
 
 
+def _kind(value: Any, rows: int) -> Any:
+    """What of an argument may lead a forward another way. Sizes are trusted not to."""
+    if isinstance(value, Tensor):
+        floats = value.is_floating_point()
+        return value.dim(), floats, bool(value.dim() > 0 and value.shape[0] == rows)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(_kind(each, rows) for each in value)
+    if isinstance(value, dict):
+        return type(value).__name__, tuple((k, _kind(v, rows)) for k, v in value.items())
+    return type(value).__qualname__
+
+
+def _kind_of_call(block: Any, rewriting: Rewriting, named: dict[str, Any]) -> Any:
+    x = next(iter(named.values()), None)
+    rows = x.shape[0] if isinstance(x, Tensor) and x.dim() else 1
+    kinds = tuple((name, _kind(value, rows)) for name, value in named.items())
+    attentions = _attentions(block) if rewriting.leaks or len(named) > 1 else ()
+    return kinds, bool(rows == 1), rewriting.asked(block, named), attentions
+
+
 def _attentions(block: Any) -> tuple[str, ...]:
     """The kinds of attention of a block of transformers, which decide how a mask is read."""
     configs = [getattr(module, "config", None) for module in block.modules()]
@@ -75,21 +100,46 @@ def proof_of(block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: An
 
 
 def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str, Any]) -> Proof:
+    state = block._sdkernels
     doubtful = _doubtful(named)
-    key = (doubtful, *_attentions(block)) if doubtful else ()
-    found: Proof | None = rewriting.proofs.get(key)
+    if state.proofs is None and not is_compiling():
+        recall(block, rewriting)
+    derives = rewriting.derives or rewriting.leaks
+    if state.is_known and not (doubtful or derives) and check != "always":
+        return TRUSTED
+    kind = _kind_of_call(block, rewriting, named)
+    proofs = {} if state.proofs is None else state.proofs  # none known yet where it is compiled
+    found: Proof | None = proofs.get(kind)
     if found is not None:
         return found
-    if rewriting.is_known and not (key or rewriting.derives) and check != "always":
-        return TRUSTED
     if is_compiling():
         _say_uncompared(rewriting.original.__module__, rewriting.original.__qualname__)
     if is_compiling() or torch.is_inference_mode_enabled():
         return Proof(False, "it was not compared with its original yet: report.check(*inputs) does")
-    found = rewriting.proofs[key] = prove(block, rewriting, named, doubtful)
+    if len(proofs) < _KINDS:
+        found = prove(block, rewriting, named, doubtful)
+    else:
+        found = Proof(False, f"its arguments are of more than {_KINDS} kinds")
+    proofs[kind] = found
     if not found.holds:
         warn(rewriting, found)
     return found
+
+
+def recall(block: Any, rewriting: Rewriting) -> None:
+    """Find what is known of blocks that are set to the same."""
+    own = tuple(each.p.partition(".")[0] for each in rewriting.branches if each.p)
+    state = block._sdkernels
+    state.proofs = rewriting.proofs.setdefault(settings(block, is_to_drop, own), {})
+    kind = rewriting.original
+    marks = VERIFIED.get(f"{kind.__module__}:{kind.__qualname__}", {})
+    state.is_known = rewriting.mark in marks and _is_all_of_libraries(block, kind)
+
+
+def _is_all_of_libraries(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether everything in a block is torch's or its own library's, as it was when compared."""
+    own = ("torch", "sdkernels", kind.__module__.partition(".")[0])
+    return all(type(m).__module__.partition(".")[0] in own for m in block.modules())
 
 
 def warn(rewriting: Rewriting, proof: Proof) -> None:

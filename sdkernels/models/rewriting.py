@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -16,13 +16,14 @@ from . import parts
 from .attributes import BlockParts
 from .flow import Flow, Value
 from .inlining import Inliner
+from .settings import settings
 from .sites import Addition, DropCall, additions, draws_for_itself, drop_calls
 from .slicing import Slice, cut
 from .source import Configuration, Refusal, function_tree, resolve
 from .sums import hides_sums
 from .writing import ADD, compiled, written
 
-__all__ = ["Branch", "Call", "Left", "Rewriting", "rewriting_of"]
+__all__ = ["Branch", "Call", "Left", "Rewriting", "is_to_drop", "rewriting_of"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ class Rewriting:
         positional: the parameters of the original after `self` that take a position.
         derives: whether a branch gets more of its forward than parameters as they came.
         assumed: tests of the block with the answers that the forward was written for.
-        is_known: whether it has been compared with the original before it was released.
         leaks: whether the forward hands on what its branches compute.
         hides_sums: whether nobody but the next addition sees a sum.
     """
@@ -85,10 +85,10 @@ class Rewriting:
     positional: tuple[str, ...] = ()
     derives: bool = False
     assumed: dict[str, bool] = field(default_factory=dict)
-    is_known: bool = True
     leaks: bool = False
     hides_sums: bool = False
-    proofs: dict[Any, Any] = field(default_factory=dict)
+    # What came of comparisons: by the settings of blocks, then by kinds of calls.
+    proofs: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = self.forward.__globals__ if isinstance(self.forward, FunctionType) else {}
@@ -99,6 +99,12 @@ class Rewriting:
         self.answers = tuple(self.assumed.values())
 
     @property
+    def text(self) -> tuple[Any, ...]:
+        """What makes two of them the same: a block is compiled once for each."""
+        own = (self.original.forward, self.source, self.branches, self.left, self.calls)
+        return self.original, *own, tuple(self.assumed.items())
+
+    @property
     def mark(self) -> str:
         """A hash of the original and of what was written from it."""
         return hashlib.sha256((self.before + self.source).encode()).hexdigest()[:12]
@@ -106,6 +112,19 @@ class Rewriting:
     def fits(self, block: nn.Module) -> bool:
         """Whether the block still has the configuration that this was written for."""
         return not self.answers or self.ask(block) == self.answers
+
+    def asked(self, block: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        """Whether somebody may ask for what a branch computes besides, as attention weights.
+
+        Where nobody does, None is handed on: in transformers, which says so.
+        """
+        if not self.leaks or self.original.__module__.partition(".")[0] != "transformers":
+            return True
+        asked = kwargs.get("output_attentions")
+        if asked is None:
+            configs = (getattr(module, "config", None) for module in block.modules())
+            asked = any(getattr(each, "output_attentions", False) for each in configs)
+        return bool(asked)
 
     def diff(self) -> str:
         """The forward against the original's."""
@@ -119,37 +138,36 @@ class Rewriting:
 # All rewritings, by class and what the block is made of: blocks of a model share them.
 _BY_BLOCK: dict[Any, Rewriting | Refusal | None] = {}
 _BY_SOURCE: dict[Any, Rewriting] = {}
+_MANY = 4096  # blocks to remember
 
 
-def rewriting_of(
-    block: nn.Module, original: type[nn.Module], leaking: bool = True
-) -> Rewriting | Refusal | None:
+def is_to_drop(path: str, module: nn.Module) -> bool:
+    """Whether a module drops samples, or is what a library puts there for p = 0."""
+    if type(module) is nn.Identity:
+        return parts.sounds_like_drop_path(path.rpartition(".")[2])
+    return parts.is_drop_path(module)
+
+
+def rewriting_of(block: nn.Module, original: type[nn.Module]) -> Rewriting | Refusal | None:
     """The rewriting of a block, why there is none, or None where no drop path is called.
 
     Args:
         original: the block's class, as it was before it was patched.
-        leaking: whether the forward may hand on what its branches compute, if it is no tensor.
     """
-    modules = tuple(
-        (name, None if parts.sounds_like_drop_path(name) else type(module))
-        for name, module in block.named_modules()
-    )
-    plain = (bool, str, int, type(None))
-    own = tuple(sorted((k, v) for k, v in block.__dict__.items() if isinstance(v, plain)))
-    missing = tuple(k for k, v in block._parameters.items() if v is None)
-    key = (original, original.forward, leaking, modules, own, missing)
+    key = (original, original.forward, settings(block, is_to_drop))
+    if len(_BY_BLOCK) > _MANY:
+        _BY_BLOCK.clear()
     if key not in _BY_BLOCK:
         try:
-            made = _rewrite(block, original, leaking)
+            made = _rewrite(block, original)
         except Refusal as refusal:
             _BY_BLOCK[key] = refusal
         else:
-            same = None if made is None else (original, original.forward, made.source, modules)
-            _BY_BLOCK[key] = made if made is None else _BY_SOURCE.setdefault(same, made)
+            _BY_BLOCK[key] = made if made is None else _BY_SOURCE.setdefault(made.text, made)
     return _BY_BLOCK[key]
 
 
-def _rewrite(block: nn.Module, original: type[nn.Module], leaking: bool) -> Rewriting | None:
+def _rewrite(block: nn.Module, original: type[nn.Module]) -> Rewriting | None:
     try:
         function, tree = function_tree(original.forward)
     except Refusal:
@@ -185,7 +203,7 @@ def _rewrite(block: nn.Module, original: type[nn.Module], leaking: bool) -> Rewr
         name: Value("value", frozenset((name,)), is_parameter=True) for name in parameters[1:]
     }
     outside["self"] = Value("own")
-    maker = _Maker(attributes, parameters[1], leaking)
+    maker = _Maker(attributes, parameters[1])
     statements = maker.rewritten(body, outside, 0)
     if not maker.branches:
         raise Refusal("; ".join(each.reason for each in maker.left))
@@ -202,7 +220,6 @@ def _rewrite(block: nn.Module, original: type[nn.Module], leaking: bool) -> Rewr
         tuple(a.arg for a in arguments.args[1:]),
         maker.derives,
         configuration.assumed,
-        False,
         maker.leaks,
         hides_sums(statements, ADD),
     )
@@ -219,10 +236,9 @@ def _locals(tree: ast.FunctionDef) -> set[str]:
 class _Maker:
     """Rewrites a list of statements, and the lists within its statements."""
 
-    def __init__(self, attributes: BlockParts, parameter: str, leaking: bool) -> None:
+    def __init__(self, attributes: BlockParts, parameter: str) -> None:
         self.attributes = attributes
         self.parameter = parameter
-        self.leaking = leaking
         self.branches: dict[int, Branch] = {}
         self.left: list[Left] = []
         self.calls: list[Call] = []
@@ -276,7 +292,7 @@ class _Maker:
             }
             others |= {each.at for each in found} - {addition.at}
             try:
-                each = cut(flow, addition, others, self.parameter, self.leaking)
+                each = cut(flow, addition, others, self.parameter)
                 if not self._computes([*each.body, each.result], drop, flow):
                     raise Refusal("what it drops is computed for others too", addition.node)
                 slices[drop] = each

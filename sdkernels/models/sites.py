@@ -14,14 +14,14 @@ from typing import Protocol
 
 from .source import attribute_path, on_self_only
 
-__all__ = ["MOVES", "Addition", "DropCall", "Parts", "additions", "draws_for_itself", "drop_calls"]
+__all__ = ["Addition", "DropCall", "Parts", "additions", "draws_for_itself", "drop_calls", "moved"]
 
 # Methods that move or scale elements within their sample.
-MOVES = frozenset((
+_MOVES = frozenset((
     "contiguous", "flatten", "permute", "reshape", "squeeze", "to", "transpose", "type_as",
     "unflatten", "unsqueeze", "view",
 ))  # fmt: skip
-_LINEAR = MOVES | {"mul", "mul_"}
+_LINEAR = _MOVES | {"mul", "mul_"}
 
 
 @dataclass(eq=False)
@@ -200,6 +200,15 @@ def additions(
         if not drop.added:
             drop.refuse("its result is not added to anything", drop.call)
     return [each for each in follower.found if each.drop.refusal is None], follower.calls
+
+
+def moved(value: ast.expr) -> str | None:
+    """The name of what an expression is, or is a view of: ``x.reshape(B, -1, C)``."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        if value.func.attr not in _MOVES:
+            return None
+        value = value.func.value
+    return value.id if isinstance(value, ast.Name) else None
 
 
 def draws_for_itself(statements: Sequence[ast.stmt]) -> ast.stmt | None:

@@ -6,8 +6,8 @@ import ast
 import copy
 from dataclasses import dataclass, field
 
-from .flow import OUTSIDE, Flow, names_read, shape_of
-from .sites import Addition, DropCall
+from .flow import OUTSIDE, Flow, mutated, names_read, shape_of
+from .sites import Addition, DropCall, moved
 from .source import Refusal
 
 __all__ = ["Slice", "cut"]
@@ -44,18 +44,15 @@ class Slice:
     postponed: set[int] = field(default_factory=set)
 
 
-def cut(
-    flow: Flow, addition: Addition, others: set[int], parameter: str, leaking: bool = True
-) -> Slice:
+def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Slice:
     """The branch of an addition.
 
     Args:
         flow: of the statements that the addition is in.
         others: the statements with other drop paths, which stay.
         parameter: the forward's first one, whose rows are the samples.
-        leaking: whether the forward may hand on what the branch computes, if it is no tensor.
     """
-    found = _Members(flow, addition, others, leaking)
+    found = _Members(flow, addition, others)
     members, leaks = found.find()
     trees: list[ast.AST] = [*(flow.statements[n] for n in sorted(members)), addition.branch]
     if not any(node is addition.drop.call for tree in trees for node in ast.walk(tree)):
@@ -79,6 +76,7 @@ def cut(
         if not sizes or name in names_read(sizes):
             fixed[name] = definition
     _check_order(flow, addition, members)
+    _check_writes(flow, members, stream)
     without = _WithoutDrop(addition.drop)
     *body, result = (without.visit(_copy(tree, addition.drop)) for tree in trees)
     prologue = [
@@ -106,7 +104,6 @@ class _Members:
     flow: Flow
     addition: Addition
     others: set[int]
-    leaking: bool
     leaks: dict[str, int] = field(default_factory=dict)
     postponed: set[int] = field(default_factory=set)
 
@@ -144,7 +141,7 @@ class _Members:
                 outside.remove(self.addition.at)
             if not outside:
                 continue
-            hidden = self._handed_on(name, outside) if self.leaking else None
+            hidden = self._handed_on(name, outside)
             if hidden is None:
                 return True
             self.leaks[name] = hidden
@@ -350,6 +347,20 @@ def _check_order(flow: Flow, addition: Addition, members: set[int]) -> None:
                     f"its branch needs a {name} that is replaced before", flow.statements[number]
                 )
         inside.update(dict.fromkeys(flow.writes[number], number))
+
+
+def _check_writes(flow: Flow, members: set[int], stream: Definition) -> None:
+    """Refuse a branch that writes into its stream: it would write into a copy of some rows."""
+    own = {flow.resolve(*stream)}
+    for number in sorted(members):
+        statement = flow.statements[number]
+        reads = {name: flow.resolve(name, at) for name, at in flow.reads[number].items()}
+        written = mutated(getattr(statement, "in_place", statement))
+        if any(reads.get(name) in own for name in written):
+            raise Refusal("its branch writes into what comes in", statement)
+        views = isinstance(statement, ast.Assign) and moved(statement.value)
+        if views and reads.get(views) in own:
+            own |= {(name, number) for name in flow.writes[number]}
 
 
 # The copies

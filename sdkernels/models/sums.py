@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from .flow import Flow, names_read, shape_of
-from .sites import MOVES
+from .flow import Flow, occurrences
+from .sites import moved
 
 __all__ = ["hides_sums"]
 
@@ -63,18 +63,6 @@ def _is_chain(value: ast.AST, add: str) -> bool:
     )
 
 
-def _moved(value: ast.expr) -> str | None:
-    """The name of what an expression is, or is a view of: ``x.reshape(B, -1, C)``."""
-    match value:
-        case ast.Name(id=name):
-            return name
-        case ast.Call(func=ast.Attribute(value=inner, attr=method), args=args, keywords=keywords):
-            moved = _moved(inner)
-            if method in MOVES and moved not in names_read([*args, *keywords]):
-                return moved
-    return None
-
-
 def _is_handed_on(flow: Flow, name: str, number: int, last: int, add: str) -> bool:
     """Whether a sum goes into one addition, and only sizes of it are read besides."""
     additions = others = 0
@@ -82,22 +70,16 @@ def _is_handed_on(flow: Flow, name: str, number: int, last: int, add: str) -> bo
     for reader in flow.readers.get((name, number), ()):
         statement = flow.statements[reader]
         match statement:
-            case ast.Assign(targets=[ast.Name(id=other)], value=value) if _moved(value) == name:
+            case ast.Assign(targets=[ast.Name(id=other)], value=value) if (
+                moved(value) == name and len(occurrences(name, [value])) == 1
+            ):
                 additions += 1
                 if not _is_handed_on(flow, other, reader, last, add):
                     return False
                 continue
         nodes = list(ast.walk(statement))
         streams = {id(each) for node in nodes for each in _streams(node, add)}
-        sizes = {
-            id(node)
-            for each in nodes
-            if isinstance(each, (ast.Attribute, ast.Call)) and shape_of(each) is not None
-            for node in ast.walk(each)
-        }
-        for node in nodes:
-            if not isinstance(node, ast.Name) or node.id != name or id(node) in sizes:
-                continue
+        for node in occurrences(name, [statement]):
             if not isinstance(node.ctx, ast.Load):
                 continue
             if id(node) in streams:

@@ -46,19 +46,11 @@ def hiera_block() -> nn.Module:
     return block
 
 
-def mmpretrain_convnext() -> nn.Module:
-    block: nn.Module = load("mmpretrain.models.backbones.convnext").ConvNeXtBlock(
-        8, drop_path_rate=0.3
-    )
-    return block
-
-
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "monai": (monai_swin, (torch.randn(2, 4, 4, 4, 12), None)),
     "nnunet": (nnunet_block, (torch.randn(2, 4, 8, 8),)),
     "vit-pytorch": (vit_pytorch_cct, (torch.randn(2, 5, 8),)),
     "hiera": (hiera_block, (torch.randn(2, 8, 8),)),
-    "mmpretrain": (mmpretrain_convnext, (torch.randn(2, 8, 6, 6),)),
 }
 
 

@@ -322,4 +322,4 @@ def test_attention_weights_that_somebody_asks_for():
     with pytest.warns(UserWarning, match="it hands on attn_weights"):
         found = model(torch.randn(4, 3, 16, 16)).attentions
     assert found[0].shape[0] == 4 * 4  # of every window of every sample
-    assert len(report.whole) == len(report.patched)
+    assert [each.name for each in report.whole] == ["encoder.layers.0.blocks.1"]  # p is 0 before

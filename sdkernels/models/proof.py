@@ -57,7 +57,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(each, f"{path}.{key}")
 
 
-def mapped(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
+def mapped(value: Any, change: Callable[[str, Tensor], Any], path: str = "") -> Any:
     """The value with its tensors changed."""
     if isinstance(value, Tensor):
         return change(path, value)

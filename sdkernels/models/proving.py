@@ -88,6 +88,9 @@ def proof_of(block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: An
         return TRUSTED
     if check == "never":
         return Proof(True, of_samples=None)
+    plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
+    if plain and check == "first" and block._sdkernels.is_known:
+        return TRUSTED
     found: list[Proof] = []
     for named in _crops(_named(rewriting, args, kwargs)):
         found.append(_proof_of_one(block, rewriting, check, named))

@@ -28,7 +28,7 @@ from ..tracing import is_recorded, refuse_script
 from .branches import Composed, entries
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
 from .proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
-from .proving import proof_of, warn
+from .proving import proofs_of, warn
 from .rewriting import Branch, Rewriting
 
 __all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]
@@ -208,13 +208,13 @@ class Add:
         block: Any,
         laws: list[Law],
         rewriting: Rewriting,
-        proof: Proof = TRUSTED,
+        proofs: Sequence[Proof] = (TRUSTED,),
         asked: bool = True,
     ) -> None:
         self.block = block
         self.laws = laws
         self.rewriting = rewriting
-        self.proof = proof
+        self.proofs = proofs  # one for each tensor of a list, or for all
         self.asked = asked
         self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
         self.taken: list[tuple[int, Leaf]] = []  # inputs of which the kept rows were taken
@@ -268,7 +268,8 @@ class Add:
         if several:
             each_args = [entries(args, crop, len(xs)) for crop in range(len(xs))]
         if isinstance(args, Mapping):
-            each_args = [self._inputs(index, *each) for each in zip(xs, each_args, strict=True)]
+            proofs = self.proofs if len(self.proofs) == len(xs) else [self.proofs[0]] * len(xs)
+            each_args = list(map(functools.partial(self._inputs, index), proofs, xs, each_args))
         totals = list(map(one, xs, residuals, each_rows, each_args))
         given = [*xs, *residuals]
         own = [total for total in totals if not any(total is each for each in given)]
@@ -324,17 +325,17 @@ class Add:
             total = activation(total.clone() if total is stream else total)
         return total
 
-    def _inputs(self, index: int, x: Any, args: Mapping[str, Any]) -> list[Any]:
+    def _inputs(self, index: int, proof: Proof, x: Any, args: Mapping[str, Any]) -> list[Any]:
         """Further inputs for the op, with what belongs to samples marked, and what does not.
 
         Whose rows they have by chance is not asked: in the comparison nothing had by chance.
         """
-        of_samples, stream = self.proof.of_samples, self.rewriting.positional[0]
+        of_samples, stream = proof.of_samples, self.rewriting.positional[0]
 
         def mark(path: str, leaf: Tensor) -> Any:
             if leaf.dim() and leaf.shape[0] == x.shape[0]:
                 where = (index, (path, leaf.dim()))
-                trusted = self.proof is TRUSTED and path == stream
+                trusted = proof is TRUSTED and path == stream
                 if trusted or of_samples is None or where in of_samples:
                     self.taken.append(where)
                     return PerSample(leaf)
@@ -416,10 +417,11 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
             proof = state.refused
             if proof is None:
                 try:
-                    proof = proof_of(self, rewriting, state.options.check, args, kwargs)
+                    proofs = proofs_of(self, rewriting, state.options.check, args, kwargs)
+                    proof = proofs[-1]
                     if proof.holds:
                         asked = rewriting.asked(self, kwargs)
-                        add = Add(self, laws, rewriting, proof, asked)
+                        add = Add(self, laws, rewriting, proofs, asked)
                         return rewriting.forward(self, add, *args, **kwargs)
                 except Asked as asked:
                     proof = state.refused = Proof(False, asked.reason)

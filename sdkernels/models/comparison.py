@@ -407,7 +407,7 @@ class _Comparison:
         self.clone.__dict__["_sdkernels"] = state
         try:
             # Nothing but what belongs to samples has as many rows here.
-            trusted = Proof(True, of_samples=None)
+            trusted = (Proof(True, of_samples=None),)
             add: Add = Add(self.clone, laws, self.rewriting, trusted, self.asked)
             self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)

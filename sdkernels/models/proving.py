@@ -17,7 +17,7 @@ from .rewriting import Rewriting, is_to_drop
 from .settings import settings
 from .verified import VERIFIED
 
-__all__ = ["CHECKS", "proof_of", "recall", "warn"]
+__all__ = ["CHECKS", "proofs_of", "recall", "warn"]
 
 CHECKS = ("first", "always", "never")
 _KINDS = 32  # of calls, in each of which a block is compared
@@ -80,26 +80,28 @@ def _attentions(block: Any) -> tuple[str, ...]:
     return tuple(str(getattr(each, "_attn_implementation", "")) for each in configs if each)
 
 
-def proof_of(block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: Any) -> Proof:
-    """What is known of a rewriting for such arguments; compares where that is still to be done."""
+def proofs_of(
+    block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: Any
+) -> tuple[Proof, ...]:
+    """What is known of a rewriting for such arguments; compares where that is still to be done.
+
+    One for each tensor of a list, up to the first that does not hold.
+    """
     if not rewriting.fits(block):
-        return Proof(False, "its configuration is not the one that it was patched with")
+        return (Proof(False, "its configuration is not the one that it was patched with"),)
     if not rewriting.source:  # written by hand
-        return TRUSTED
+        return (TRUSTED,)
     if check == "never":
-        return Proof(True, of_samples=None)
+        return (Proof(True, of_samples=None),)
     plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
     if plain and check == "first" and block._sdkernels.is_known:
-        return TRUSTED
+        return (TRUSTED,)
     found: list[Proof] = []
     for named in _crops(_named(rewriting, args, kwargs)):
         found.append(_proof_of_one(block, rewriting, check, named))
         if not found[-1].holds:
-            return found[-1]
-    if len(found) == 1:
-        return found[0]
-    every = frozenset().union(*(each.of_samples or () for each in found))
-    return TRUSTED if found[0] is TRUSTED else Proof(True, of_samples=every)
+            break
+    return tuple(found)
 
 
 def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str, Any]) -> Proof:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 # Each is imported when it is called for: some need neither pytest nor plots.
@@ -20,6 +21,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command, or a preset where none is named; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler talks, as soon as it is loaded
     try:
         import sdkernels  # noqa: F401
     except ImportError as error:
@@ -32,7 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
     name, rest = "benchmarks.run", arguments
     if arguments and arguments[0] in COMMANDS:
         name, rest = COMMANDS[arguments[0]], arguments[1:]
-    code: int = importlib.import_module(name).main(rest)
+    try:
+        code: int = importlib.import_module(name).main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, or Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(
+            "python -m benchmarks: the output was closed before its end; what was measured is kept",
+            file=sys.stderr,
+        )
+        return 141
     return code
 
 

@@ -44,6 +44,15 @@ class Preset:
     training: TrainingCase | None = None
     timeline: str | None = None  # the case of which one step is profiled
 
+    def expected_seconds(self, name: str) -> float:
+        """What a case takes on two slow cores, very roughly; for the progress line."""
+        for case in self.cases:
+            if case.name == name:
+                rounds, quick = self.rounds[case.kind], _QUICK_ROUNDS[case.kind]
+                calls = rounds.repeats * rounds.rounds / (quick.repeats * quick.rounds)
+                return _SECONDS[case.kind] * calls
+        return 0.0 if self.training is None else _SECONDS["train"] * self.training.epochs
+
     def names(self) -> list[str]:
         """Names of all cases, training included: what a filter is matched against."""
         training = [] if self.training is None else [self.training.name]
@@ -152,6 +161,11 @@ def _break_even(nets: Iterable[Net], batches: Iterable[int]) -> tuple[BreakEvenC
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
+# Of a case in a quick run; of an epoch on the digits.
+_SECONDS = {
+    **{"op": 1, "kernel": 0.5, "block": 15, "model": 40, "depth": 6, "host": 4},
+    **{"compile": 160, "break_even": 7, "train": 6.5},
+}
 _QUICK_ROUNDS = {
     "op": Rounds(6, 8),
     "kernel": Rounds(6, 10),
@@ -192,13 +206,12 @@ PRESETS = {
         Preset(
             name="quick",
             summary="the headline shapes",
-            duration="5 to 7 minutes on 2 cores",
+            duration="about 4 minutes on 2 cores",
             cases=(
                 *_op_cases(),
                 *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
                 *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
-                *HEADLINE_BLOCKS,
-                *_blocks((blocks.VIT_TINY_ROWS,), 32, (0.5,)),
+                *_blocks((blocks.VIT_S, blocks.VIT_TINY_ROWS), 32, (0.5,)),
                 *_blocks(_library(blocks.CONVNEXT_LATE, blocks.RESNET_LATE), 32, (0.5,)),
                 *_models(SHORT_VIT),
                 DepthCase(48),
@@ -206,7 +219,7 @@ PRESETS = {
             ),
             rounds=_QUICK_ROUNDS
             | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
-            training=TrainingCase(epochs=8),
+            training=TrainingCase(epochs=5),
             timeline=SHORT_VIT.name if HAS_LIBRARIES else None,
         ),
         Preset(

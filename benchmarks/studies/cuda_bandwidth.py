@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure.environment import environment, environment_line
-from sdkernels.backends import ops, traceable
+from benchmarks.measure.environment import environment, environment_line, serving
+from sdkernels.backends import traceable
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "out"
@@ -259,17 +259,7 @@ def measure(
     share = floor / median
     spread = (max(times) - min(times)) / 2 / median
     print(f"  measured {median * 1e6:.1f} us, {share:.1%} of the copy's bandwidth", flush=True)
-    return Result(serving(), name, floor, median, spread, share, share >= LEAST_SHARE)
-
-
-def serving() -> str:
-    """The backend that runs the ops on CUDA tensors in this process."""
-    (backend,) = (
-        choice.backend
-        for choice in ops.backend_table()
-        if (choice.op, choice.device) == ("scatter_add_rows", "cuda")
-    )
-    return backend
+    return Result(serving("cuda"), name, floor, median, spread, share, share >= LEAST_SHARE)
 
 
 def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]:
@@ -302,7 +292,7 @@ def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]
         name = f"{prefix} forward + backward over index_select + index_add"
         print(f"{name}: {speedup:.2f} times as fast", flush=True)
         is_met = speedup >= LEAST_SPEEDUP
-        results.append(Result(serving(), name, peers, ours, 0.0, speedup, is_met))
+        results.append(Result(serving("cuda"), name, peers, ours, 0.0, speedup, is_met))
     return results
 
 
@@ -359,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = [Result(**fields) for record in records for fields in record["results"]]
     else:
         env, results = measure_here(options.shapes)
-        backends = [serving()]
+        backends = [serving("cuda")]
     print("\nshare of the copy's bandwidth, or times as fast")
     print(side_by_side(results, backends))
     missed = [result for result in results if not result.is_met]

@@ -23,7 +23,7 @@ REPORT = ROOT / "build/gpu-check.md"
 PYTHON = sys.executable
 LAST_LINES = 60  # of a step's output, in the report
 
-BANDWIDTH = [PYTHON, "-m", "benchmarks.cuda_bandwidth"]
+BANDWIDTH = [PYTHON, "-m", "benchmarks", "cuda-bandwidth"]
 PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # All but the tests that choose a backend themselves, and those of what no kernel takes part in.
 TRITON = ["tests"] + [

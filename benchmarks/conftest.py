@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import correctness, flops, memory
-from benchmarks.presets import PRESETS, Preset, Rounds, SelectionError, get_preset, select
-from benchmarks.store import Store
-from benchmarks.workload import Case, Workload
+from benchmarks.cases.presets import PRESETS, Preset, Rounds, SelectionError, get_preset, select
+from benchmarks.measure import correctness, flops, memory
+from benchmarks.measure.clocks import Clocks
+from benchmarks.measure.store import Store
+from benchmarks.measure.workload import Case, Workload
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ class Runner:
             self._skip(turn.provider, error)
             pytest.skip(self._record["skipped"][turn.provider])
         if benchmark.stats is not None:  # None under --benchmark-disable
-            self._record["turns"][turn.provider].append(
-                {"wall": list(benchmark.stats.stats.data), **clocks.read(rounds)}
-            )
+            timed = clocks.read(rounds.rounds * rounds.iterations)
+            record = {"wall": list(benchmark.stats.stats.data), **timed}
+            self._record["turns"][turn.provider].append(record)
 
     def _measure_once(self, turn: Turn, workload: Workload) -> None:
         """Memory and operations, which are the same in every call."""
@@ -183,38 +183,6 @@ class Runner:
         if self.store is not None and self._case is case:
             self.store.save(case.name, self._record)
         self.config.hook.pytest_case_finished(case=case)
-
-
-class Clocks:
-    """The call under pytest-benchmark's clock; on CUDA two more: the host's and the device's."""
-
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        self.workload = workload
-        self.device = device
-        self.host: list[float] = []
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def run(self) -> None:
-        """The result dies here, inside the clock, for every provider alike."""
-        if self.device.type != "cuda":
-            self.workload.run()
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        begin = time.perf_counter()
-        self.workload.run()
-        self.host.append(time.perf_counter() - begin)
-        end.record()
-        torch.cuda.synchronize(self.device)
-        self.events.append((start, end))
-
-    def read(self, rounds: Rounds) -> dict[str, list[float]]:
-        """Seconds until a call returned, and those between the events around it; CUDA only."""
-        timed = rounds.rounds * rounds.iterations  # the calls before them were to warm up
-        return {
-            "host": self.host[-timed:],
-            "device": [s.elapsed_time(e) * 1e-3 for s, e in self.events[-timed:]],
-        }
 
 
 RUNNER = pytest.StashKey[Runner]()

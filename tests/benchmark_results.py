@@ -4,9 +4,10 @@ import itertools
 
 import torch
 
-from benchmarks import figures, presets, targets
-from benchmarks.environment import environment
-from benchmarks.memory import SAVED
+from benchmarks.cases import presets
+from benchmarks.measure.environment import environment
+from benchmarks.measure.memory import SAVED
+from benchmarks.report import figures, targets
 
 CPU = torch.device("cpu")
 # Seconds of a provider, from the share of the rows that it computes and what it adds to that.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.libraries import LIBRARIES, import_module, is_installed
+from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 
 __all__ = ["LIBRARIES", "is_installed", "load"]
 

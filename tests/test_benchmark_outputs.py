@@ -12,8 +12,9 @@ for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
 
 import benchmark_results  # noqa: E402
 
-from benchmarks import compare, presets, rebuild, report  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.cases import presets  # noqa: E402
+from benchmarks.report import compare, rebuild, tables  # noqa: E402
 from sdkernels import info  # noqa: E402
 
 EXTRA = (*presets.PRESETS["compile"].cases, *presets.PRESETS["break-even"].cases)
@@ -71,15 +72,15 @@ def test_report_holds_every_kind(everything, tmp_path):
         *("compiled", "break-even", "host", "ops-64x197x384-k32", "timeline", "training"),
     }
     # As many columns in every line of a table as in its head.
-    for section in report.sections(result, []):
+    for section in tables.sections(result, []):
         assert {len(row) for group in section.groups for row in group} <= {len(section.columns)}
 
 
 def test_printed_report_has_the_same_tables(everything):
     console = Console(width=200, record=True)
-    report.print_report(console, everything, [])
+    tables.print_report(console, everything, [])
     text = console.export_text()
-    assert all(section.title in text for section in report.sections(everything, []))
+    assert all(section.title in text for section in tables.sections(everything, []))
 
 
 def test_clocks_of_a_gpu_are_shown(everything):
@@ -87,7 +88,7 @@ def test_clocks_of_a_gpu_are_shown(everything):
     result["cases"] = [case for case in result["cases"] if case["kind"] == "block"][:1]
     for figures in result["cases"][0]["providers"].values():
         figures |= {"device": 0.25, "host": 0.125}
-    (section,) = report.sections({**result, "training": None}, [])[:1]
+    (section,) = tables.sections({**result, "training": None}, [])[:1]
     assert {"device", "host"} <= set(section.columns)
     assert {len(row) for group in section.groups for row in group} == {len(section.columns)}
     assert "250 ms" in section.markdown()
@@ -242,7 +243,7 @@ def test_other_baselines_are_not_compared(runs):
 
 
 def test_cells_do_not_break_a_table():
-    section = report.Section("t", ("a", "b"), groups=[[["x|y", "two\nlines"]]])
+    section = tables.Section("t", ("a", "b"), groups=[[["x|y", "two\nlines"]]])
     assert "| x\\|y | two lines |" in section.markdown()
 
 

@@ -14,7 +14,10 @@ import pytest
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import figures, presets, residuals, store  # noqa: E402
+from benchmarks.cases import presets  # noqa: E402
+from benchmarks.measure import store  # noqa: E402
+from benchmarks.providers import residuals  # noqa: E402
+from benchmarks.report import figures  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = presets.TINY.name
@@ -76,7 +79,7 @@ def test_every_case_runs_as_a_plain_pytest():
 
 WRONG = """if True:
     import sys
-    from benchmarks import residuals
+    from benchmarks.providers import residuals
     right, draws = residuals.RULES["dinov3"]
     residuals.RULES["fused"] = (lambda *a, **k: 1.01 * right(*a, **k), draws)
     from benchmarks.__main__ import main
@@ -96,7 +99,7 @@ def test_wrong_provider_stops_the_run(tmp_path):
 SHORT_OF_MEMORY = """if True:
     import sys
     import torch
-    from benchmarks import residuals
+    from benchmarks.providers import residuals
     right, draws = residuals.RULES["dinov2"]
 
     def hungry(x, *arguments, **options):

@@ -18,24 +18,11 @@ import torch
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import (  # noqa: E402
-    blocks,
-    compiled,
-    correctness,
-    figures,
-    flops,
-    kernels,
-    memory,
-    networks,
-    ops,
-    presets,
-    residuals,
-    store,
-    targets,
-    timeline,
-    workload,
-)
-from benchmarks.__main__ import parse_arguments  # noqa: E402
+from benchmarks.cases import blocks, compiled, kernels, ops, presets  # noqa: E402
+from benchmarks.measure import correctness, flops, memory, store, timeline, workload  # noqa: E402
+from benchmarks.providers import networks, residuals  # noqa: E402
+from benchmarks.report import figures, targets  # noqa: E402
+from benchmarks.run import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -543,7 +530,7 @@ def test_measuring_memory_keeps_nothing():
 FAULTS = """
 import resource, sys
 import torch
-from benchmarks import memory
+from benchmarks.measure import memory
 
 assert memory.keep_freed_memory() or sys.exit(77)
 x = torch.ones(12 * 2**20)  # 48 MiB: by default glibc maps so much anew in every call
@@ -593,7 +580,10 @@ def test_a_run_goes_on_only_as_the_same(tmp_path):
     assert fresh.load("a case") is None
 
 
-@pytest.mark.parametrize("name", ["figures", "presets", "report", "flops", "timeline"])
+@pytest.mark.parametrize(
+    "name",
+    ["report.figures", "measure.workload", "report.tables", "measure.flops", "measure.timeline"],
+)
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_bandwidth
+from benchmarks.studies import cuda_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 

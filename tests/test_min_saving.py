@@ -10,8 +10,8 @@ from comparison import assert_same_bits, assert_same_results, run_fused, run_ref
 from hypothesis import given
 from torch import nn
 
-from benchmarks import break_even
-from benchmarks.break_even import crossing
+from benchmarks.studies import break_even
+from benchmarks.studies.break_even import crossing
 from sdkernels import KeptRows, Shared, StochasticDepth, fused_stochastic_depth, info
 from sdkernels.break_even import MEASURED, BreakEven, min_saving_table
 

@@ -19,10 +19,10 @@ import torch
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import flops  # noqa: E402
-from benchmarks.networks import HAS_LIBRARIES, seeded_module  # noqa: E402
+from benchmarks.measure import flops  # noqa: E402
 from benchmarks.paper import claims, data, networks, report, timing, training  # noqa: E402
 from benchmarks.paper.__main__ import main  # noqa: E402
+from benchmarks.providers.networks import HAS_LIBRARIES, seeded_module  # noqa: E402
 from sdkernels import DepthPlan  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from libraries import LIBRARIES, is_installed
 
-from benchmarks import patched_classes
-from benchmarks.zoo import TINY, nets
+from benchmarks.providers.zoo import TINY, nets
+from benchmarks.studies import patched_classes
 from sdkernels.models import blocks
 
 pytestmark = pytest.mark.skipif(

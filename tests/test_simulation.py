@@ -16,13 +16,8 @@ np = pytest.importorskip("numpy")  # what the benchmarks need, the package does 
 for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from benchmarks import (  # noqa: E402
-    scaling,
-    scaling_processes,
-    scaling_validation,
-    simulation,
-)
-from benchmarks.simulation import KINDS, SAMPLERS, SYNCS, Layers  # noqa: E402
+from benchmarks.studies.scaling import command, processes, simulation, validation  # noqa: E402
+from benchmarks.studies.scaling.simulation import KINDS, SAMPLERS, SYNCS, Layers  # noqa: E402
 from sdkernels import DepthPlan, KeptRows, linear_decay, uniform  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -242,7 +237,7 @@ def test_a_fixed_count_can_be_asked_for_by_probability(batch):
 )
 def test_bad_command_lines(arguments, named, capsys):
     with pytest.raises(SystemExit) as stop:
-        scaling.main(arguments)
+        command.main(arguments)
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
 
@@ -251,7 +246,7 @@ def test_slowest_rank_over_the_mean():
     # Two ranks, two blocks: 1 + 3 forward, 1 + 1 backward, 4 outside; 2 + 1, 2 + 1, 2.
     blocks = np.array([[[[1.0, 3.0], [1.0, 1.0]], [[2.0, 1.0], [2.0, 1.0]]]])
     step = np.array([[10.0, 8.0]])
-    found = scaling_validation.over_mean(step, blocks)
+    found = validation.over_mean(step, blocks)
     assert found["step"][0] == pytest.approx((10 - 9) / 9)
     # 2 + 3 + 2 + 1 in blocks and 3 outside on average
     assert found["block"][0] == pytest.approx((8 + 3 - 9) / 9)
@@ -279,13 +274,13 @@ def recorded(case, sampler, steps, ranks, table, rest):
 
 
 def test_processes_that_do_as_simulated():
-    shape = scaling.PRESETS["smoke"].process_case.shape
+    shape = command.PRESETS["smoke"].process_case.shape
     samplers = ("bernoulli", "fixed", "total")
-    case = scaling_processes.ProcessCase(shape, 8, 0.5, steps=400, samplers=samplers)
+    case = processes.ProcessCase(shape, 8, 0.5, steps=400, samplers=samplers)
     table, rest = lines(8, fixed=(0.2, 0.1), per_row=(1.0, 1.5)), 30.0
     of_each = [recorded(case, sampler, 400, 4, table, rest) for sampler in samplers]
     records = [list(chain(*rank)) for rank in zip(*of_each, strict=True)]
-    found = scaling_validation.compare(case, records, table, rest)
+    found = validation.compare(case, records, table, rest)
     for sync in SYNCS:
         bernoulli = found["bernoulli"]["excess"][sync]
         assert bernoulli["counts"] > 0.01
@@ -306,29 +301,38 @@ def test_table_of_a_sweep():
     for k in [0, 1, 2, 4] * 3:
         costs = simulation.costs_of(np.full((1, 1, 4), k), table)[0, 0]
         times = {"cpu": 3 + costs.sum(), "forward": costs / 3, "backward": costs * 2 / 3}
-        records.append({"sampler": scaling_processes.SWEEP, "counts": [k] * 4, **times})
-    found, rest = scaling_validation.table_of_sweep([records], 4)
+        records.append({"sampler": processes.SWEEP, "counts": [k] * 4, **times})
+    found, rest = validation.table_of_sweep([records], 4)
     assert found == pytest.approx(table)  # 3 lies between 2 and 4
     assert rest == pytest.approx(3)
 
 
-@pytest.mark.parametrize(
-    "name", ["simulation", "scaling", "scaling_model", "scaling_report", "scaling_processes"]
-)
+@pytest.mark.parametrize("name", ["simulation", "command", "model", "report", "processes"])
 def test_examples(name):
-    assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
+    assert (
+        doctest.testmod(importlib.import_module(f"benchmarks.studies.scaling.{name}")).failed == 0
+    )
 
 
 def test_a_rank_that_fails_is_reported(tmp_path):
-    case = scaling.PRESETS["smoke"].process_case
-    broken = scaling_processes.ProcessCase(case.shape, case.batch, p=2.0, steps=1)
+    case = command.PRESETS["smoke"].process_case
+    broken = processes.ProcessCase(case.shape, case.batch, p=2.0, steps=1)
     with pytest.raises(RuntimeError, match=r"rank \d of 1: exit code 1\n(.|\n)*\[0, 1\], got 2"):
-        scaling_processes.launch(broken, 1, tmp_path)
+        processes.launch(broken, 1, tmp_path)
 
 
 def test_run_end_to_end(tmp_path):
     result = subprocess.run(
-        (sys.executable, "-m", "benchmarks.scaling", "--preset", "smoke", "--out", str(tmp_path)),
+        (
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "scaling",
+            "--preset",
+            "smoke",
+            "--out",
+            str(tmp_path),
+        ),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -337,7 +341,7 @@ def test_run_end_to_end(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     written = json.loads((tmp_path / "scaling.json").read_text())
-    assert written["schema"] == scaling.SCHEMA
+    assert written["schema"] == command.SCHEMA
     assert {case["p"] for case in written["cases"]} == {0.0, 0.5}
     for case in written["cases"]:
         assert case["samplers"].keys() == SAMPLERS.keys()
@@ -352,7 +356,7 @@ def test_run_end_to_end(tmp_path):
     report = tmp_path / "scaling.md"
     text = report.read_text()
     report.unlink()
-    assert scaling.main(["--rebuild", "--out", str(tmp_path)]) == 0
+    assert command.main(["--rebuild", "--out", str(tmp_path)]) == 0
     assert report.read_text() == text
     assert "What to use when" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {

@@ -8,8 +8,8 @@ import pytest
 from libraries import LIBRARIES
 from torch import nn
 
-from benchmarks import zoo
-from benchmarks.zoo import TINY, Net, output_of
+from benchmarks.providers import zoo
+from benchmarks.providers.zoo import TINY, Net, output_of
 
 __all__ = ["NETS", "Net", "maxxvit", "output_of", "timm_vit"]
 

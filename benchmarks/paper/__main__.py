@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.environment import environment
+from benchmarks.measure.environment import environment
+from benchmarks.measure.store import write_json
 from benchmarks.paper import report
 from benchmarks.paper.claims import CLAIMS, EFFORTS, Lab
 from benchmarks.paper.data import SETS, DataError, load
 from benchmarks.paper.training import Recipe, Trainer
-from benchmarks.store import write_json
 
 SCHEMA = 2
 OUT = Path(__file__).parent / "out"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.memory import measure as measure_memory
-from benchmarks.networks import seeded_module
+from benchmarks.measure.memory import measure as measure_memory
+from benchmarks.measure.workload import Workload
 from benchmarks.paper.data import Data
 from benchmarks.paper.networks import (
     PaperResNet,
@@ -25,7 +25,7 @@ from benchmarks.paper.networks import (
 )
 from benchmarks.paper.timing import CONSTANT, FLOOR, SKELETON, Timed, in_turns, table
 from benchmarks.paper.training import Recipe, Trainer
-from benchmarks.workload import Workload
+from benchmarks.providers.networks import seeded_module
 from sdkernels import DepthPlan
 
 Record = dict[str, Any]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.networks import torchvision_model
-from benchmarks.residuals import beside
+from benchmarks.providers.networks import torchvision_model
+from benchmarks.providers.residuals import beside
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, linear_decay, reference, uniform
 
 IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton", "floor")

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.environment import environment_line
+from benchmarks.measure.environment import environment_line
 from benchmarks.paper.timing import CONSTANT, FLOOR
-from benchmarks.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from benchmarks.report.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 Record = dict[str, Any]
 COLOURS = {

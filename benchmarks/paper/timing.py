@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.figures import merge
+from benchmarks.report.figures import merge
 from sdkernels import DepthPlan
 
 CONSTANT, SKELETON, FLOOR = "constant", "skeleton", "floor"

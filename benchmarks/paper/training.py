@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.networks import seeded_module
+from benchmarks.measure.store import write_json
 from benchmarks.paper.data import Data, augment
 from benchmarks.paper.networks import PaperResNet, drop_probabilities
-from benchmarks.store import write_json
+from benchmarks.providers.networks import seeded_module
 from sdkernels import DepthPlan
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import sdkernels
-from benchmarks.libraries import import_module
+from benchmarks.providers.libraries import import_module
 
 LIBRARY = os.environ["PEER_LIBRARY"]
 RATE = 0.25  # where a test sets none: so that in training the op runs

@@ -1,0 +1,100 @@
+"""What one call costs on a tensor so small that only the call is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import sdkernels
+from benchmarks.measure.workload import Comparison, Workload, gradients, kept_rows, seeded
+from sdkernels import KeptRows, reference
+
+HostFunction = Callable[[Tensor, float, KeptRows], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# "-rows" runs on kept rows drawn beforehand; the others draw in every call, as peers' naive masking
+# always does.
+HOST_PROVIDERS: dict[str, HostFunction] = {
+    "plain": lambda x, p, rows: x + _identity(x),
+    "naive": lambda x, p, rows: reference.naive_masking(x, _identity, p),
+    "index_add-rows": lambda x, p, rows: reference.index_add(x, _identity, rows=rows),
+    "fused-rows": lambda x, p, rows: sdkernels.fused_stochastic_depth(x, _identity, p, rows=rows),
+    "fused": lambda x, p, rows: sdkernels.fused_stochastic_depth(x, _identity, p),
+}
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """Forward and backward on a tensor so small that only the cost of the calls is left.
+
+    What counts is the extra over ``plain``, which is ``x + branch(x)`` with the identity for a
+    branch.
+    """
+
+    shape: tuple[int, ...] = (8, 4, 16)
+    keep: float = 0.5
+
+    kind: ClassVar[str] = "host"
+    baseline: ClassVar[str] = "naive"
+    floor: ClassVar[str | None] = "plain"
+
+    @property
+    def name(self) -> str:
+        return "host-identity-" + "x".join(str(n) for n in self.shape)
+
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        """Every provider can run everywhere."""
+        return dict.fromkeys(HOST_PROVIDERS)
+
+    def describe(self) -> dict[str, Any]:
+        """What the report has to know about the case, ready for JSON."""
+        return asdict(self) | {"direction": "fwd+bwd", "dtype": "fp32"}
+
+    def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor, KeptRows]:
+        generator = seeded()
+        x = torch.randn(self.shape, generator=generator).to(device).requires_grad_()
+        grad = torch.randn(self.shape, generator=generator).to(device)
+        return x, grad, kept_rows(self.shape[0], self.keep, device, seed=1)
+
+    def workloads(self, device: torch.device) -> dict[str, Workload]:
+        """One workload per provider, on shared inputs."""
+        x, grad, rows = self._inputs(device)
+
+        def workload(function: HostFunction) -> Workload:
+            return Workload(lambda: torch.autograd.grad(function(x, 1 - self.keep, rows), x, grad))
+
+        return {provider: workload(function) for provider, function in HOST_PROVIDERS.items()}
+
+    def comparisons(self, device: torch.device) -> Iterator[Comparison]:
+        """Each provider against naive masking with the same kept rows.
+
+        A provider that draws its own rows shows in its output which ones it kept, and naive masking
+        repeats them.
+        """
+        x, grad, rows = self._inputs(device)
+
+        def evaluate(output: Tensor) -> dict[str, Tensor]:
+            return {"output": output.detach(), **gradients(output, {"x": x}, grad)}
+
+        def naive(rows: KeptRows) -> dict[str, Tensor]:
+            return evaluate(reference.naive_masking(x, _identity, 1 - self.keep, rows=rows))
+
+        for provider, function in HOST_PROVIDERS.items():
+            if provider == "plain":
+                continue
+            got = evaluate(function(x, 1 - self.keep, rows))
+            if provider.endswith("-rows"):
+                yield Comparison(provider, got, naive(rows))
+            else:
+                mask = (got["output"] != x).flatten(1).any(1)
+                yield Comparison(
+                    provider, got, naive(KeptRows.from_mask(mask, scale=1 / self.keep))
+                )

@@ -1,0 +1,226 @@
+"""A training step (forward, loss, backward) of a model of timm or torchvision, as it is and
+patched.
+
+Needs both libraries; without them the cases are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure.workload import Comparison, Workload, gradients, seeded
+from benchmarks.providers.libraries import import_module
+from benchmarks.providers.networks import (
+    Ruled,
+    frozen_statistics,
+    give_drop_paths,
+    seeded_module,
+    timm_model,
+    torchvision_model,
+)
+from benchmarks.providers.residuals import Rule, beside, dense, dinov2, fused, naive, skipped
+from sdkernels import DepthPlan, KeptRows
+
+CLASSES = 10
+
+# name: (the rule, whether the rows come from a plan drawn beforehand)
+PROVIDERS: dict[str, tuple[Rule | None, bool]] = {
+    "naive": (None, False),  # the library's own drop path, unpatched
+    "dinov2": (dinov2, False),
+    "fused": (fused(sampler="fixed"), False),
+    "fused-plan": (fused(), True),
+    "fused-bernoulli": (fused(), False),
+    "beside": (beside, True),
+    "undropped": (dense, False),
+    "skeleton": (skipped, False),
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model with the same drop rate in every branch.
+
+    The floor is ``beside``: the stream of all rows, and every branch for as many rows as it keeps.
+    The ideal is computed from ``undropped`` (no drop path) and ``skeleton`` (no branches): what is
+    not in a branch is paid for in full, a branch for its kept rows. It takes a branch's time for
+    proportional to its rows; the floor does not.
+
+    Args:
+        library: timm or torchvision.
+        model: its name there.
+        label: what people call it.
+        depth: blocks, where the model is shortened; only for timm's vision transformers.
+    """
+
+    library: str
+    model: str
+    label: str
+    image: int = 224
+    batch: int = 20
+    drop: float = 0.4
+    dtype: str = "fp32"  # or "amp": autocast to bf16
+    depth: int | None = None
+
+    kind: ClassVar[str] = "model"
+    baseline: ClassVar[str] = "naive"
+    floor: ClassVar[str | None] = "beside"
+
+    @property
+    def name(self) -> str:
+        depth = f"-L{self.depth}" if self.depth else ""
+        size = f"-{self.image}px" if self.image != 224 else ""
+        return (
+            f"model-{self.library}-{self.model}{depth}{size}-B{self.batch}-drop{self.drop:g}"
+            f"-{self.dtype}"
+        )
+
+    @property
+    def kept(self) -> int:
+        """Rows that every branch keeps with the fixed count."""
+        return KeptRows.sample(self.batch, self.drop, sampler="fixed").k
+
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        """Every provider can run everywhere."""
+        return dict.fromkeys(PROVIDERS)
+
+    def describe(self) -> dict[str, Any]:
+        """What the report has to know about the case, ready for JSON."""
+        return {
+            "model": f"{self.library}-{self.model}",
+            "label": self.label,
+            "image": self.image,
+            "batch": self.batch,
+            "drop": self.drop,
+            "k": self.kept,
+            "depth": self.depth,
+            "dtype": self.dtype,
+            "direction": "fwd+bwd",
+        }
+
+    def make(self) -> nn.Module:
+        """The model as its library makes it, in training, without dropout."""
+
+        def build() -> nn.Module:
+            if self.library == "torchvision":
+                return torchvision_model(self.model, num_classes=CLASSES)
+            options: dict[str, Any] = {"num_classes": CLASSES}
+            if self.model.startswith(("vit", "deit")):
+                options |= {"init_values": 1.0, "img_size": self.image}
+                options |= {"depth": self.depth} if self.depth else {}
+            elif self.model.startswith("convnext"):
+                options |= {"ls_init_value": 1.0}
+            elif self.model.startswith("swin"):
+                options |= {"img_size": self.image}
+            return timm_model(self.model, **options)
+
+        return seeded_module(build).train().to(memory_format=torch.channels_last)
+
+    def _with_drop_path(self, patched: Ruled, device: torch.device) -> nn.Module | None:
+        """The library's own model with its drop path at the case's rate; None if it has none."""
+        if self.library == "torchvision":
+            stochastic_depth = import_module("torchvision.ops").StochasticDepth
+            path: Callable[[], nn.Module] = lambda: stochastic_depth(self.drop, "row")  # noqa: E731
+        else:
+            drop_path = import_module("timm.layers.drop").DropPath
+            path = lambda: drop_path(self.drop)  # noqa: E731
+        model = self.make()
+        return model.to(device) if give_drop_paths(model, patched, path) else None
+
+    def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        generator = seeded()
+        images = torch.randn(self.batch, 3, self.image, self.image, generator=generator)
+        labels = torch.randint(CLASSES, (self.batch,), generator=generator)
+        return images.to(device, memory_format=torch.channels_last), labels.to(device)
+
+    def _plan(self, branches: int, device: torch.device) -> DepthPlan:
+        return DepthPlan.sample(
+            self.batch,
+            [self.drop] * branches,
+            sampler="fixed",
+            generator=seeded(1),
+            device=device,
+        )
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def workloads(self, device: torch.device) -> dict[str, Workload]:
+        """One workload per provider, on the same weights and images.
+
+        One patched copy serves every provider but the library's own.
+        """
+        images, labels = self._inputs(device)
+        patched = Ruled(self.make(), self.drop).to(device)
+        plan = list(self._plan(patched.branches, device))
+        own = self._with_drop_path(patched, device)
+
+        def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
+            model: nn.Module = patched if own is None or rule is not None else own
+            parameters = tuple(model.parameters())
+            rows = plan if from_plan else [None]
+
+            def forward() -> Tensor:
+                with self.autocast(device):
+                    if rule is None and own is not None:
+                        logits = own(images)
+                    else:
+                        logits = patched(images, rule or naive, rows=rows)
+                    return F.cross_entropy(logits.float(), labels)
+
+            def run() -> None:
+                torch.autograd.grad(forward(), parameters, allow_unused=name == "skeleton")
+
+            return Workload(run, forward, parameters)
+
+        return {name: workload(name, *how) for name, how in PROVIDERS.items()}
+
+    def comparisons(self, device: torch.device) -> Iterator[Comparison]:
+        """The patched model under every rule against naive masking with the same rows, and the
+        library's own evaluation.
+
+        In float64 and on a few images: what errors of rounding a net of fifty layers amplifies is
+        none of the provider's. Three compute something else. ``undropped`` is compared with naive
+        masking where all rows are kept, ``skeleton`` where none is; and so is the output of
+        ``beside``, whose branches reach nothing but their own parameters.
+        """
+        convolutional = self.model.startswith(("convnext", "resnet"))
+        image = 64 if convolutional else self.image  # the others are built for one size
+        small = replace(self, batch=min(self.batch, 3), image=image)
+        images, labels = small._inputs(device)
+        images = images.double()
+        patched = Ruled(self.make(), self.drop).to(device).double()
+        plan = list(small._plan(patched.branches, device))
+        inputs = dict(patched.named_parameters())
+
+        def evaluate(rule: Rule, rows: list[Any]) -> dict[str, Tensor]:
+            with frozen_statistics(patched):
+                logits = patched(images, rule, rows=rows)
+                loss = F.cross_entropy(logits, labels)
+            return {"output": logits.detach(), **gradients(loss, inputs, torch.ones_like(loss))}
+
+        expected = evaluate(naive, plan)
+        yield Comparison("dinov2", evaluate(dinov2, plan), expected)
+        yield Comparison("fused", evaluate(fused(), plan), expected)
+        everything = KeptRows.from_mask(torch.ones(small.batch, dtype=torch.bool)).to(device)
+        scaled = [KeptRows(everything.index, everything.slot, 1.0)] * patched.branches
+        expected = evaluate(naive, scaled)
+        yield Comparison("undropped", evaluate(dense, [None]), expected)
+        nothing = KeptRows.from_mask(torch.zeros(small.batch, dtype=torch.bool)).to(device)
+        expected = evaluate(naive, [nothing] * patched.branches)
+        yield Comparison("skeleton", evaluate(skipped, [None]), expected)
+        output = evaluate(beside, plan)["output"]
+        yield Comparison("beside", {"output": output}, {"output": expected["output"]})
+
+        own = self.make().to(device).double().eval()
+        patched.eval()
+        with torch.no_grad():
+            yield Comparison("naive", {"output": patched.module(images)}, {"output": own(images)})

@@ -1,0 +1,226 @@
+"""A small ViT trained on real handwritten digits by every provider from the same seed, data order
+and kept rows.
+
+The data are scikit-learn's 1797 images of 8x8 pixels. All variants take their steps in turn, so
+that what the machine does meanwhile falls on all of them alike, and each step draws one plan per
+sampler that naive masking and the fused op share: their loss curves then differ by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from benchmarks.providers.residuals import Rule, dense, fused, naive
+from benchmarks.providers.vit import DigitsViT
+from sdkernels import DepthPlan, linear_decay
+
+SAMPLERS = ("bernoulli", "fixed")
+
+# name -> (sampler, residual rule, relative change of the initial weights)
+#
+# The last one is a yardstick: the same naive run from weights changed by one rounding error.
+# Training amplifies such differences, and two correct implementations can't stay closer to each
+# other than it stays to "naive".
+VARIANTS: dict[str, tuple[str, Rule, float]] = {
+    "naive": ("bernoulli", naive, 0.0),
+    "fused": ("bernoulli", fused(), 0.0),
+    "naive-fixed": ("fixed", naive, 0.0),
+    "fused-fixed": ("fixed", fused(), 0.0),
+    "naive-perturbed": ("bernoulli", naive, 1e-7),
+}
+
+# Pairs whose loss curves have to agree.
+PAIRS = {"fused": "naive", "fused-fixed": "naive-fixed", "naive-perturbed": "naive"}
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """Model and schedule; the same for every variant."""
+
+    width: int = 96
+    depth: int = 6
+    heads: int = 4
+    layer_scale: float = 0.3
+    p_last: float = 0.5  # drop probability of the last branch, linear decay before it
+    epochs: int = 12
+    batch: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    kind: ClassVar[str] = "train"
+    name: ClassVar[str] = "train-digits"
+
+    @property
+    def drop_probabilities(self) -> list[float]:
+        """One per residual branch, two branches a block."""
+        return linear_decay(2 * self.depth, self.p_last)
+
+
+@dataclass
+class Variant:
+    """One run: its model, its optimizer and what was recorded."""
+
+    model: DigitsViT
+    optimizer: torch.optim.Optimizer
+    sampler: str
+    rule: Rule
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[list[float]] = field(default_factory=list)  # per epoch
+    accuracies: list[float] = field(default_factory=list)  # on the validation split, per epoch
+
+
+def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """Training images, training labels, validation images, validation labels.
+
+    1437 and 360 images [n, 1, 8, 8], stratified by class, standardised by the training split.
+    """
+    digits = load_digits()
+    train_x, val_x, train_y, val_y = train_test_split(
+        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1),
+        torch.tensor(digits.target),
+        test_size=360,
+        stratify=digits.target,
+        random_state=seed,
+    )
+    mean, deviation = train_x.mean(), train_x.std()
+    train_x, val_x = (train_x - mean) / deviation, (val_x - mean) / deviation
+    return tuple(tensor.to(device) for tensor in (train_x, train_y, val_x, val_y))
+
+
+def _start(case: TrainingCase, name: str, device: torch.device) -> Variant:
+    sampler, rule, perturbation = VARIANTS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        model = DigitsViT(case.width, case.depth, case.heads, case.layer_scale)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + perturbation * torch.randn_like(parameter))
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=case.weight_decay)
+    return Variant(model, optimizer, sampler, rule)
+
+
+def _learning_rate(case: TrainingCase, step: int, steps: int) -> float:
+    """Linear warm-up over the first tenth, then half a cosine to zero."""
+    warmup = max(steps // 10, 1)
+    if step < warmup:
+        return case.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return case.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+@contextmanager
+def _stopwatch(seconds: list[float], device: torch.device) -> Iterator[None]:
+    """Appends the time that the block took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds.append(time.perf_counter() - start)
+
+
+def _step(
+    variant: Variant, images: Tensor, labels: Tensor, drop: list[float], plan: DepthPlan
+) -> float:
+    loss = F.cross_entropy(variant.model(images, variant.rule, drop, list(plan)), labels)
+    variant.optimizer.zero_grad()
+    loss.backward()
+    variant.optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def _accuracy(model: DigitsViT, images: Tensor, labels: Tensor) -> float:
+    correct = model(images, dense).argmax(1) == labels
+    return correct.double().mean().item()
+
+
+def steps_per_epoch(case: TrainingCase, samples: int = 1437) -> int:
+    """Full batches in the training split; what is left over waits for the next shuffle."""
+    return samples // case.batch
+
+
+def train(
+    case: TrainingCase, device: torch.device, advance: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Trains all variants side by side and returns a JSON-ready record.
+
+    ``advance`` is called after each step of all variants.
+    """
+    train_x, train_y, val_x, val_y = load_digits_split(device, case.seed)
+    variants = {name: _start(case, name, device) for name in VARIANTS}
+    drop = case.drop_probabilities
+    order = torch.Generator().manual_seed(case.seed)
+    rows_generator = torch.Generator().manual_seed(case.seed + 1)
+    plan_seconds: dict[str, list[float]] = {sampler: [] for sampler in SAMPLERS}
+    kept_rows = dict.fromkeys(SAMPLERS, 0)
+    per_epoch = steps_per_epoch(case, len(train_x))
+    steps = per_epoch * case.epochs
+
+    for step in range(steps):
+        position = step % per_epoch
+        if position == 0:
+            shuffled = torch.randperm(len(train_x), generator=order).to(device)
+            for variant in variants.values():
+                variant.step_seconds.append([])
+        batch = shuffled[position * case.batch : (position + 1) * case.batch]
+
+        plans = {}
+        for sampler in SAMPLERS:
+            with _stopwatch(plan_seconds[sampler], device):
+                plans[sampler] = DepthPlan.sample(
+                    case.batch, drop, sampler=sampler, generator=rows_generator, device=device
+                )
+            kept_rows[sampler] += sum(rows.k for rows in plans[sampler])
+
+        names = list(variants)
+        first = step % len(names)  # nobody always runs after the same neighbour
+        for name in names[first:] + names[:first]:
+            variant = variants[name]
+            for group in variant.optimizer.param_groups:
+                group["lr"] = _learning_rate(case, step, steps)
+            with _stopwatch(variant.step_seconds[-1], device):
+                loss = _step(variant, train_x[batch], train_y[batch], drop, plans[variant.sampler])
+            variant.losses.append(loss)
+        if position == per_epoch - 1:
+            for variant in variants.values():
+                variant.accuracies.append(_accuracy(variant.model, val_x, val_y))
+        advance()
+
+    def difference(name: str, other: str) -> float:
+        pairs = zip(variants[name].losses, variants[other].losses, strict=True)
+        return max(abs(a - b) for a, b in pairs)
+
+    return {
+        "case": case.name,
+        "settings": asdict(case),
+        "train_samples": len(train_x),
+        "validation_samples": len(val_x),
+        "steps": steps,
+        "plan_seconds": plan_seconds,
+        "kept_share": {s: kept_rows[s] / (steps * len(drop) * case.batch) for s in SAMPLERS},
+        "variants": {
+            name: {
+                "sampler": variant.sampler,
+                "losses": variant.losses,
+                "step_seconds": variant.step_seconds,
+                "validation_accuracy": variant.accuracies,
+            }
+            for name, variant in variants.items()
+        },
+        "largest_loss_difference": {name: difference(name, other) for name, other in PAIRS.items()},
+    }

@@ -1,0 +1,139 @@
+"""Blocks and models of timm and torchvision whose residual additions follow any rule.
+
+:func:`sdkernels.patch` finds the additions; a rule of ``residuals.py`` then takes the op's place in
+the patched blocks. So every provider runs the same modules, as the libraries wrote them, and
+differs in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import sdkernels
+from benchmarks.providers.libraries import import_module, is_installed
+from benchmarks.providers.residuals import Rule
+from sdkernels import KeptRows
+from sdkernels.models import blocks
+
+HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
+
+
+@contextmanager
+def in_place_of_the_op(rule: Rule) -> Iterator[None]:
+    """Patched blocks add by this rule."""
+    op = blocks.fused_stochastic_depth
+    blocks.fused_stochastic_depth = rule  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        blocks.fused_stochastic_depth = op
+
+
+class Ruled(nn.Module):
+    """A module of a library with the residual rule left open: the interface of ``vit.Block``.
+
+    Args:
+        module: a block or a model, in which at least one block is known to ``patch``.
+        drop: the drop probability of every branch.
+    """
+
+    def __init__(self, module: nn.Module, drop: float) -> None:
+        super().__init__()
+        self.module = module
+        count = len(sdkernels.patch(module, drop_probs=0.0).drop_probs)
+        self.report = sdkernels.patch(module, drop_probs=[drop] * count)
+        self.branches = count
+
+    def forward(
+        self,
+        x: Tensor,
+        rule: Rule,
+        p: Sequence[float] = (),
+        rows: Sequence[KeptRows | None] = (None,),
+    ) -> Tensor:
+        """``p`` was given to the constructor; ``rows`` are all given, or all drawn by the rule."""
+        given = None not in rows
+        with in_place_of_the_op(rule), self.report.use(rows) if given else nullcontext():
+            y: Tensor = self.module(x)
+        return y
+
+
+def give_drop_paths(model: nn.Module, patched: Ruled, make: Callable[[], nn.Module]) -> bool:
+    """Sets the drop path of every branch of an unpatched model, which ``patched`` is a copy of.
+
+    Returns whether the model has them: torchvision's ResNet has none.
+    """
+    modules = dict(model.named_modules())
+    for entry in patched.report.patched:
+        for name in entry.block._sdkernels.drops:
+            if name is None:
+                return False
+            owner, _, attribute = name.rpartition(".")
+            block = modules[entry.name]
+            setattr(attrgetter(owner)(block) if owner else block, attribute, make())
+    return True
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm with its running statistics, so that rows do not depend on each other: for the
+    comparison of values. (What it computes from the batch is another number for fewer rows.)"""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def unit_layer_scale(module: nn.Module) -> nn.Module:
+    """Layer scale at 1: at the 1e-5 that models start from, a comparison would not see a branch."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in ("gamma", "layer_scale"):
+            nn.init.ones_(parameter)
+    return module
+
+
+def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The same weights for the same seed, and the generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return unit_layer_scale(make())
+
+
+def convnext_block(width: int) -> nn.Module:
+    timm = import_module("timm.models.convnext")
+    return timm.ConvNeXtBlock(width, ls_init_value=1.0)  # type: ignore[no-any-return]
+
+
+def swin_block(width: int, heads: int, size: int) -> nn.Module:
+    """Shifted windows of 7x7 on a grid of ``size`` squared."""
+    timm = import_module("timm.models.swin_transformer")
+    shift = 3 if size > 7 else 0
+    return timm.SwinTransformerBlock(  # type: ignore[no-any-return]
+        width, (size, size), num_heads=heads, window_size=7, shift_size=shift
+    )
+
+
+def resnet_block(width: int) -> nn.Module:
+    """torchvision's bottleneck: ``width`` channels in and out, a quarter inside."""
+    torchvision = import_module("torchvision.models.resnet")
+    return torchvision.Bottleneck(width, width // 4)  # type: ignore[no-any-return]
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    return import_module("timm").create_model(name, **options)  # type: ignore[no-any-return]
+
+
+def torchvision_model(name: str, **options: Any) -> nn.Module:
+    models = import_module("torchvision.models")
+    return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]

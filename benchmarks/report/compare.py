@@ -1,0 +1,206 @@
+"""Two runs side by side: ``python -m benchmarks compare A.json B.json``.
+
+Of a noisy machine the seconds of two runs can't be compared, what each says of its own providers
+can: by default every provider's time is taken relative to the case's baseline (naive masking,
+PyTorch, ...) in the same run. ``--seconds`` compares the times themselves, for one idle machine.
+
+A regression is a provider that became slower by more than the threshold and by more than the
+spreads of both runs explain, that needs more memory by more than the threshold, or that was timed
+in A and could not run in B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.measure.workload import matches
+from benchmarks.report.tables import BadResults, Section, read
+
+_MACHINE = (
+    *("cpu", "instruction_set", "cores", "threads", "gpu", "driver"),
+    *("torch", "cuda", "triton"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one provider in both runs; a ratio above 1 is worse, None means lost."""
+
+    case: str
+    provider: str
+    figure: str  # "time", "host extra" or "memory"
+    ratio: float | None  # B / A
+    noise: float  # what the spreads of both runs explain
+    threshold: float
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """One of regression, improvement, same."""
+        if self.ratio is None:
+            return "regression"
+        allowed = max(self.threshold, self.noise)
+        if self.ratio > 1 + allowed:
+            return "regression"
+        return "improvement" if self.ratio < 1 / (1 + allowed) else "same"
+
+
+Figure = tuple[float, float]
+
+
+def _time(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
+    """A provider's time, or its share of the baseline's, and the spread of that."""
+    own = case["providers"].get(provider)
+    if own is None:
+        return None
+    if not relative:
+        return own["median"], own["spread"]
+    baseline = case["providers"].get(case["baseline"])
+    if baseline is None:
+        return None
+    # Independent: spreads of a quotient add up as squares.
+    return own["median"] / baseline["median"], math.hypot(own["spread"], baseline["spread"])
+
+
+def _extra(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
+    """What a call costs over ``x + branch(x)``, or its share of naive masking's."""
+    own = case["providers"].get(provider, {})
+    value = own.get("extra_of_baseline" if relative else "extra")
+    if not value or value < 0:
+        return None
+    # The extra is a difference of two times: the error of a time weighs more in it.
+    return value, own["spread"] * own["median"] / own["extra"]
+
+
+def _memory(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
+    used = case["providers"].get(provider, {}).get("memory")
+    # What draws its rows independently needs another amount in every call.
+    if not used or not used["bytes"] or provider.endswith("bernoulli"):
+        return None
+    return used["bytes"], 0.0
+
+
+def compare(
+    a: dict[str, Any], b: dict[str, Any], threshold: float, relative: bool = True
+) -> list[Change]:
+    """Every figure that both runs have, and every provider that only A could run.
+
+    Args:
+        a, b: results of two runs, the older one first.
+        threshold: relative change that counts.
+        relative: times as shares of the baseline in the same run, else in seconds.
+    """
+    after = {case["name"]: case for case in b["cases"]}
+    changes = []
+    for old in a["cases"]:
+        new = after.get(old["name"])
+        if new is None:
+            continue
+        for provider in old["providers"]:
+            if provider not in new["providers"]:
+                reasons = new["skipped"]
+                why = reasons.get(provider) or reasons.get("*") or "not among the providers"
+                changes.append(Change(old["name"], provider, "time", None, 0.0, threshold, why))
+                continue
+            own_baseline = relative and provider in (old["baseline"], new["baseline"])
+            same_baseline = not relative or old["baseline"] == new["baseline"]
+            time = _extra if old["kind"] == "host" else _time
+            name = "host extra" if old["kind"] == "host" else "time"
+            measures = {} if own_baseline or not same_baseline else {name: time}
+            for figure, of in {**measures, "memory": _memory}.items():
+                then, now = of(old, provider, relative), of(new, provider, relative)
+                if then and now:
+                    ratio, noise = now[0] / then[0], math.hypot(now[1], then[1])
+                    changes.append(Change(old["name"], provider, figure, ratio, noise, threshold))
+    return changes
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What makes the two runs hard to compare, in words."""
+    found = [
+        f"{name}: {a['environment'].get(name)} and {b['environment'].get(name)}"
+        for name in _MACHINE
+        if a["environment"].get(name) != b["environment"].get(name)
+    ]
+    found += [
+        f"{key}: {a[key]} and {b[key]}"
+        for key in ("preset", "filter", "device")
+        if a[key] != b[key]
+    ]
+    for result, name in ((a, "first"), (b, "second")):
+        if not result["complete"]:
+            found.append(f"the {name} run was stopped before its end")
+    return found
+
+
+def _section(changes: list[Change]) -> Section:
+    section = Section("B / A", ("case", "provider", "figure", "B / A", "noise", "verdict"), names=3)
+    groups: dict[str, list[Any]] = {}
+    for change in changes:
+        groups.setdefault(change.case, []).append(
+            [
+                change.case,
+                change.provider,
+                change.figure,
+                "-" if change.ratio is None else f"{change.ratio:.3f}",
+                f"\u00b1{100 * change.noise:.1f} %",
+                f"{change.verdict}: {change.note}" if change.note else change.verdict,
+            ]
+        )
+    section.groups += groups.values()
+    return section
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the ratios; returns 0, 1 where something got worse, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, metavar="A.json", help="the older run")
+    parser.add_argument("b", type=Path, metavar="B.json", help="the newer run")
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="relative change that counts (default: 0.05)"
+    )
+    parser.add_argument("--seconds", action="store_true", help="times themselves, no ratios")
+    parser.add_argument("--provider", default="fused", help="or all (default: fused and fused-*)")
+    parser.add_argument("--filter", metavar="EXPR", help="only cases whose name matches")
+    options = parser.parse_args(arguments)
+    if not options.threshold >= 0:
+        parser.error(f"--threshold: expected 0 or more, got {options.threshold}")
+    try:
+        a, b = read(options.a), read(options.b)
+    except BadResults as error:
+        print(f"python -m benchmarks compare: {error}", file=sys.stderr)
+        return 2
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150)
+    for difference in differences(a, b):
+        console.print(f"[bold yellow]The runs differ: {difference}[/]", highlight=False)
+    changes = [
+        change
+        for change in compare(a, b, options.threshold, not options.seconds)
+        if (options.provider == "all" or change.provider.startswith(options.provider))
+        and (options.filter is None or matches(change.case, options.filter))
+    ]
+    names = [{case["name"] for case in result["cases"]} for result in (a, b)]
+    for only, other, which in ((*names, "first"), (*names[::-1], "second")):
+        alone = sorted(only - other)
+        for name in alone[:5]:
+            console.print(f"only in the {which} run: {name}", highlight=False)
+        if alone[5:]:
+            console.print(f"only in the {which} run: {len(alone) - 5} more", highlight=False)
+    if not changes:
+        print("python -m benchmarks compare: the runs share no figure", file=sys.stderr)
+        return 2
+    console.print(_section(changes).rich())
+    worse = [change for change in changes if change.verdict == "regression"]
+    console.print(f"{len(changes)} figures, {len(worse)} regressions", highlight=False)
+    return 1 if worse else 0

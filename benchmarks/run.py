@@ -1,0 +1,311 @@
+"""A run of a preset: checks, times, trains and reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from benchmarks.cases.presets import PRESETS, Preset, SelectionError, get_preset, select
+from benchmarks.cases.training import steps_per_epoch, train
+from benchmarks.measure import memory, timeline
+from benchmarks.measure.environment import environment
+from benchmarks.measure.store import OtherRun, Store, write_json
+from benchmarks.measure.workload import Case
+from benchmarks.report import figures, rebuild, targets
+
+HERE = Path(__file__).parent
+
+
+class RunFailed(RuntimeError):
+    """The timed part did not finish; the message says why."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line arguments; ``--help`` documents the presets and the filter."""
+    presets = "\n".join(
+        f"  {p.name:10} {p.summary}; {p.duration}, {len(p.names())} cases" for p in PRESETS.values()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=(
+            "Checks that all providers compute the same, times them in turns, trains on digits, "
+            "and reports."
+        ),
+        epilog=(
+            "commands:\n"
+            "  python -m benchmarks [options]            run a preset\n"
+            "  python -m benchmarks report DIR           rebuild report and plots of a run\n"
+            "  python -m benchmarks compare A B          ratios of two runs, 1 on a regression\n"
+            '  python -m benchmarks break-even RESULTS   the rule behind min_saving="auto"\n'
+            "  python -m benchmarks patched-classes      every class that patch() knows\n"
+            "  python -m benchmarks batch-norm           what compaction changes with BatchNorm\n"
+            "  python -m benchmarks scaling              what the slowest of many ranks costs\n"
+            "  python -m benchmarks host-cost            what a call costs without the extension\n"
+            "  python -m benchmarks cuda-bandwidth       device time of every kernel on a GPU\n"
+            "  python -m benchmarks.paper COMMAND        the paper's claims\n"
+            "  (each with --help)\n\n"
+            f"presets:\n{presets}\n\n"
+            "filter:\n"
+            "  comma-separated shell patterns, matched anywhere in a case's name (see --list)\n"
+            "  block             all blocks                 op-*-bwd         backward passes\n"
+            "  scatter_add,host  two kinds                  train            the training alone\n\n"
+            "A run that was stopped goes on where it was when it is started again with the same\n"
+            "arguments, versions and commit on the same machine.\n\n"
+            "exit code:\n"
+            "  0    everything ran; a missed target is reported, it is no failure\n"
+            "  1    a provider computes something else, or a case failed\n"
+            "  2    a bad argument\n"
+            "  130  interrupted; what was measured is reported and kept"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", default="quick", metavar="NAME", help=f"{', '.join(PRESETS)} (default: quick)"
+    )
+    parser.add_argument("--filter", metavar="EXPR", help="run only the cases whose name matches")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "out",
+        metavar="DIR",
+        help="for JSON, plots, report (default: benchmarks/out)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over where an unfinished run lies in DIR"
+    )
+    parser.add_argument("--list", action="store_true", help="list the selected cases and stop")
+    options = parser.parse_args(arguments)
+    try:
+        options.preset = get_preset(options.preset)
+        options.selected = select(options.preset, options.filter)
+        options.device = torch.device(options.device)
+    except (SelectionError, RuntimeError) as error:
+        parser.error(str(error))
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {options.device}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    return options
+
+
+class RunProgress:
+    """The progress bars; also a pytest plugin, which hears of every turn and gives the store."""
+
+    def __init__(self, console: Console, store: Store, steps: int) -> None:
+        self.console = console
+        self.store = store
+        self.bars = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[doing]}"),
+            console=console,
+            redirect_stdout=False,  # pytest's output is caught by run_cases, the bars go past it
+            redirect_stderr=False,
+        )
+        self.timing = self.bars.add_task("timing", total=None, doing="", start=False)
+        self.training = self.bars.add_task(
+            "training", total=steps or None, visible=steps > 0, doing="", start=False
+        )
+        self._doing: str | None = None
+
+    def _say(self, task: TaskID, doing: str) -> None:
+        """Names what is being done: in the bar, or without a terminal on a line of its own."""
+        self.bars.start_task(task)
+        self.bars.update(task, doing=doing)
+        if not self.console.is_terminal and doing != self._doing:
+            self.console.print(f"{self.bars.tasks[task].description}: {doing}", highlight=False)
+        self._doing = doing
+
+    def trained(self) -> None:
+        """One training step of all variants is done."""
+        self._say(self.training, "handwritten digits, all variants in turn")
+        self.bars.advance(self.training)
+
+    def pytest_benchmark_store(self) -> Store:
+        return self.store
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.bars.update(self.timing, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._say(self.timing, nodeid.partition("[")[2].rpartition("-repeat")[0])
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.bars.advance(self.timing)
+
+
+def run_cases(
+    preset: Preset, expression: str | None, device: torch.device, plugin: RunProgress
+) -> None:
+    """Checks and times the selected cases under pytest-benchmark, into the plugin's store.
+
+    Raises:
+        RunFailed: with pytest's own account of what went wrong.
+        KeyboardInterrupt: when interrupted.
+    """
+    arguments = [
+        str(HERE / "test_speed.py"),
+        f"--rootdir={HERE.parent}",
+        "--override-ini=addopts=",  # the options of the project's tests are not ours
+        "--override-ini=filterwarnings=default",
+        "--capture=sys",  # a captured descriptor would swallow the progress bar
+        "-p",
+        "no:cacheprovider",
+        "--exitfirst",
+        "--benchmark-only",
+        "--benchmark-disable-gc",
+        "--benchmark-quiet",
+        # Unused, but it would make a folder here.
+        f"--benchmark-storage=file://{plugin.store.folder.resolve()}",
+        f"--bench-preset={preset.name}",
+        f"--bench-device={device}",
+        *([f"--bench-filter={expression}"] if expression else []),
+    ]
+    account = io.StringIO()
+    with contextlib.redirect_stdout(account), contextlib.redirect_stderr(account):
+        code = pytest.main(arguments, plugins=[plugin])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    # With every case in the store already there is no test left.
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RunFailed(account.getvalue().strip())
+
+
+TRAINING, TIMELINE, SECONDS = "training", "timeline", "seconds"
+
+
+def record_timeline(case: Case, device: torch.device) -> dict[str, Any]:
+    """One profiled step of naive masking, of the op and of the floor."""
+    workloads = case.workloads(device)
+    shown = [name for name in ("naive", "fused", case.floor) if name is not None]
+    return {
+        "case": case.name,
+        "providers": {name: timeline.record(workloads[name], device) for name in shown},
+    }
+
+
+def measure(options: argparse.Namespace, progress: RunProgress) -> None:
+    """Everything that the store does not hold yet."""
+    preset, store, device = options.preset, progress.store, options.device
+    case = preset.training
+    names = [c.name for c in preset.cases if c.name in options.selected]
+    with progress.bars:
+        if any(store.load(name) is None for name in names):
+            with memory.host_memory_limit():
+                run_cases(preset, options.filter, device, progress)
+        trains = case is not None and case.name in options.selected
+        if case is not None and trains and store.load(TRAINING) is None:
+            store.save(TRAINING, train(case, device, progress.trained))
+        if preset.timeline in names and store.load(TIMELINE) is None:
+            (shown,) = [c for c in preset.cases if c.name == preset.timeline]
+            store.save(TIMELINE, record_timeline(shown, device))
+
+
+def assemble(
+    options: argparse.Namespace, store: Store, env: dict[str, Any], complete: bool, seconds: float
+) -> dict[str, Any]:
+    """The results of what the store holds, as ``SCHEMA.md`` describes them."""
+    records = [store.load(c.name) for c in options.preset.cases if c.name in options.selected]
+    cases = figures.collect(record for record in records if record is not None)
+    training = store.load(TRAINING)
+    outcomes = targets.outcomes(cases)
+    return {
+        "schema": figures.SCHEMA,
+        "preset": options.preset.name,
+        "filter": options.filter,
+        "device": str(options.device),
+        "command": options.command,
+        "complete": complete,
+        "environment": env,
+        "seconds": seconds,
+        "cases": cases,
+        "training": None if training is None else figures.merge_training(training),
+        "timeline": store.load(TIMELINE),
+        "reach": [
+            asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
+        ],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a preset, reports, and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(arguments)
+    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    preset: Preset = options.preset
+    if options.list:
+        print("\n".join(options.selected))
+        return 0
+    console = rebuild.make_console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    env = environment(options.device) | {"keeps_memory": memory.keep_freed_memory()}
+    settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
+    try:
+        store = Store(options.out, settings, env, options.fresh)
+    except OtherRun as error:
+        console.print(f"python -m benchmarks: {error}", highlight=False, markup=False)
+        return 2
+    done = sum(store.load(name) is not None for name in options.selected)
+    console.print(
+        f"preset {preset.name} ({preset.duration}), {len(options.selected)} cases"
+        + (f", {done} of them measured before the run was stopped" if done else ""),
+        highlight=False,
+    )
+
+    case = preset.training
+    trains = case is not None and case.name in options.selected and store.load(TRAINING) is None
+    steps = steps_per_epoch(case) * case.epochs if case is not None and trains else 0
+    start = time.perf_counter() - (store.load(SECONDS) or 0.0)
+    complete = True
+    try:
+        measure(options, RunProgress(console, store, steps))
+    except RunFailed as error:
+        store.discard()
+        console.print(
+            f"[bold red]The run failed; no figures are reported.[/]\n{escape(str(error))}",
+            highlight=False,
+        )
+        return 1
+    except KeyboardInterrupt:
+        complete = False
+        console.print("Interrupted; what was measured until then:", highlight=False)
+
+    seconds = time.perf_counter() - start
+    store.save(SECONDS, seconds)
+    result = assemble(options, store, env, complete, seconds)
+    if result["cases"] or result["training"]:
+        write_json(options.out / "results.json", result)
+        console.print()
+        written = rebuild.write(result, options.out, console)
+        console.print(
+            f"\n{seconds:.0f} s. Written: {options.out / 'results.json'}, "
+            + ", ".join(map(str, written)),
+            highlight=False,
+        )
+    if not complete:
+        return 130
+    store.discard()
+    return 0

@@ -1,0 +1,300 @@
+"""A training step of every class that patch() knows: ``python -m benchmarks patched-classes``.
+
+Models of timm, torchvision and transformers (``providers/zoo``) with a drop rate of 0.4 in every
+block: forward, loss and backward of the model as it is (``naive``: the library's own drop path),
+patched (``fused``, fixed count), patched with gather and ``index_add`` of PyTorch in the place of
+the op (``index_add``), and without drop path on a batch of only the kept rows (``dense``: as if
+stem and head were dropped too). A model with blocks of several classes has one more line for each
+class that no line has had for itself: only blocks of that class drop there.
+
+Before any clock starts, outputs and all gradients of ``fused`` and ``index_add`` are compared with
+masks of the same rows. All providers take turns, one call each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sdkernels
+from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.memory import saved_activation_bytes
+from benchmarks.providers.libraries import LIBRARIES, is_installed
+from benchmarks.providers.networks import in_place_of_the_op
+from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
+from benchmarks.studies.patched_subjects import (
+    DROP,
+    Subject,
+    drop_path_of,
+    give_drop_paths,
+    index_add,
+    masked,
+    subjects,
+)
+from sdkernels import KeptRows
+from sdkernels.models import PatchReport
+
+BATCH = 20
+# Of float32 through a whole model, relative to the largest entry of a tensor; a gradient that is
+# zero but for rounding (of a key's bias, say) is held against the largest of all.
+TOLERANCE, FLOOR = 1e-3, 1e-6
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Output and gradients of a step, those of parameters that take part in it."""
+    torch.manual_seed(5)  # relative position MLPs have dropout
+    y = output_of(model(x))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(y.square().mean(), parameters, allow_unused=True)
+    return [y.detach(), *found]
+
+
+def check(subject: Subject, x: Tensor) -> None:
+    """Ends the program if a provider computes something else than masks of the same rows."""
+
+    def model() -> nn.Module:
+        made = subject.net.model(torch.float32).to(x.device).train()
+        for module in made.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # batch statistics are of the kept rows, by design
+        return made
+
+    patched = model()
+    report = sdkernels.patch(patched, drop_probs=DROP)
+    probs = subject.drop_probs(report)
+    report = sdkernels.patch(patched, drop_probs=probs, sampler="fixed")
+    plan = report.plan(len(x), generator=torch.Generator().manual_seed(1))
+    expected = gradients(masked(model(), subject, list(plan)), x)
+    largest = max(g.abs().max() for g in expected[1:] if g is not None and g.numel())
+    with report.use(plan):
+        found = {"fused": gradients(patched, x)}
+        with in_place_of_the_op(index_add):
+            found["index_add"] = gradients(patched, x)
+    for provider, tensors in found.items():
+        for number, (got, wanted) in enumerate(zip(tensors, expected, strict=True)):
+            if got is None or wanted is None or not wanted.numel():
+                right = (got is None) == (wanted is None)
+            else:
+                allowed = TOLERANCE * wanted.abs().max() + (FLOOR * largest if number else 0.0)
+                right = bool((got - wanted).abs().max() <= allowed)
+            if not right:
+                what = f"the gradient of parameter {number - 1}" if number else "its output"
+                sys.exit(f"{subject.name} ({subject.label}): {provider!r} differs in {what}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Forward, loss and backward of a model."""
+
+    model: nn.Module
+    x: Tensor
+    replacing: bool = False  # index_add in the place of the op
+    report: PatchReport | None = None
+    plan: Any = None
+
+    def forward(self) -> Tensor:
+        if self.replacing:
+            assert self.report is not None
+            with in_place_of_the_op(index_add), self.report.use(self.plan):
+                return output_of(self.model(self.x)).square().mean()
+        return output_of(self.model(self.x)).square().mean()
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def __call__(self) -> None:
+        torch.autograd.grad(self.forward(), self.parameters(), allow_unused=True)
+
+
+def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport]:
+    def model() -> nn.Module:
+        return subject.net.model(torch.float32).to(x.device).train()
+
+    naive = model()
+    drop = drop_path_of(naive)
+    give_drop_paths(naive, subject, lambda _: copy.deepcopy(drop))
+    fused, gathered = model(), model()
+    probs = subject.drop_probs(sdkernels.patch(fused, drop_probs=DROP))
+    report = sdkernels.patch(fused, drop_probs=probs, sampler="fixed")
+    other = sdkernels.patch(gathered, drop_probs=probs, sampler="fixed")
+    steps = {
+        "naive": Step(naive, x),
+        "index_add": Step(gathered, x, True, other, other.plan(len(x))),
+        "fused": Step(fused, x),
+    }
+    if subject.whole:
+        k = KeptRows.sample(len(x), DROP, sampler="fixed").k
+        steps["dense"] = Step(give_drop_paths(model(), subject, lambda _: None), x[:k].clone())
+    return steps, report
+
+
+def time_in_turns(
+    steps: dict[str, Step], device: torch.device, turns: int
+) -> dict[str, list[float]]:
+    """Seconds of every call; each turn starts with another provider."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for turn in range(turns + 1):  # the first one warms up
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            steps[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> dict[str, Any]:
+    """A line of the table, ready for JSON."""
+    torch.manual_seed(0)
+    x = subject.net.inputs(batch, torch.float32).to(device)
+    check(subject, x)
+    steps, report = providers(subject, x)
+    saved = {
+        name: saved_activation_bytes(steps[name].forward, steps[name].parameters())
+        for name in ("naive", "fused")
+    }
+    seconds = time_in_turns(steps, device, turns)
+    speedups = [n / f for n, f in zip(seconds["naive"], seconds["fused"], strict=True)]
+    low, speedup, high = quartiles(speedups)
+    saving = report.expected_saving(x[:1])
+    return {
+        "name": subject.name,
+        "classes": sorted(f"{kind.__module__}.{kind.__name__}" for kind in subject.classes),
+        "whole": subject.whole,
+        "batch_norm": subject.net.batch_norm,
+        "seconds": seconds,
+        "median": {name: statistics.median(each) for name, each in seconds.items()},
+        "spread": {
+            name: (quartiles(each)[2] - quartiles(each)[0]) / 2 / statistics.median(each)
+            for name, each in seconds.items()
+        },
+        "speedup": speedup,  # medians and quartiles of naive / fused, turn by turn
+        "speedup_low": low,
+        "speedup_high": high,
+        "ideal_speedup": 1 / (1 - saving),
+        "share_of_branches": saving / DROP,
+        "saved_activations": saved,
+        "memory": saved["fused"] / saved["naive"],
+        "faster": low > 1.0,
+    }
+
+
+COLUMNS = (
+    "model", "classes that drop", "naive", "index_add", "fused", "dense on k", "naive / fused",
+    "quartiles", "ideal by operations", "saved activations",
+)  # fmt: skip
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    median, spread = line["median"], line["spread"]
+
+    def of(name: str) -> str:
+        return f"{median[name] * 1e3:.0f} ms ± {spread[name]:.0%}" if name in median else "-"
+
+    return [
+        line["name"],
+        ", ".join(kind.rpartition(".")[2] for kind in line["classes"]),
+        *(of(name) for name in ("naive", "index_add", "fused", "dense")),
+        f"{line['speedup']:.2f}",
+        f"{line['speedup_low']:.2f} to {line['speedup_high']:.2f}",
+        f"{line['ideal_speedup']:.2f}",
+        f"{line['memory']:.0%}",
+    ]
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def verdict(lines: Sequence[dict[str, Any]]) -> str:
+    """Which classes are not faster, and how much of a step their branches are."""
+    slow = [line for line in lines if not line["faster"]]
+    if not slow:
+        return f"All {len(lines)} lines are faster patched (lower quartile above 1)."
+    text = [f"Not faster (lower quartile at most 1), {len(slow)} of {len(lines)} lines:"]
+    for line in slow:
+        text.append(
+            f"- {line['name']}, {cells(line)[1]}: {line['speedup']:.2f}; its branches are "
+            f"{line['share_of_branches']:.0%} of the step's operations, so that "
+            f"{line['ideal_speedup']:.2f} is the most there is to gain"
+        )
+    return "\n".join(text)
+
+
+def run(
+    zoo: dict[str, Net], pattern: str, batch: int, turns: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Measures every subject whose name matches, and prints its line."""
+    chosen = {name: net for name, net in zoo.items() if fnmatch.fnmatch(name, pattern)}
+    lines = []
+    for subject in subjects(chosen):
+        lines.append(measure(subject, batch, turns, device))
+        print("  ".join(cells(lines[-1])), flush=True)
+    return lines
+
+
+def write(folder: Path, lines: Iterable[dict[str, Any]], env: dict[str, Any], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"schema": 1, "drop": DROP, "environment": env, "lines": list(lines)}
+    (folder / "patched-classes.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "patched-classes.md").write_text(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints and writes the table; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks patched-classes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--filter", default="*", help="shell pattern of the models' names")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"samples (default {BATCH})")
+    parser.add_argument("--turns", type=int, default=5, help="calls of each provider (default 5)")
+    parser.add_argument("--sizes", choices=("wide", "tiny"), default="wide")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder (default out)")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    env, start = environment(device), time.perf_counter()
+    missing = [library for library in LIBRARIES if not is_installed(library)]
+    zoo = nets(WIDE if options.sizes == "wide" else TINY)
+    lines = run(zoo, options.filter, options.batch, options.turns, device)
+    if not lines:
+        parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
+    text = "\n\n".join(
+        [
+            f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
+            environment_line(env) + f" | {time.perf_counter() - start:.0f} s",
+            *([f"Not installed: {', '.join(missing)}."] if missing else []),
+            table(lines),
+            verdict(lines),
+        ]
+    )
+    print(f"\n{text}")
+    write(options.out, lines, env, text + "\n")
+    return 0

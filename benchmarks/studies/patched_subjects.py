@@ -1,0 +1,148 @@
+"""The models of ``patched_classes.py``: which blocks drop, and by what.
+
+Drop path of the library, masks of given rows, or gather and index_add in the place of the op.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sdkernels
+from benchmarks.providers.libraries import import_module, is_installed
+from benchmarks.providers.residuals import activated, dense
+from benchmarks.providers.zoo import Net
+from sdkernels import KeptRows, Shared, reference
+from sdkernels.models import PatchedEntry, PatchReport
+from sdkernels.models.parts import looks_like_drop_path
+from sdkernels.models.registry import original_class
+
+DROP = 0.4
+
+
+class Masked(nn.Module):
+    """In the place of a library's drop path: the same, with given rows, call after call."""
+
+    def __init__(self, rows: list[KeptRows]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows[self.calls % len(self.rows)]
+        self.calls += 1
+        return reference.naive_masking(torch.zeros_like(x), lambda _: x, 0.0, rows=rows)
+
+
+@activated
+def index_add(
+    x: Tensor, branch: Callable[..., Tensor], p: float, mode: str, training: bool, **options: Any
+) -> Tensor:
+    """fused_stochastic_depth with given rows in PyTorch's ops."""
+    rows = options["rows"]
+    if rows is None:  # nothing is dropped
+        return dense(x, branch, p, **options)
+    args = [arg.value if isinstance(arg, Shared) else arg for arg in options["args"]]
+    kept = [
+        arg[rows.index] if isinstance(arg, Tensor) and not isinstance(given, Shared) else arg
+        for arg, given in zip(args, options["args"], strict=True)
+    ]
+    used = {name: options[name] for name in ("norm", "layer_scale", "residual", "rows")}
+    return reference.index_add(x, lambda rows_of_x: branch(rows_of_x, *kept), **used)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the zoo, and the classes of its blocks that drop."""
+
+    name: str
+    net: Net
+    classes: frozenset[type[nn.Module]]
+    whole: bool  # all of them
+
+    @property
+    def label(self) -> str:
+        return ", ".join(sorted(kind.__name__ for kind in self.classes))
+
+    def drops(self, entry: PatchedEntry) -> bool:
+        return original_class(entry.block) in self.classes
+
+    def drop_probs(self, report: PatchReport) -> list[float]:
+        return [DROP * self.drops(entry) for entry in report.patched for _ in entry.branches]
+
+
+def subjects(zoo: dict[str, Net]) -> Iterator[Subject]:
+    """The models that together have every class, and the classes of those that have several."""
+    seen: set[type[nn.Module]] = set()
+    alone: set[type[nn.Module]] = set()
+    for name, net in zoo.items():
+        if not is_installed(name.partition("-")[0]):
+            continue
+        report = sdkernels.patch(net.model(torch.float32), drop_probs=DROP)
+        classes = frozenset(original_class(entry.block) for entry in report.patched)
+        if classes <= seen:
+            continue
+        yield Subject(name, net, classes, True)
+        seen |= classes
+        if len(classes) == 1:
+            alone |= classes
+            continue
+        for kind in sorted(classes - alone, key=lambda kind: kind.__name__):
+            yield Subject(name, net, frozenset((kind,)), False)
+        alone |= classes
+
+
+def drop_path_of(model: nn.Module) -> nn.Module:
+    """A drop path module of the model's library, with a drop probability of DROP."""
+    own = next((m for m in model.modules() if looks_like_drop_path(m)), None)
+    if own is None:  # torchvision's ResNet
+        made: nn.Module = import_module("torchvision.ops").StochasticDepth(DROP, "row")
+        return made
+    drop = copy.deepcopy(own)
+    setattr(drop, "p" if hasattr(drop, "p") else "drop_prob", DROP)
+    return drop
+
+
+def give_drop_paths(
+    model: nn.Module, subject: Subject, make: Callable[[int], nn.Module | None]
+) -> nn.Module:
+    """`make(i)` for branch i of the classes that drop, nothing for the others and where it is None.
+
+    A module that serves several branches is replaced once, with the first one's.
+    """
+    entries = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP).patched
+    number = 0
+    for entry in entries:
+        block = model.get_submodule(entry.name)
+        done: set[str] = set()
+        for branch in entry.branches:
+            drop = (make(number) if subject.drops(entry) else None) or nn.Identity()
+            number += 1
+            if branch.drop is None:  # after the last norm of the branch
+                name = "bn3" if hasattr(block, "bn3") else "bn2"
+                setattr(block, name, nn.Sequential(getattr(block, name), drop))
+            elif branch.drop not in done:
+                done.add(branch.drop)
+                owner, _, last = branch.drop.rpartition(".")
+                setattr(attrgetter(owner)(block) if owner else block, last, drop)
+    return model
+
+
+def masked(model: nn.Module, subject: Subject, plan: Sequence[KeptRows]) -> nn.Module:
+    """The model with masks of these rows."""
+    report = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP)
+    of_branch: list[list[KeptRows]] = []  # by the branches that share a drop path module
+    rows = iter(plan)
+    for entry in report.patched:
+        shared: dict[str | None, list[KeptRows]] = {}
+        for branch in entry.branches:
+            each = shared.setdefault(branch.drop, [])
+            each.append(next(rows))
+            of_branch.append(each)
+    return give_drop_paths(model, subject, lambda number: Masked(of_branch[number]))

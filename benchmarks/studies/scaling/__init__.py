@@ -1,0 +1,1 @@
+"""What the slowest of many data-parallel ranks costs: branches measured, ranks simulated."""

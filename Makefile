@@ -25,25 +25,27 @@ else
 RUN := $(VENV)/bin/python
 DOCS := $(VENV)-docs/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
+PIP := $(RUN) -m pip install --quiet -c $(CONSTRAINTS)
+BUILD := $(PIP) --no-build-isolation -e .
 TOOLS := $(VENV)/.tools
-BUILD := $(RUN) -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test,bench]'
+FOR_TEST := $(VENV)/.for-test
+FOR_BENCH := $(VENV)/.for-bench
+FOR_LINT := $(VENV)/.for-lint
 # Neither PyTorch nor a build of the package: the API is read from its source.
 DOCS_TOOLS := $(VENV)-docs/.tools
-# Without their dependencies: each asks for torch, and pip would bring another build of it.
-LIBRARIES := $(RUN) -m pip install --quiet --no-deps -c $(CONSTRAINTS) -r tests/requirements.txt
 # What transformers' tests import.
-PEER_REQUIREMENTS := $(RUN) -m pip install --quiet -c $(CONSTRAINTS) parameterized
+PEER_REQUIREMENTS := $(PIP) parameterized
 endif
 
 .PHONY: help build test test-install test-ptx peer-tests bench paper docs gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
-	@echo 'make test        run the tests and the examples in the docstrings (with another PyTorch: TORCH=2.11.0)'
+	@echo 'make test        run the tests and the examples in the docstrings: 20 to 40 minutes on two cores (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
 	@echo 'make test-ptx    execute all compiled GPU kernels, translated: no GPU is needed, nvcc is'
 	@echo 'make peer-tests  run tests of timm and transformers on patched models, compare with unpatched ones'
-	@echo 'make bench       run the quick benchmarks'
+	@echo 'make bench       run the quick benchmarks, about four minutes on two cores'
 	@echo 'make paper       run the experiments of the paper, in their quick form'
 	@echo 'make docs        build the documentation into build/site, warnings are errors (half a minute)'
 	@echo 'make gpu-check   build into the environment of PYTHON, check all that needs a GPU'
@@ -53,23 +55,23 @@ help:
 build: $(BUILT)
 
 # Test files side by side. Threads that wait do not spin: there are more of them than cores then.
-test: $(BUILT)
+test: $(BUILT) $(FOR_TEST)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
 
-test-install: $(BUILT)
+test-install: $(BUILT) $(FOR_TEST) $(FOR_LINT)
 	$(RUN) -m pytest -m install
 
-test-ptx: $(BUILT)
+test-ptx: $(BUILT) $(FOR_TEST)
 	$(RUN) -m pytest -m ptx
 
-peer-tests: $(BUILT)
+peer-tests: $(BUILT) $(FOR_TEST)
 	$(PEER_REQUIREMENTS)
 	$(RUN) tests/peers/run.py $(PEERS)
 
-bench: $(BUILT)
+bench: $(BUILT) $(FOR_BENCH)
 	$(RUN) -m benchmarks --preset quick
 
-paper: $(BUILT)
+paper: $(BUILT) $(FOR_BENCH)
 	$(RUN) -m benchmarks.paper claim all --preset quick
 
 docs: $(DOCS_TOOLS)
@@ -79,7 +81,7 @@ docs: $(DOCS_TOOLS)
 gpu-check:
 	$(PYTHON) .ci/gpu_check.py
 
-lint: $(TOOLS)
+lint: $(FOR_LINT)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
@@ -87,15 +89,35 @@ lint: $(TOOLS)
 		$$(find csrc tests/cuda_emulation tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # Folders are listed by find too: a deleted source is a change.
-$(BUILT): $(TOOLS) pyproject.toml setup.py tests/requirements.txt $(shell find csrc build_tools/*.py)
-	$(LIBRARIES)
+$(BUILT): $(TOOLS) pyproject.toml setup.py $(shell find csrc build_tools/*.py)
+	@echo 'Building the package and, where there is a compiler, its extension: about two minutes on two cores'
 	$(BUILD)
 	mkdir -p $(@D) && touch $@
 
-# What compiles and lints; mypy needs torch as well. `test` and `bench` packages follow with the build.
+# What compiles.
 $(TOOLS): $(CONSTRAINTS)
+	@echo 'Installing PyTorch into $(VENV): 0.8 GB for a CPU, several for CUDA; minutes, as the network goes'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c $(CONSTRAINTS) torch setuptools ninja ruff mypy clang-format
+	$(PIP) torch setuptools ninja
+	touch $@
+
+# The package is there already, so that pip installs what its extras name. The libraries come without
+# their dependencies: each asks for torch, and pip would bring another build of it.
+$(FOR_TEST): $(CONSTRAINTS) pyproject.toml tests/requirements.txt | $(BUILT)
+	@echo 'Installing what the tests need into $(VENV): 1.4 GB'
+	$(PIP) --no-deps -r tests/requirements.txt
+	$(PIP) 'sdkernels[test,bench]'
+	touch $@
+
+$(FOR_BENCH): $(CONSTRAINTS) pyproject.toml | $(BUILT)
+	@echo 'Installing what the benchmarks need into $(VENV): 0.4 GB'
+	$(PIP) --no-deps timm torchvision
+	$(PIP) 'sdkernels[bench]'
+	touch $@
+
+# mypy reads torch.
+$(FOR_LINT): $(CONSTRAINTS) | $(TOOLS)
+	$(PIP) ruff mypy clang-format
 	touch $@
 
 $(DOCS_TOOLS): $(CONSTRAINTS)

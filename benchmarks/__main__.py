@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+from benchmarks.measure.ending import in_one_sentence
 
 # Each is imported when it is called for: some need neither pytest nor plots.
 COMMANDS = {
@@ -21,6 +24,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command, or a preset where none is named; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler talks, as soon as it is loaded
     try:
         import sdkernels  # noqa: F401
     except ImportError as error:
@@ -33,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     name, rest = "benchmarks.run", arguments
     if arguments and arguments[0] in COMMANDS:
         name, rest = COMMANDS[arguments[0]], arguments[1:]
-    code: int = importlib.import_module(name).main(rest)
-    return code
+    program = "python -m benchmarks" + (f" {arguments[0]}" if rest is not arguments else "")
+    return in_one_sentence(program, lambda: importlib.import_module(name).main(rest))
 
 
 if __name__ == "__main__":

@@ -15,19 +15,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
 
 from benchmarks.cases.presets import PRESETS, Preset, SelectionError, get_preset, select
-from benchmarks.cases.training import steps_per_epoch, train
+from benchmarks.cases.training import train
 from benchmarks.measure import memory, timeline
+from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import OtherRun, Store, write_json
 from benchmarks.measure.workload import Case
@@ -72,8 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "A run that was stopped goes on where it was when it is started again with the same\n"
             "arguments, versions and commit on the same machine.\n\n"
             "exit code:\n"
-            "  0    everything ran; a missed target is reported, it is no failure\n"
-            "  1    a provider computes something else, or a case failed\n"
+            "  0    everything ran\n"
+            "  1    a provider computes something else, a case failed, or with --targets one was "
+            "missed\n"
             "  2    a bad argument\n"
             "  130  interrupted; what was measured is reported and kept"
         ),
@@ -94,6 +93,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="start over where an unfinished run lies in DIR"
     )
+    parser.add_argument(
+        "--targets", action="store_true", help="print them; exit code 1 where one is missed"
+    )
     parser.add_argument("--list", action="store_true", help="list the selected cases and stop")
     options = parser.parse_args(arguments)
     try:
@@ -110,51 +112,57 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class RunProgress:
-    """The progress bars; also a pytest plugin, which hears of every turn and gives the store."""
+    """What is timed and how long it will take: a bar on a terminal, elsewhere a line a case.
 
-    def __init__(self, console: Console, store: Store, steps: int) -> None:
-        self.console = console
-        self.store = store
+    Also a pytest plugin, which hears of every turn and gives the store.
+
+    Args:
+        todo: expected seconds of every case that is left, by name.
+    """
+
+    def __init__(self, console: Console, store: Store, todo: dict[str, float]) -> None:
+        self.console, self.store, self.todo = console, store, todo
         self.bars = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(),
+            BarColumn(12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[doing]}"),
+            TextColumn("{task.description}"),
             console=console,
             redirect_stdout=False,  # pytest's output is caught by run_cases, the bars go past it
             redirect_stderr=False,
+            disable=not console.is_terminal,
         )
-        self.timing = self.bars.add_task("timing", total=None, doing="", start=False)
-        self.training = self.bars.add_task(
-            "training", total=steps or None, visible=steps > 0, doing="", start=False
-        )
-        self._doing: str | None = None
+        self.task = self.bars.add_task("", total=len(todo))
+        self.start, self.doing, self.closed = time.perf_counter(), "", False
 
-    def _say(self, task: TaskID, doing: str) -> None:
-        """Names what is being done: in the bar, or without a terminal on a line of its own."""
-        self.bars.start_task(task)
-        self.bars.update(task, doing=doing)
-        if not self.console.is_terminal and doing != self._doing:
-            self.console.print(f"{self.bars.tasks[task].description}: {doing}", highlight=False)
-        self._doing = doing
+    def left(self, number: int) -> str:
+        """What is expected of the cases that are left, corrected by those before."""
+        before, rest = sum(list(self.todo.values())[:number]), list(self.todo.values())[number:]
+        doubt = 0.2 * (before + sum(rest))  # so much is believed before anything was timed
+        passed = time.perf_counter() - self.start
+        seconds = sum(rest) * (passed + doubt) / (before + doubt)
+        return "less than a minute left" if seconds < 60 else f"about {seconds / 60:.0f} min left"
 
-    def trained(self) -> None:
-        """One training step of all variants is done."""
-        self._say(self.training, "handwritten digits, all variants in turn")
-        self.bars.advance(self.training)
+    def say(self, doing: str) -> None:
+        """Names what is being done, once."""
+        if doing == self.doing:
+            return
+        self.doing = doing
+        number = list(self.todo).index(doing)
+        text = f"{doing}, {self.left(number)}"
+        self.bars.update(self.task, completed=number, description=text)
+        if not self.console.is_terminal:
+            try:
+                print(f"timing {number + 1}/{len(self.todo)}: {text}", file=self.console.file)
+                self.console.file.flush()
+            except BrokenPipeError:
+                self.closed = True
+                raise KeyboardInterrupt from None
 
     def pytest_benchmark_store(self) -> Store:
         return self.store
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.bars.update(self.timing, total=len(session.items))
-
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._say(self.timing, nodeid.partition("[")[2].rpartition("-repeat")[0])
-
-    def pytest_runtest_logfinish(self) -> None:
-        self.bars.advance(self.timing)
+        self.say(nodeid.partition("[")[2].rpartition("-repeat")[0])
 
 
 def run_cases(
@@ -218,7 +226,7 @@ def measure(options: argparse.Namespace, progress: RunProgress) -> None:
                 run_cases(preset, options.filter, device, progress)
         trains = case is not None and case.name in options.selected
         if case is not None and trains and store.load(TRAINING) is None:
-            store.save(TRAINING, train(case, device, progress.trained))
+            store.save(TRAINING, train(case, device, lambda: progress.say(case.name)))
         if preset.timeline in names and store.load(TIMELINE) is None:
             (shown,) = [c for c in preset.cases if c.name == preset.timeline]
             store.save(TIMELINE, record_timeline(shown, device))
@@ -259,53 +267,53 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(options.selected))
         return 0
-    console = rebuild.make_console()
-    options.out.mkdir(parents=True, exist_ok=True)
+    # The file is named because pytest takes sys.stdout away while the bars are drawn.
+    console = Console(file=sys.stdout)
     env = environment(options.device) | {"keeps_memory": memory.keep_freed_memory()}
     settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
     try:
-        store = Store(options.out, settings, env, options.fresh)
+        store = Store(out_folder(options.out), settings, env, options.fresh)
     except OtherRun as error:
-        console.print(f"python -m benchmarks: {error}", highlight=False, markup=False)
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
-    done = sum(store.load(name) is not None for name in options.selected)
-    console.print(
-        f"preset {preset.name} ({preset.duration}), {len(options.selected)} cases"
-        + (f", {done} of them measured before the run was stopped" if done else ""),
-        highlight=False,
+    kept = {"train-digits": TRAINING}
+    expected = preset.expected_seconds()
+    todo = {
+        name: expected[name]
+        for name in options.selected
+        if store.load(kept.get(name, name)) is None
+    }
+    done = len(options.selected) - len(todo)
+    print(
+        f"preset {preset.name}: {len(options.selected)} cases, {preset.duration}"
+        + (f"; {done} of them measured before the run was stopped" if done else ""),
+        flush=True,
     )
 
-    case = preset.training
-    trains = case is not None and case.name in options.selected and store.load(TRAINING) is None
-    steps = steps_per_epoch(case) * case.epochs if case is not None and trains else 0
     start = time.perf_counter() - (store.load(SECONDS) or 0.0)
     complete = True
+    progress = RunProgress(console, store, todo)
     try:
-        measure(options, RunProgress(console, store, steps))
+        measure(options, progress)
     except RunFailed as error:
         store.discard()
-        console.print(
-            f"[bold red]The run failed; no figures are reported.[/]\n{escape(str(error))}",
-            highlight=False,
-        )
+        print(f"The run failed; no figures are reported.\n{error}")
         return 1
     except KeyboardInterrupt:
         complete = False
-        console.print("Interrupted; what was measured until then:", highlight=False)
 
     seconds = time.perf_counter() - start
     store.save(SECONDS, seconds)
     result = assemble(options, store, env, complete, seconds)
     if result["cases"] or result["training"]:
         write_json(options.out / "results.json", result)
-        console.print()
-        written = rebuild.write(result, options.out, console)
-        console.print(
-            f"\n{seconds:.0f} s. Written: {options.out / 'results.json'}, "
-            + ", ".join(map(str, written)),
-            highlight=False,
-        )
+    if progress.closed:
+        raise BrokenPipeError
+    if result["cases"] or result["training"]:
+        if not complete:
+            print("\nInterrupted; what was measured until then:")
+        rebuild.write(result, options.out)
     if not complete:
         return 130
     store.discard()
-    return 0
+    return 0 if not options.targets or rebuild.print_targets(result) else 1

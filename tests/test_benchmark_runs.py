@@ -40,8 +40,14 @@ def results_in(folder):
 def test_run_end_to_end(tmp_path):
     result = run("--preset", "smoke", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
+    for said in ("naive masking", "sdkernels", "Host time", "Digits", str(tmp_path)):
+        assert said in result.stdout
+    assert "timing 1/17: op-compact" in result.stdout
+    assert max(map(len, result.stdout.partition("naive masking")[2].splitlines())) <= 80
+    assert "ActivityProfiler" not in result.stdout + result.stderr
+    report = (tmp_path / "report.md").read_text()
     for table in ("Ops", "Blocks", "Host cost", "Training", "Reach"):
-        assert table in result.stdout
+        assert f"## {table}" in report
     written = results_in(tmp_path)
     assert written["schema"] == figures.SCHEMA
     assert written["complete"]
@@ -59,7 +65,7 @@ def test_run_end_to_end(tmp_path):
     # Same kept rows from the same seed: eleven steps stay together to rounding.
     assert written["training"]["largest_loss_difference"]["fused"] < 1e-4
     assert not (tmp_path / store.FOLDER).exists()
-    assert (tmp_path / "report.md").read_text().startswith("#")
+    assert report.startswith("#")
 
 
 def test_every_case_runs_as_a_plain_pytest():
@@ -135,7 +141,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path):
     )
     try:
         for line in process.stdout:
-            if "timing: host" in line:  # the ops before it are done
+            if ": host" in line:  # the ops before it are done
                 break
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -170,5 +176,34 @@ def test_other_arguments_do_not_mix_with_an_unfinished_run(tmp_path):
     arguments = ("--preset", "smoke", "--filter", "host", "--out", str(tmp_path))
     refused = run(*arguments)
     assert refused.returncode == 2
-    assert "--fresh" in refused.stdout
+    assert "--fresh" in refused.stderr
     assert run(*arguments, "--fresh").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "program", [("-m", "benchmarks"), ("-m", "benchmarks", "host-cost"), ("-m", "benchmarks.paper")]
+)
+def test_a_folder_that_cannot_be_made_is_one_sentence(program):
+    rest = ("claim", "decay") if program[-1].endswith("paper") else ()
+    result = run(*rest, "--out", "/proc/x", program=program)
+    assert result.returncode == 2
+    assert "expected a folder to write to, got /proc/x" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_reader_that_leaves_is_no_traceback(lines, tmp_path):
+    """As ``| head`` does."""
+    arguments = ("--preset", "smoke", "--filter", "op", "--out", str(tmp_path))
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        _, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert error == "python -m benchmarks: the output was closed before its end\n"
+    assert process.returncode == 141

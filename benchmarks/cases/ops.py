@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import math
@@ -36,6 +37,14 @@ class OpInputs:
     layer_scale: Tensor  # [D], or [C, 1, 1] for images
     rows: KeptRows
     next_rows: KeptRows  # of the branch that follows
+
+    def copy(self) -> OpInputs:
+        """The same numbers in memory of its own."""
+        x, out, layer_scale = (
+            tensor.detach().clone().requires_grad_()
+            for tensor in (self.x, self.out, self.layer_scale)
+        )
+        return OpInputs(x, out, copy.deepcopy(self.norm), layer_scale, self.rows, self.next_rows)
 
     @property
     def weight(self) -> Tensor:
@@ -344,7 +353,9 @@ class OpCase:
         first = self._inputs(device)
         held = [first[0].x, first[0].out, *first[1]]
         copies = copies_past_the_cache(sum(t.numel() * t.element_size() for t in held), device)
-        sets = [first, *(self._inputs(device) for _ in range(copies - 1))]
+        sets = [first]
+        for _ in range(copies - 1):
+            sets.append((first[0].copy(), tuple(grad.clone() for grad in first[1])))
         wanted = OPS[self.op].inputs
 
         def forward(function: Callable[[OpInputs], Outputs]) -> Workload:

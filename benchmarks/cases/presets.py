@@ -38,11 +38,36 @@ class Preset:
 
     name: str
     summary: str
-    duration: str
+    minutes: float
     cases: tuple[Case, ...]
     rounds: dict[str, Rounds]
     training: TrainingCase | None = None
     timeline: str | None = None  # the case of which one step is profiled
+    where: str = "on 2 cores"  # it takes so long
+
+    @property
+    def duration(self) -> str:
+        """How long a run takes, in words."""
+        value, unit = (
+            (60 * self.minutes, "seconds")
+            if self.minutes < 1
+            else (self.minutes, "minutes")
+            if self.minutes < 120
+            else (self.minutes / 60, "hours")
+        )
+        return f"about {value:.0f} {unit} {self.where}"
+
+    def expected_seconds(self) -> dict[str, float]:
+        """Of every case, roughly: for the progress line."""
+        shares = {}
+        for case in self.cases:
+            rounds, quick = self.rounds[case.kind], _QUICK_ROUNDS.get(case.kind, Rounds(1, 1))
+            calls = rounds.repeats * rounds.rounds / (quick.repeats * quick.rounds)
+            shares[case.name] = _SHARES[case.kind] * calls
+        if self.training is not None:
+            shares[self.training.name] = _SHARES["train"] * self.training.epochs
+        total = sum(shares.values())
+        return {name: 60 * self.minutes * share / total for name, share in shares.items()}
 
     def names(self) -> list[str]:
         """Names of all cases, training included: what a filter is matched against."""
@@ -127,7 +152,7 @@ HEADLINE_BLOCKS = _blocks((blocks.VIT_S,), 32, (0.5, 0.75))
 OTHER_BLOCKS = _blocks(
     _library(blocks.CONVNEXT_LATE, blocks.SWIN_LATE, blocks.RESNET_LATE), 32, (0.5, 0.75)
 )
-SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", depth=3)
+SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", batch=10, depth=3)
 VIT_S = ModelCase("timm", "vit_small_patch16_224", "ViT-S")
 RESNET_50 = ModelCase("torchvision", "resnet50", "ResNet-50", image=128)
 CONVNEXT_T = ModelCase("timm", "convnext_tiny", "ConvNeXt-T", image=128)
@@ -152,6 +177,11 @@ def _break_even(nets: Iterable[Net], batches: Iterable[int]) -> tuple[BreakEvenC
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
+# Seconds of a case in a quick run on two cores; of an epoch on the digits.
+_SHARES = {
+    **{"op": 1, "kernel": 0.5, "block": 15, "model": 40, "depth": 6, "host": 4},
+    **{"compile": 160, "break_even": 7, "train": 6.5},
+}
 _QUICK_ROUNDS = {
     "op": Rounds(6, 8),
     "kernel": Rounds(6, 10),
@@ -169,7 +199,7 @@ PRESETS = {
         Preset(
             name="smoke",
             summary="tiny shapes, few samples: shows that the harness works, figures mean nothing",
-            duration="under 30 seconds",
+            minutes=0.4,
             cases=(
                 OpCase("compact", "fwd", "fp32", "tiny", (8, 16, 32), 4),
                 OpCase("scatter_add", "bwd", "mixed", "tiny", (8, 16, 32), 4),
@@ -192,27 +222,26 @@ PRESETS = {
         Preset(
             name="quick",
             summary="the headline shapes",
-            duration="5 to 7 minutes on 2 cores",
+            minutes=4,
             cases=(
                 *_op_cases(),
                 *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
                 *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
-                *HEADLINE_BLOCKS,
-                *_blocks((blocks.VIT_TINY_ROWS,), 32, (0.5,)),
-                *_blocks(_library(blocks.CONVNEXT_LATE, blocks.RESNET_LATE), 32, (0.5,)),
+                *_blocks((blocks.VIT_S, blocks.VIT_TINY_ROWS), 32, (0.5,)),
+                *_blocks(_library(blocks.CONVNEXT_LATE), 32, (0.5,)),
                 *_models(SHORT_VIT),
                 DepthCase(48),
                 HostCase(),
             ),
             rounds=_QUICK_ROUNDS
             | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
-            training=TrainingCase(epochs=8),
+            training=TrainingCase(epochs=5),
             timeline=SHORT_VIT.name if HAS_LIBRARIES else None,
         ),
         Preset(
             name="standard",
             summary="all kinds of rows, blocks and models that 2 cores can bear; all keeps, depths",
-            duration="about 40 minutes on 2 cores",
+            minutes=40,
             cases=(
                 *_op_cases(),
                 *MIXED,
@@ -238,7 +267,7 @@ PRESETS = {
         Preset(
             name="full",
             summary="all shapes and dtypes; for a machine with time and memory",
-            duration="some 5 hours on 2 cores",
+            minutes=300,
             cases=(
                 *(case for rows in ROWS for case in _op_cases(rows)),
                 *MIXED,
@@ -287,7 +316,8 @@ PRESETS = {
         Preset(
             name="gpu",
             summary="the full set at the sizes of a GPU, in bf16 and mixed; with --device cuda",
-            duration="an estimated hour on one GPU, not yet run",
+            minutes=60,
+            where="on one GPU (an estimate, not yet run)",
             cases=(
                 *(case for rows in ROWS for case in _op_cases(rows)),
                 *MIXED,
@@ -347,14 +377,15 @@ PRESETS = {
         Preset(
             name="kernels",
             summary="every op against the PyTorch calls it replaces",
-            duration="about 15 minutes on 2 cores",
+            minutes=15,
             cases=_kernel_cases(),
             rounds=_QUICK_ROUNDS,
         ),
         Preset(
             name="compile",
             summary="a block under torch.compile, against the code that DINOv3 compiles",
-            duration="about 8 minutes on 2 cores, most of it compilation",
+            minutes=8,
+            where="on 2 cores, most of it compilation",
             cases=tuple(
                 CompileCase(counts, blocks.VIT_S, 32, 0.5)
                 for counts in (STATIC, DYNAMIC, BERNOULLI)
@@ -364,7 +395,7 @@ PRESETS = {
         Preset(
             name="break-even",
             summary='blocks of which few rows are dropped, for min_saving="auto"',
-            duration="about 5 minutes on 2 cores",
+            minutes=5,
             cases=(*_break_even(BREAK_EVEN_NETS, (8, 32)), *_break_even(SMALL_ROWS, (128,))),
             rounds=_QUICK_ROUNDS,
         ),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import sdkernels
-from sdkernels.backends import extension
+from sdkernels.backends import extension, ops
 
 
 def _read(path: Path) -> str | None:
@@ -108,12 +108,22 @@ def instruction_set() -> str | None:
         return None
 
 
+def serving(device_type: str) -> str:
+    """The backend that runs the ops on tensors of that device type in this process."""
+    return next(
+        choice.backend
+        for choice in ops.backend_table()
+        if (choice.op, choice.device) == ("scatter_add_rows", device_type)
+    )
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": _cpu_model(),
         "instruction_set": instruction_set(),
+        "backend": serving(device.type),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
@@ -138,7 +148,7 @@ def environment_line(env: dict[str, Any]) -> str:
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads",
         # Runs of old do not say.
         f"CPU kernels for {env['instruction_set']}" if env.get("instruction_set") else None,
-        f"{env['clock_mhz']} MHz" if env["clock_mhz"] else None,
+        f"{env['clock_mhz']} MHz" if env.get("clock_mhz") else None,
         f"load before the run {env['load']}",
         f"last cache {env['last_cache']}",
         f"GPU {env['gpu']} ({env['gpu_clocks']}), driver {env['driver']}, CUDA {env['cuda']}"

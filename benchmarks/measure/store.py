@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -25,6 +26,20 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Plain or compressed: where only ``x.json.gz`` is there, ``x.json`` is read from that.
+
+    Raises:
+        OSError: there is none of them.
+        ValueError: it holds no JSON.
+    """
+    packed = path.with_name(path.name + ".gz")
+    if packed.exists() and not path.exists():
+        path = packed
+    data = path.read_bytes()
+    return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
 
 
 class Store:

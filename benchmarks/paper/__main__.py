@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.measure.ending import BadFolder, in_one_sentence, out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import write_json
 from benchmarks.paper import report
 from benchmarks.paper.claims import CLAIMS, EFFORTS, Lab
 from benchmarks.paper.data import SETS, DataError, load
 from benchmarks.paper.training import Recipe, Trainer
+from benchmarks.report.table import printed, window
 
 SCHEMA = 2
 OUT = Path(__file__).parent / "out"
@@ -147,7 +149,7 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
     env = environment(device)
     data = load(options.dataset, options.data)
     start = time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out_folder(options.out)
 
     def advance(doing: str) -> None:
         passed = time.perf_counter() - start
@@ -168,7 +170,7 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
         result["seconds"] = time.perf_counter() - start
         write_json(options.out / "claims.json", result)
     written = report.write(result, options.out)
-    print((options.out / "report.md").read_text())
+    print(printed((options.out / "report.md").read_text(), window()))
     print(f"Written: {', '.join(map(str, written))}")
     return 0
 
@@ -184,8 +186,13 @@ def _report(directory: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 for bad input, or 130 where it was interrupted."""
+    """Runs a command; returns 0, 2 for bad input, 130 where it was interrupted, or 141 where nobody
+    reads what it prints."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    return in_one_sentence("python -m benchmarks.paper", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         if options.command == "report":
@@ -194,6 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "train":
             return _train(options, device)
         return _claim(options, device, shlex.join(["python", "-m", "benchmarks.paper", *arguments]))
+    except (BadFolder, BrokenPipeError):
+        raise
     except (DataError, ValueError, OSError) as error:
         print(f"python -m benchmarks.paper: {error}", file=sys.stderr)
         return 2

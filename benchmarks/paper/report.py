@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator
 from benchmarks.measure.environment import environment_line
 from benchmarks.paper.timing import CONSTANT, FLOOR
 from benchmarks.report.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from benchmarks.report.table import markdown, percent
 
 Record = dict[str, Any]
 COLOURS = {
@@ -29,32 +30,13 @@ COLOURS = {
 BARS = {CONSTANT: GREY, FLOOR: GREY, "naive": RED}
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table of strings.
-
-    >>> print(markdown_table(["a", "b"], [[1, "x"]]))
-    | a | b |
-    | --- | --- |
-    | 1 | x |
-    """
-    lines = [list(header)]
-    lines += [["---"] * len(lines[0]), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
-
-
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
 
 
 def _share(row: Record) -> str:
     """Of constant depth, with the range of the repeats."""
-    return (
-        f"{_percent(row['of_constant'])} ({_percent(row['low'], 0)} to {_percent(row['high'], 0)})"
-    )
+    return f"{percent(row['of_constant'])} ({percent(row['low'], 0)} to {percent(row['high'], 0)})"
 
 
 def _over_floor(row: Record) -> str:
@@ -75,20 +57,20 @@ def _time_table(record: Record) -> str:
     def of_paper(variant: str) -> str:
         found = [share for p, share in paper.items() if f"p_L = {p:g}," in variant]
         is_paper = found and "mini-batch" in variant and "fused" in variant
-        return f"about {_percent(found[0], 0)}" if is_paper else "-"
+        return f"about {percent(found[0], 0)}" if is_paper else "-"
 
     rows = [
         (
             row["variant"],
             _seconds(row["seconds"]),
             _share(row),
-            _percent(row["ideal"]),
+            percent(row["ideal"]),
             _over_floor(row),
             of_paper(row["variant"]),
         )
         for row in record["rows"]
     ]
-    text = markdown_table(
+    text = markdown(
         ("variant", "median step", "of constant depth", "ideal", "over its floor", "the paper"),
         rows,
     )
@@ -104,16 +86,14 @@ def _error_table(record: Record) -> str:
     rows = [
         (
             row["variant"],
-            _percent(row["test_error"], 2),
-            _percent(row["deviation"], 2),
-            ", ".join(_percent(value, 2) for value in row["errors"]),
+            percent(row["test_error"], 2),
+            percent(row["deviation"], 2),
+            ", ".join(percent(value, 2) for value in row["errors"]),
         )
         for row in record["rows"]
     ]
     bn = record["batch_norm"]
-    table = markdown_table(
-        ("variant", "test error, mean", "standard deviation", "of each seed"), rows
-    )
+    table = markdown(("variant", "test error, mean", "standard deviation", "of each seed"), rows)
     return (
         f"{table}\n\nBatchNorm over the kept rows only against BatchNorm over all rows, the same "
         f"kept rows and seeds: error differs by {_points(bn['mean'])} on average, standard "
@@ -138,7 +118,7 @@ def _gradient_table(record: Record) -> str:
         for row in record["rows"]
     ]
     header = ("variant", "before the first drop of the rate", "after it")
-    return markdown_table((*header, "before, of constant", "after, of constant"), rows)
+    return markdown((*header, "before, of constant", "after, of constant"), rows)
 
 
 def _decay_table(record: Record) -> str:
@@ -146,12 +126,12 @@ def _decay_table(record: Record) -> str:
         (
             row["schedule"],
             f"{row['p_last']:g}",
-            _percent(row["keep"], 0),
-            f"{_percent(row['test_error'], 2)} ± {_percent(row['deviation'], 2)}",
+            percent(row["keep"], 0),
+            f"{percent(row['test_error'], 2)} ± {percent(row['deviation'], 2)}",
         )
         for row in record["rows"]
     ]
-    return markdown_table(("survival", "p_L", "blocks computed", "test error"), rows)
+    return markdown(("survival", "p_L", "blocks computed", "test error"), rows)
 
 
 def _deep_table(record: Record) -> str:
@@ -159,7 +139,7 @@ def _deep_table(record: Record) -> str:
         used = row["memory"]
         if not used:
             return "-"
-        share = _percent(row["memory_of_constant"], 0)
+        share = percent(row["memory_of_constant"], 0)
         return f"{used['bytes'] / 2**20:.0f} MiB of {used['kind']} ({share})"
 
     def losses(row: Record) -> str:
@@ -172,7 +152,7 @@ def _deep_table(record: Record) -> str:
             row["variant"],
             _seconds(row["seconds"]),
             _share(row),
-            _percent(row["ideal"]),
+            percent(row["ideal"]),
             _over_floor(row),
             memory(row),
             losses(row),
@@ -188,7 +168,7 @@ def _deep_table(record: Record) -> str:
         "memory",
         "loss, first to last",
     )
-    return f"{markdown_table(header, rows)}\n\n{FLOOR_TEXT}"
+    return f"{markdown(header, rows)}\n\n{FLOOR_TEXT}"
 
 
 def _budget_table(record: Record) -> str:
@@ -197,14 +177,14 @@ def _budget_table(record: Record) -> str:
             row["variant"],
             _seconds(row["seconds"]),
             _share(row),
-            _percent(row["ideal"]),
+            percent(row["ideal"]),
             f"{row['epochs_for_90']:.0f}",
             f"about {record['paper']}" if "mini-batch" in row["variant"] else "-",
         )
         for row in record["rows"]
     ]
     header = ("variant", "median step", "of constant depth", "ideal, all of it in blocks")
-    return markdown_table((*header, "epochs in the time of 90", "the paper"), rows)
+    return markdown((*header, "epochs in the time of 90", "the paper"), rows)
 
 
 TABLES: dict[str, Callable[[Record], str]] = {

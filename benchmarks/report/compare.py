@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.measure.workload import matches
-from benchmarks.report.tables import BadResults, Section, read
+from benchmarks.report.page import BadResults, read
+from benchmarks.report.table import Table, ratio, spread, window
 
 _MACHINE = (
     *("cpu", "instruction_set", "cores", "threads", "gpu", "driver"),
@@ -140,8 +139,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return found
 
 
-def _section(changes: list[Change]) -> Section:
-    section = Section("B / A", ("case", "provider", "figure", "B / A", "noise", "verdict"), names=3)
+def _table(changes: list[Change]) -> Table:
+    made = Table("B / A", ("case", "provider", "figure", "B / A", "noise", "verdict"), names=3)
     groups: dict[str, list[Any]] = {}
     for change in changes:
         groups.setdefault(change.case, []).append(
@@ -149,13 +148,13 @@ def _section(changes: list[Change]) -> Section:
                 change.case,
                 change.provider,
                 change.figure,
-                "-" if change.ratio is None else f"{change.ratio:.3f}",
-                f"\u00b1{100 * change.noise:.1f} %",
+                ratio(change.ratio),
+                spread(change.noise),
                 f"{change.verdict}: {change.note}" if change.note else change.verdict,
             ]
         )
-    section.groups += groups.values()
-    return section
+    made.groups += groups.values()
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,9 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BadResults as error:
         print(f"python -m benchmarks compare: {error}", file=sys.stderr)
         return 2
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150)
     for difference in differences(a, b):
-        console.print(f"[bold yellow]The runs differ: {difference}[/]", highlight=False)
+        print(f"The runs differ: {difference}")
     changes = [
         change
         for change in compare(a, b, options.threshold, not options.seconds)
@@ -194,13 +192,13 @@ def main(arguments: list[str] | None = None) -> int:
     for only, other, which in ((*names, "first"), (*names[::-1], "second")):
         alone = sorted(only - other)
         for name in alone[:5]:
-            console.print(f"only in the {which} run: {name}", highlight=False)
+            print(f"only in the {which} run: {name}")
         if alone[5:]:
-            console.print(f"only in the {which} run: {len(alone) - 5} more", highlight=False)
+            print(f"only in the {which} run: {len(alone) - 5} more")
     if not changes:
         print("python -m benchmarks compare: the runs share no figure", file=sys.stderr)
         return 2
-    console.print(_section(changes).rich())
+    print(_table(changes).text(window()))
     worse = [change for change in changes if change.verdict == "regression"]
-    console.print(f"{len(changes)} figures, {len(worse)} regressions", highlight=False)
+    print(f"{len(changes)} figures, {len(worse)} regressions")
     return 1 if worse else 0

@@ -7,42 +7,39 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from benchmarks.report import page, plots
+from benchmarks.report.summary import summary
+from benchmarks.report.table import window
 
-from benchmarks.report import plots, tables
 
-
-def write(result: dict[str, Any], directory: Path, console: Console) -> list[Path]:
-    """Prints the report; writes it as ``report.txt`` and ``report.md``, and the plots.
-
-    Args:
-        console: one that records what it prints.
-    """
-    tables.print_report(console, result, tables.outcomes_of(result))
+def write(result: dict[str, Any], directory: Path) -> None:
+    """Writes ``report.md`` and the plots, and prints the end of a run."""
     drawn = plots.save_plots(result, directory)
-    text, page = directory / "report.txt", directory / "report.md"
-    text.write_text(console.export_text(clear=False))
-    page.write_text(tables.markdown(result, drawn))
-    return [text, page, *drawn]
+    (directory / "report.md").write_text(page.markdown(result, drawn))
+    print(summary(result, directory, [path.name for path in drawn]))
 
 
-def make_console() -> Console:
-    """In a log file the width is unknown: lines too long for a reader's window are better than
-    broken tables."""
-    # The file is named because pytest takes sys.stdout away while the progress bars are drawn.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, record=True)
+def print_targets(result: dict[str, Any]) -> bool:
+    """Every target beside what was measured; returns whether none was missed."""
+    outcomes = page.outcomes_of(result)
+    print(f"\n{page.targets_table(outcomes).text(window())}")
+    missed = sum(outcome.missed for outcome in outcomes)
+    print(f"\n{len(outcomes)} targets, {missed} missed")
+    return not missed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 2 for bad input."""
+    """Returns 0, 1 where a target was missed that was asked for, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds results.json")
+    parser.add_argument(
+        "--targets", action="store_true", help="print them; exit code 1 where one is missed"
+    )
     options = parser.parse_args(arguments)
     try:
-        result = tables.read(options.directory / "results.json")
-    except tables.BadResults as error:
+        result = page.read(options.directory / "results.json")
+    except page.BadResults as error:
         print(f"python -m benchmarks report: {error}", file=sys.stderr)
         return 2
-    written = write(result, options.directory, make_console())
-    print(f"\nWritten: {', '.join(map(str, written))}")
-    return 0
+    write(result, options.directory)
+    return 0 if not options.targets or print_targets(result) else 1

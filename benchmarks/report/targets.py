@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """One target of the report's last table."""
+    """One target of a run."""
 
     target: str
     case: str
@@ -39,6 +39,21 @@ class Outcome:
             return None
         return (self.measured / self.bound - 1) * (1 if self.at_most else -1)
 
+    @property
+    def verdict(self) -> str:
+        """In words; where the repeats lie on both sides of the bound there is none."""
+        if self.measured is None or self.gap is None:
+            return "not measured"
+        spans = self.low is not None and self.high is not None and self.low < self.bound < self.high
+        if spans and not (self.noise and self.gap <= 0):
+            return f"inconclusive (spread {50 * (self.high - self.low) / self.measured:.0f} %)"  # type: ignore[operator]
+        return "met" if self.met else f"missed by {100 * self.gap:.0f} %"
+
+    @property
+    def missed(self) -> bool:
+        """Beyond what the repeats leave open."""
+        return self.verdict.startswith("missed")
+
 
 def outcomes(cases: list[dict[str, Any]]) -> list[Outcome]:
     """Every target of the cases that were run (as ``figures.collect`` returns them)."""
@@ -57,6 +72,31 @@ def _ratio(case: dict[str, Any], numerator: str, denominator: str) -> tuple[Any,
         return None, None, None
     turns = [x / y for x, y in zip(a["turn_medians"], b["turn_medians"], strict=True)]
     return a["median"] / b["median"], min(turns), max(turns)
+
+
+def _of_copy(case: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Share of the copy's bandwidth, and the smallest and the largest within a repeat."""
+    turns = {name: figures["turn_medians"] for name, figures in case["providers"].items()}
+    share, found = _figure(case, "fused", "of_copy_bandwidth"), []
+    if share is None or "copy" not in turns:
+        return share, None, None
+    empty = turns.get("empty", [0.0] * len(turns["copy"]))
+    for own, nothing, copy in zip(turns["fused"], empty, turns["copy"], strict=True):
+        if own > nothing:
+            found.append(case["traffic_bytes"] / (own - nothing) / (case["copy_bytes"] / copy))
+    return share, min(found, default=None), max(found, default=None)
+
+
+def _extra(case: dict[str, Any], provider: str) -> tuple[Any, Any, Any]:
+    """Of a call over naive masking's, likewise."""
+    turns = {name: figures["turn_medians"] for name, figures in case["providers"].items()}
+    share, found = _figure(case, provider, "extra_of_baseline"), []
+    if share is None:
+        return None, None, None
+    for own, naive, plain in zip(turns[provider], turns["naive"], turns["plain"], strict=True):
+        if naive > plain:
+            found.append((own - plain) / (naive - plain))
+    return share, min(found, default=None), max(found, default=None)
 
 
 def _figure(case: dict[str, Any], provider: str, key: str) -> Any:
@@ -140,8 +180,11 @@ def _depth(case: dict[str, Any]) -> list[Outcome]:
 def _model(case: dict[str, Any]) -> list[Outcome]:
     name = case["name"]
     of_ideal, floor = _figure(case, "fused", "of_ideal"), _figure(case, "beside", "of_ideal")
+    turns = case["providers"].get("fused", {}).get("turn_medians", ())
+    shares = [case["ideal_seconds"] / own for own in turns] if case.get("ideal_seconds") else []
+    low, high = min(shares, default=None), max(shares, default=None)
     return [
-        Outcome(IDEAL, name, 0.97, False, "%", of_ideal, floor=floor),
+        Outcome(IDEAL, name, 0.97, False, "%", of_ideal, low, high, floor=floor),
         Outcome(MODEL_FLOOR, name, 1.03, True, "x", *_ratio(case, "fused", "beside")),
     ]
 
@@ -149,8 +192,7 @@ def _model(case: dict[str, Any]) -> list[Outcome]:
 def _op(case: dict[str, Any]) -> list[Outcome]:
     if case["op"] not in ("compact", "scatter_add"):
         return []
-    share = _figure(case, "fused", "of_copy_bandwidth")
-    found = [Outcome(BANDWIDTH, case["name"], 0.9, False, "%", share)]
+    found = [Outcome(BANDWIDTH, case["name"], 0.9, False, "%", *_of_copy(case))]
     if case["op"] == "scatter_add" and case["direction"] == "fwd" and case["dtype"] != "mixed":
         speedup = _ratio(case, "torch", "fused")
         found.append(Outcome(ADD, case["name"], 1.5, False, "x", *speedup))
@@ -163,8 +205,7 @@ def _kernel(case: dict[str, Any]) -> list[Outcome]:
         return [Outcome(NORM_KERNEL, name, 1.2, False, "x", *speedup)]
     found = [Outcome(KERNEL, name, 1.0, False, "x", *speedup, noise=True)]
     if case["copies"] and not case["in_cache"]:
-        share = _figure(case, "fused", "of_copy_bandwidth")
-        found.append(Outcome(BANDWIDTH, name, 0.9, False, "%", share))
+        found.append(Outcome(BANDWIDTH, name, 0.9, False, "%", *_of_copy(case)))
     return found
 
 
@@ -184,7 +225,7 @@ def _halves(cases: list[dict[str, Any]]) -> list[Outcome]:
 
 def _host(case: dict[str, Any]) -> list[Outcome]:
     return [
-        Outcome(title, case["name"], bound, True, "x", _figure(case, provider, "extra_of_baseline"))
+        Outcome(title, case["name"], bound, True, "x", *_extra(case, provider))
         for provider, bound, title in (("fused-rows", 1.5, HOST), ("fused", 2.0, HOST_DRAWN))
     ]
 

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure.environment import environment, environment_line
-from sdkernels.backends import ops, traceable
+from benchmarks.measure.ending import out_folder
+from benchmarks.measure.environment import environment, environment_line, serving
+from benchmarks.report.table import Table, window
+from sdkernels.backends import traceable
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "out"
@@ -259,17 +261,7 @@ def measure(
     share = floor / median
     spread = (max(times) - min(times)) / 2 / median
     print(f"  measured {median * 1e6:.1f} us, {share:.1%} of the copy's bandwidth", flush=True)
-    return Result(serving(), name, floor, median, spread, share, share >= LEAST_SHARE)
-
-
-def serving() -> str:
-    """The backend that runs the ops on CUDA tensors in this process."""
-    (backend,) = (
-        choice.backend
-        for choice in ops.backend_table()
-        if (choice.op, choice.device) == ("scatter_add_rows", "cuda")
-    )
-    return backend
+    return Result(serving("cuda"), name, floor, median, spread, share, share >= LEAST_SHARE)
 
 
 def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]:
@@ -302,7 +294,7 @@ def run_shape(shape: str, dtype_name: str, device: torch.device) -> list[Result]
         name = f"{prefix} forward + backward over index_select + index_add"
         print(f"{name}: {speedup:.2f} times as fast", flush=True)
         is_met = speedup >= LEAST_SPEEDUP
-        results.append(Result(serving(), name, peers, ours, 0.0, speedup, is_met))
+        results.append(Result(serving("cuda"), name, peers, ours, 0.0, speedup, is_met))
     return results
 
 
@@ -324,7 +316,7 @@ def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
     """One line a case, one column a backend; what missed its target is marked."""
     found = {(result.case, result.backend): result for result in results}
     cases = list(dict.fromkeys(result.case for result in results))
-    lines = [["", *backends]]
+    lines = []
     for case in cases:
         line = [case]
         for backend in backends:
@@ -332,10 +324,7 @@ def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
             missed = "" if result is None or result.is_met else " missed"
             line.append("-" if result is None else f"{result.share:.3f}{missed}")
         lines.append(line)
-    width = max(len(case) for case in ["", *cases])
-    return "\n".join(
-        "  ".join([line[0].ljust(width), *(cell.rjust(12) for cell in line[1:])]) for line in lines
-    )
+    return Table("", ("", *backends), names=1, groups=[lines]).text(window())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -349,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
+    out_folder(options.out.parent)
     if options.backends:
         backends = options.backends.split(",")
         if not set(backends) <= set(BACKENDS):
@@ -359,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = [Result(**fields) for record in records for fields in record["results"]]
     else:
         env, results = measure_here(options.shapes)
-        backends = [serving()]
+        backends = [serving("cuda")]
     print("\nshare of the copy's bandwidth, or times as fast")
     print(side_by_side(results, backends))
     missed = [result for result in results if not result.is_met]
@@ -369,7 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend in silent:
         print(f"  no results: {backend}")
     print(f"{len(results) - len(missed)} of {len(results)} targets met")
-    options.out.parent.mkdir(exist_ok=True)
     record = {"environment": env, "results": [asdict(result) for result in results]}
     options.out.write_text(json.dumps(record, indent=2) + "\n")
     return 1 if missed or silent else 0

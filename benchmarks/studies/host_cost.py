@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.host import HOST_PROVIDERS, HostCase
+from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
+from benchmarks.report.table import Table, window
 from sdkernels import KeptRows, functional
 from sdkernels.backends import autograd, namespace
 
@@ -166,7 +168,7 @@ def _turn(function: Callable[[], Tensor], x: Tensor, grad: Tensor) -> float:
 
 def table(runs: dict[str, dict[str, float]]) -> str:
     """Extras over `plain`, in microseconds and as shares of naive masking's."""
-    lines = ["| | extension | without it |", "| --- | --- | --- |"]
+    rows = []
     texts = {
         "naive": "naive masking",
         "fused-rows": "the op, rows given",
@@ -174,12 +176,12 @@ def table(runs: dict[str, dict[str, float]]) -> str:
         **PARTS,
     }
     for name, text in texts.items():
-        cells = []
+        cells = [text]
         for seconds in runs.values():
             extra, naive = (seconds[each] - seconds["plain"] for each in (name, "naive"))
             cells.append(f"{1e6 * extra:.1f} us, {extra / naive:.2f}")
-        lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return Table("", ("", "extension", "without it"), names=1, groups=[rows]).text(window())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         print(json.dumps(measure(options.turns)))
         return 0
+    out_folder(options.out)
     described = environment(torch.device("cpu"))
     runs = {}
     for name, extension in (("extension", "auto"), ("without", "off")):
@@ -210,7 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text=True,
         )
         runs[name] = json.loads(output.stdout)
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {"environment": described, "turns": options.turns, "calls": CALLS, "seconds": runs}
     (options.out / "host-cost.json").write_text(json.dumps(record, indent=1) + "\n")
     print(environment_line(described))

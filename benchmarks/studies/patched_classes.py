@@ -29,11 +29,13 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
+from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
 from benchmarks.measure.memory import saved_activation_bytes
 from benchmarks.providers.libraries import LIBRARIES, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
+from benchmarks.report.table import markdown, printed, window
 from benchmarks.studies.patched_subjects import (
     DROP,
     Subject,
@@ -225,12 +227,6 @@ def cells(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def verdict(lines: Sequence[dict[str, Any]]) -> str:
     """Which classes are not faster, and how much of a step their branches are."""
     slow = [line for line in lines if not line["faster"]]
@@ -259,7 +255,6 @@ def run(
 
 
 def write(folder: Path, lines: Iterable[dict[str, Any]], env: dict[str, Any], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     data = {"schema": 1, "drop": DROP, "environment": env, "lines": list(lines)}
     (folder / "patched-classes.json").write_text(json.dumps(data, indent=1) + "\n")
     (folder / "patched-classes.md").write_text(text)
@@ -283,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env, start = environment(device), time.perf_counter()
     missing = [library for library in LIBRARIES if not is_installed(library)]
     zoo = nets(WIDE if options.sizes == "wide" else TINY)
+    out_folder(options.out)
     lines = run(zoo, options.filter, options.batch, options.turns, device)
     if not lines:
         parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
@@ -291,10 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
             environment_line(env) + f" | {time.perf_counter() - start:.0f} s",
             *([f"Not installed: {', '.join(missing)}."] if missing else []),
-            table(lines),
+            markdown(COLUMNS, map(cells, lines)),
             verdict(lines),
         ]
     )
-    print(f"\n{text}")
+    print(f"\n{printed(text, window())}")
     write(options.out, lines, env, text + "\n")
     return 0

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure.correctness import ProviderMismatch
+from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
+from benchmarks.report.table import printed, window
 from benchmarks.studies.scaling.model import (
     KIND_NAMES,
     Line,
@@ -331,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, AssertionError) as error:
             message = f"expected a device at hand, got {options.device!r} ({error})"
             parser.error(f"--device: {message}")
+        out_folder(options.out)
         torch.set_num_threads(1)  # a rank's thread; its clock has to see all of the work
         try:
             results = run(PRESETS[options.preset], device)
@@ -338,10 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
         results = {"preset": options.preset, **results}
-        options.out.mkdir(parents=True, exist_ok=True)
         written.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "scaling.md").write_text(report(results))
     for path in save_plots(results, options.out):
         print(f"wrote {path}")
-    print(report(results))
+    print(printed(report(results), window()))
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.measure.environment import environment_line
+from benchmarks.report.table import markdown, percent
 from benchmarks.studies.scaling.simulation import SCHEDULES, SYNCS, Layers, rule_of_thumb
 
 # What a step may cost above the ideal before another sampler is worth its law.
@@ -20,21 +21,8 @@ SAMPLER_TEXT = {
 }
 
 
-def percent(value: float, digits: int = 1) -> str:
-    """
-    >>> percent(0.1234), percent(-0.00001)
-    ('12.3 %', '0.0 %')
-    """
-    return f"{100 * value + 0.0:.{digits}f} %".replace("-0.0 %", "0.0 %")
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """
-    >>> table(["a", "b"], [[1, 2]])
-    ['| a | b |', '| --- | --- |', '| 1 | 2 |', '']
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+    return [*markdown(head, rows).splitlines(), ""]
 
 
 def shown_ranks(ranks: Sequence[int]) -> list[int]:

@@ -1,0 +1,165 @@
+"""The one table of the benchmarks, as text that fits its window and as Markdown; and how figures
+are written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+NARROWEST = 16  # of a column of words
+
+
+def window() -> int:
+    """Columns to print to: the terminal's or those that COLUMNS asks for, 100 where nobody says."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def seconds(value: float | None) -> str:
+    """A time with the unit that suits it.
+
+    >>> seconds(0.00123)
+    '1.23 ms'
+    """
+    if value is None:
+        return "-"
+    unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
+    return f"{value * factor:#.3g}".rstrip(".") + f" {unit}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """
+    >>> percent(0.1234), percent(-0.00001), percent(None)
+    ('12.3 %', '0.0 %', '-')
+    """
+    return "-" if value is None else f"{100 * value + 0.0:.{digits}f} %".replace("-0.0 %", "0.0 %")
+
+
+def ratio(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def spread(value: float) -> str:
+    return f"\u00b1{100 * value:.1f} %"
+
+
+@dataclass
+class Table:
+    """Rows in groups, divided by lines; a title above and notes below.
+
+    Args:
+        names: so many columns at the left are words, the others figures.
+    """
+
+    title: str
+    columns: Sequence[object]
+    notes: Sequence[str] = ()
+    names: int = 2
+    groups: list[list[Sequence[object]]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        align = ["---" if i < self.names else "---:" for i in range(len(self.columns))]
+        rows = [row for group in self.groups for row in group]
+        lines = [f"## {self.title}"] if self.title else []
+        return "\n\n".join([*lines, markdown(self.columns, rows, align), *self.notes])
+
+    def text(self, width: int) -> str:
+        """For a window of that width: nothing is left out.
+
+        What the rows of a group begin with is said once, on a line above them. A first column that
+        does not fit beside the others gets lines of its own, and other words are wrapped.
+        """
+        groups = [[[str(cell) for cell in row] for row in group] for group in self.groups if group]
+        above = self.names > 1 and all(len({row[0] for row in group}) == 1 for group in groups)
+        names, columns = self.names - above, [str(name) for name in self.columns[above:]]
+        body = [[row[above:] for row in group] for group in groups]
+        wide = [
+            max([_longest_word(name), *(len(row[i]) for group in body for row in group)])
+            for i, name in enumerate(columns)
+        ]
+        overlong = sum(wide) + 2 * (len(wide) - 1) - width
+        own_line = names > 0 and len(wide) > 1 and overlong > max(wide[0] - NARROWEST, 0)
+        if own_line:
+            wide[0], columns[0] = 1, ""
+        words = {*range(names), len(wide) - 1}  # verdicts and reasons come last
+        while sum(wide) + 2 * (len(wide) - 1) > width:
+            widest = max(words, key=lambda i: wide[i])
+            if wide[widest] <= NARROWEST:
+                break
+            wide[widest] -= 1
+
+        def line(cells: Sequence[str]) -> str:
+            wrapped = [textwrap.wrap(c, w) or [""] for c, w in zip(cells, wide, strict=True)]
+            height = max(map(len, wrapped))
+            filled = [cell + [""] * (height - len(cell)) for cell in wrapped]
+            aligned = [
+                [part.ljust(w) if i < names else part.rjust(w) for part in cell]
+                for i, (cell, w) in enumerate(zip(filled, wide, strict=True))
+            ]
+            return "\n".join("  ".join(parts).rstrip() for parts in zip(*aligned, strict=True))
+
+        rule = "-" * min(sum(wide) + 2 * (len(wide) - 1), width)
+        lines = [line(columns), rule]
+        for group, rows in zip(groups, body, strict=True):
+            lines += textwrap.wrap(group[0][0], width) if above else []
+            for row in rows:
+                if own_line:
+                    lines += textwrap.wrap(row[0], width)
+                lines.append(line(["", *row[1:]] if own_line else row))
+            lines.append("" if above or own_line else rule)
+        notes = [textwrap.fill(note, width) for note in self.notes]
+        title = [self.title, ""] if self.title else []
+        return "\n".join([*title, *lines, *notes]).strip("\n")
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=1)
+
+
+def markdown(
+    head: Sequence[object], rows: Iterable[Sequence[object]], align: Sequence[str] | None = None
+) -> str:
+    """A table of whatever can be written.
+
+    >>> print(markdown(["a", "b"], [[1, "x|y"]]))
+    | a | b |
+    | --- | --- |
+    | 1 | x\\|y |
+    """
+
+    def cell(value: object) -> str:
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
+    lines = [head, align or ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def printed(page: str, width: int) -> str:
+    """A Markdown page for a window of that width: its tables drawn, its sentences wrapped.
+
+    >>> print(printed("## Times\\n\\n| case | s |\\n| --- | ---: |\\n| a | 1 |", 80))
+    Times
+    <BLANKLINE>
+    case  s
+    -------
+    a     1
+    -------
+    """
+    lines: list[str] = []
+    for is_table, part in groupby(page.splitlines(), lambda text: text.startswith("|")):
+        if is_table:
+            head, align, *rows = (
+                [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
+                for text in part
+            )
+            names = next((i for i, cell in enumerate(align) if cell.endswith(":")), 1)
+            lines.append(Table("", head, names=names, groups=[rows]).text(width))
+        else:
+            for text in part:
+                text = text.lstrip("#").strip() if text.startswith("#") else text
+                indent = "  " if text.startswith("- ") else ""
+                lines += textwrap.wrap(text, width, subsequent_indent=indent) or [""]
+    return "\n".join(lines)

@@ -7,7 +7,7 @@ namespace sdkernels::cuda {
 void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // what is reported here shall not be reported again
-  // A trap of an earlier kernel, which nobody has waited for yet: every call reports it from then on.
+  // A trap of an earlier kernel that nobody has waited for: from then on every call reports it.
   TORCH_CHECK(error != cudaErrorLaunchFailure && error != cudaErrorAssert &&
                   error != cudaErrorIllegalAddress,
               "CUDA error: ", cudaGetErrorString(error), ", met by sdkernels::", op,

@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_tools.decision import decide, inspect_environment
+from build_tools.decision import decide, inspect_environment, point_to_toolkit
 from build_tools.extension import configure
 from build_tools.metadata import metadata
 
@@ -15,6 +15,7 @@ COMMANDS = ("bdist_wheel", "editable_wheel", "sdist", "build_ext")
 
 
 def main() -> None:
+    point_to_toolkit(os.environ)
     environment = inspect_environment(os.environ)
     decision = decide(environment)
     if decision.target == "stop":

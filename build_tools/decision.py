@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -137,6 +138,28 @@ def release(version: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"torch: expected a version such as 2.13.0, got {version!r}")
     return int(found[1]), int(found[2])
+
+
+def point_to_toolkit(environ: MutableMapping[str, str]) -> None:
+    """Set CUDA_HOME where torch would take what stands around a wrapper of nvcc for the toolkit.
+
+    To be called before torch.utils.cpp_extension is imported, which guesses once.
+    """
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if environ.get("CUDA_HOME") or environ.get("CUDA_PATH") or nvcc is None:
+        return
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        answer = ""
+    top = re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE)
+    folders = [Path(nvcc).parent.parent, *([Path(top[1])] if top else []), Path("/usr/local/cuda")]
+    for number, folder in enumerate(folders):
+        if (folder / "bin/nvcc").is_file() and (folder / "include/cuda_runtime.h").is_file():
+            if number > 0:  # the first is torch's own guess
+                environ["CUDA_HOME"] = str(folder.resolve())
+            return
 
 
 def inspect_environment(environ: Mapping[str, str]) -> Environment:

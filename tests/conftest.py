@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # Memory is poisoned under deterministic algorithms, for which cuBLAS needs a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Convolutions in fp32 are compared as such: cuDNN takes TF32 by default.
+torch.backends.cudnn.allow_tf32 = False
+
 # Derandomized: CI runs the same examples every time. `--hypothesis-profile=brief` is for the runs
 # of whole files in a subprocess, under another backend or instruction set; "thorough" looks for new
 # ones.

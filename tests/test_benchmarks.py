@@ -333,6 +333,29 @@ def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch):
         correctness.check(case, CPU)
 
 
+def test_convolutions_are_compared_in_fp32(monkeypatch):
+    """cuDNN's default, TF32, differs by more than the tolerance between B rows and k."""
+    allowed = []
+    case = blocks.BlockCase(presets.TINY, 8, 0.5, "fp32")
+    compare = type(case).comparisons
+
+    def comparisons(self, device):
+        for each in compare(self, device):
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            yield each
+
+    monkeypatch.setattr(type(case), "comparisons", comparisons)
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        assert correctness.check(case, CPU) > 0
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert allowed
+    assert not any(allowed)
+
+
 @pytest.mark.parametrize(
     ("keep", "dtype"), [(0.125, "fp32"), (1.0, "fp32"), (0.95, "fp32"), (0.5, "mixed")]
 )

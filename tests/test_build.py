@@ -129,6 +129,25 @@ def test_nvcc_that_cannot_be_executed(tmp_path):
     assert build.inspect_toolkit(toolkit).version is None
 
 
+def test_wrapper_of_nvcc(tmp_path):
+    """torch takes the folder around the nvcc on PATH for the toolkit; a wrapper has none."""
+    real = make_toolkit(tmp_path / "cuda-13.0", "exit 0", with_header=True)
+    says_where = f"echo '#$ _SPACE_= ' >&2; echo '#$ TOP={real}/bin/..' >&2"
+    wrapper = make_toolkit(tmp_path / "local", says_where)
+    environ = {"PATH": f"{wrapper}/bin"}
+    build.point_to_toolkit(environ)
+    assert environ["CUDA_HOME"] == str(real)
+    for unchanged in (
+        {"PATH": f"{wrapper}/bin", "CUDA_HOME": "/mine"},
+        {"PATH": f"{wrapper}/bin", "CUDA_PATH": "/mine"},
+        {"PATH": f"{real}/bin"},
+        {"PATH": str(tmp_path)},
+    ):
+        environ = dict(unchanged)
+        build.point_to_toolkit(environ)
+        assert environ == unchanged
+
+
 def test_inspect_environment():
     here = build.inspect_environment({"SDKERNELS_BUILD": "cpu"})
     assert (here.requested, here.torch, here.torch_cuda) == (

@@ -67,6 +67,14 @@ def test_no_kernel_image(monkeypatch):
         torch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))
 
 
+@pytest.mark.skipif(not EMULATED, reason="the CUDA kernels do not serve the CPU")
+def test_trap_of_an_earlier_kernel(monkeypatch):
+    """It is met by the first call after it, which is not to blame, in the words that traps have."""
+    monkeypatch.setenv("SDKERNELS_EMULATION_EARLIER_TRAP", "1")
+    with pytest.raises(RuntimeError, match=r"^CUDA error: .*, met by sdkernels::compact_rows; it "):
+        torch.ops.sdkernels.compact_rows(torch.ones(2, 3), torch.tensor([1]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CALLS)
 def test_trap(name):

@@ -1,7 +1,11 @@
 """Which seed gives which rows, and which generator pays for them."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkernels import DepthPlan, KeptRows, fused_stochastic_depth
 
@@ -153,3 +157,63 @@ def test_a_plan_keeps_its_generator(device):
     if device != "meta":
         for a, b in zip(plan, rows, strict=True):
             assert_same_rows(a, b)
+
+
+class Sent(NamedTuple):
+    """A copy to the device that has not taken place yet."""
+
+    source: Tensor  # holds its memory, as a pinned buffer's allocator does until the copy is done
+    values: Tensor  # what it held when the copy was asked for
+
+
+class DelayedCopies(TorchDispatchMode):
+    """A device that copies as late as it may: when it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Sent] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
+        if source is not None and result.is_meta and args[source].device.type == "cpu":
+            assert kwargs.get("non_blocking") or args[source + 1 :] == (True,), func
+            self.sent.append(Sent(args[source], args[source].clone()))
+        return result
+
+    def assert_arrived(self, count: int) -> None:
+        """`count` of them, each with what was sent."""
+        assert len(self.sent) == count
+        for sent in self.sent:
+            assert torch.equal(sent.source, sent.values)
+
+
+@each_law
+def test_copies_to_the_device_may_be_late(law):
+    """The host's memory is not written to again: a copy from pinned memory may still read it."""
+    with DelayedCopies() as device:
+        for _ in range(4):
+            KeptRows.sample(16, 0.5, device="meta", **law)
+    device.assert_arrived(4)
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded", "balanced"])
+def test_copies_of_a_plan_may_be_late(sampler):
+    with DelayedCopies() as device:
+        plan = DepthPlan.sample(16, [0.1, 0.5, 0.5], sampler=sampler, device="meta")
+        for _ in range(4):
+            plan.resample_()
+        for step in range(3):
+            DepthPlan.for_step(0, step, 16, [0.1, 0.5, 0.5], sampler=sampler, device="meta")
+    device.assert_arrived(8)
+
+
+def test_a_buffer_used_again_is_noticed():
+    """By the tests above."""
+    buffer = torch.empty(16, dtype=torch.int64)
+    with DelayedCopies() as device:
+        for number in range(2):
+            buffer.fill_(number).to("meta", non_blocking=True)
+    with pytest.raises(AssertionError):
+        device.assert_arrived(2)

@@ -375,6 +375,33 @@ PRESETS = {
             timeline="model-timm-vit_large_patch16_224-B100-drop0.4-amp" if HAS_LIBRARIES else None,
         ),
         Preset(
+            name="gpu-short",
+            summary="what to look at first on a GPU; with --device cuda",
+            minutes=8,
+            where="on one GPU (an estimate, not yet run)",
+            cases=(
+                *(
+                    case
+                    for rows in ("ViT-S", "ViT-B", "ViT-H")
+                    for case in _op_cases(rows, dtypes=("bf16",))
+                ),
+                *_blocks((blocks.VIT_B,), 64, (0.5, 0.75, 0.9), "bf16"),
+                *_models(
+                    ModelCase("timm", "vit_small_patch16_224", "ViT-S", batch=32, dtype="amp"),
+                    ModelCase("timm", "vit_base_patch16_224", "ViT-B", batch=128, dtype="amp"),
+                ),
+                CompileCase(STATIC, blocks.VIT_B, 64, 0.5, "bf16"),
+                HostCase(),
+            ),
+            rounds={
+                "op": Rounds(6, 20),
+                "block": Rounds(6, 10),
+                "model": Rounds(5, 4),
+                "host": Rounds(6, 3, 200),
+                "compile": Rounds(5, 20),
+            },
+        ),
+        Preset(
             name="kernels",
             summary="every op against the PyTorch calls it replaces",
             minutes=15,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,20 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     return (difference / magnitude).item() if magnitude > 0 else difference.item()
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in fp32: by default cuDNN rounds their inputs to the 10 bits of TF32, and may
+    choose other algorithms for B rows than for k.
+    """
+    cudnn = torch.backends.cudnn
+    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = allowed
+
+
+@full_precision()
 def check(case: Case, device: torch.device) -> int:
     """Compares every provider of ``case`` with its reference; returns the number of tensors
     compared.

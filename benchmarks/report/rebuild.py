@@ -29,11 +29,11 @@ def print_targets(result: dict[str, Any]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 1 where a target was missed that was asked for, or 2 for bad input."""
+    """Returns 0, 2 for bad input, or 3 where a target was missed that was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds results.json")
     parser.add_argument(
-        "--targets", action="store_true", help="print them; exit code 1 where one is missed"
+        "--targets", action="store_true", help="print them; exit code 3 where one is missed"
     )
     options = parser.parse_args(arguments)
     try:
@@ -42,4 +42,4 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"python -m benchmarks report: {error}", file=sys.stderr)
         return 2
     write(result, options.directory)
-    return 0 if not options.targets or print_targets(result) else 1
+    return 0 if not options.targets or print_targets(result) else 3

@@ -7,6 +7,11 @@ namespace sdkernels::cuda {
 void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // what is reported here shall not be reported again
+  // A trap of an earlier kernel that nobody has waited for: from then on every call reports it.
+  TORCH_CHECK(error != cudaErrorLaunchFailure && error != cudaErrorAssert &&
+                  error != cudaErrorIllegalAddress,
+              "CUDA error: ", cudaGetErrorString(error), ", met by sdkernels::", op,
+              "; it may be of any kernel before it (CUDA_LAUNCH_BLOCKING=1 shows which)");
   const bool not_built_for_it = error == cudaErrorNoKernelImageForDevice ||
                                 error == cudaErrorInvalidDeviceFunction ||
                                 error == cudaErrorUnsupportedPtxVersion;

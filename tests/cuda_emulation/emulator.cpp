@@ -229,8 +229,9 @@ void Scheduler::enter() {
 }  // namespace
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
-  // A GPU that the build does not cover.
+  // A GPU that the build does not cover; a trap of a kernel before this one.
   if (std::getenv("SDKERNELS_EMULATION_NO_KERNEL_IMAGE")) return cudaErrorNoKernelImageForDevice;
+  if (std::getenv("SDKERNELS_EMULATION_EARLIER_TRAP")) return cudaErrorLaunchFailure;
   scheduler().run(config, thread);
   return cudaSuccess;
 }

@@ -45,6 +45,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** values) {
   if (std::getenv("SDKERNELS_EMULATION_NO_KERNEL_IMAGE")) return cudaErrorNoKernelImageForDevice;
+  if (std::getenv("SDKERNELS_EMULATION_EARLIER_TRAP")) return cudaErrorLaunchFailure;
   const auto found = names().find(host);
   if (found == names().end()) throw std::runtime_error("ptx: a kernel that was not registered");
   const ptx::Kernel* const kernel = resolve(found->second.c_str());

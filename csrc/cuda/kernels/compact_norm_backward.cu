@@ -16,8 +16,9 @@ __device__ __forceinline__ const X* stream_line(const CompactNormBackward& p, in
 template <class X, class N, int W>
 __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, const Vec<X, W>& x,
                                               const Vec<N, W>& d_normed, Acc<X> mean, Acc<X> rstd,
-                                              Acc<X> mean_d, Acc<X> mean_d_x_hat, const X* d_stream,
-                                              int64_t first, int offset = 0) {
+                                              Acc<X> mean_d, Acc<X> mean_d_x_hat,
+                                              const Vec<X, W>& d_stream, int64_t first,
+                                              int offset = 0) {
   const auto wide = widen(x);
   auto d = widen(d_normed);
   if (p.weight) {
@@ -28,21 +29,12 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
 #pragma unroll
   for (int e = 0; e < W; ++e)
     d.v[e] = rstd * (d.v[e] - mean_d - (wide.v[e] - mean) * rstd * mean_d_x_hat);
-  if (d_stream) {
-    const auto passed = widen(load<W>(d_stream + first + offset));
+  if (p.d_stream) {
+    const auto passed = widen(d_stream);
 #pragma unroll
     for (int e = 0; e < W; ++e) d.v[e] += passed.v[e];
   }
   return narrow<X>(d);
-}
-
-// A line of a dropped row: the stream's gradient as it is, or zeros.
-template <class X, int W, class Each>
-__device__ __forceinline__ void pass_line(X* d_x, const X* d_stream, Each each) {
-  each([&](int64_t first, int offset = 0) {
-    store(d_x + first + offset,
-          d_stream ? load<W>(d_stream + first + offset) : narrow<X>(filled<Acc<X>, W>(0)));
-  });
 }
 
 // One pass over lines in registers. A thread owns the same columns of every line that its block
@@ -70,11 +62,26 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
     const int64_t slot = checked(p.slot[row], -1, p.kept);
     X* const d_x = static_cast<X*>(p.d_x) + i * p.len;
     const X* const d_stream = stream_line<X>(p, row, line);
-    if (slot < 0) {
-      if (p.d_x)
-        pass_line<X, W>(d_x, d_stream, [&](auto one) {
-          items.for_each([&](int, int offset) { one(first, offset); });
-        });
+    // Everything is loaded before anything is stored, behind which no load can move up. Of doubles
+    // there are not the registers for it.
+    constexpr bool kAhead = sizeof(A) == 4;
+    [[maybe_unused]] Vec<X, W> ahead[kItems];
+    const auto load_stream = [&](int offset) {
+      return d_stream ? load<W>(d_stream + first + offset) : narrow<X>(filled<A, W>(0));
+    };
+    const auto load_ahead = [&]([[maybe_unused]] int n, [[maybe_unused]] int offset) {
+      if constexpr (kAhead) ahead[n] = load_stream(offset);
+    };
+    const auto stream = [&]([[maybe_unused]] int n, int offset) {
+      if constexpr (kAhead)
+        return ahead[n];
+      else
+        return load_stream(offset);
+    };
+    if (slot < 0) {  // the stream's gradient as it is, or zeros
+      if (!p.d_x) continue;
+      items.for_each(load_ahead);
+      items.for_each([&](int n, int offset) { store(d_x + first + offset, stream(n, offset)); });
       continue;
     }
     const int64_t kept_line = slot * p.lines + line;
@@ -87,6 +94,7 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
     items.for_each([&](int n, int offset) {
       xs[n] = load<W>(x + first + offset);
       ds[n] = load<W>(d_normed + first + offset);
+      if (p.d_x) load_ahead(n, offset);
     });
     A sum_d = 0, sum_d_x_hat = 0;
     items.for_each([&](int n, int offset) {
@@ -107,8 +115,9 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
     const A mean_d_x_hat = line_sum(sum_d_x_hat) * inverse_len;
     const A mean_d = p.mean ? line_sum(sum_d) * inverse_len : A(0);
     items.for_each([&](int n, int offset) {
-      store(d_x + first + offset, gradient<X, N, W>(p, xs[n], ds[n], mean, rstd, mean_d,
-                                                    mean_d_x_hat, d_stream, first, offset));
+      store(d_x + first + offset,
+            gradient<X, N, W>(p, xs[n], ds[n], mean, rstd, mean_d, mean_d_x_hat, stream(n, offset),
+                              first, offset));
     });
   }
   if (!kSums || !sums) return;
@@ -152,8 +161,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     const int64_t slot = checked(p.slot[row], -1, p.kept);
     X* const d_x = static_cast<X*>(p.d_x) + i * p.len;
     const X* const d_stream = stream_line<X>(p, row, line);
+    const auto passed = [&](int64_t element) {
+      return d_stream ? load<W>(d_stream + element) : narrow<X>(filled<A, W>(0));
+    };
     if (slot < 0) {
-      pass_line<X, W>(d_x, d_stream, [&](auto one) { for_line<W>(p.len, one); });
+      for_line<W>(p.len, [&](int64_t element) { store(d_x + element, passed(element)); });
       continue;
     }
     const int64_t kept_line = slot * p.lines + line;
@@ -176,8 +188,9 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     const A mean_d_x_hat = line_sum(sum_d_x_hat) * inverse_len;
     const A mean_d = p.mean ? line_sum(sum_d) * inverse_len : A(0);
     for_line<W>(p.len, [&](int64_t element) {
-      store(d_x + element, gradient<X, N, W>(p, load<W>(x + element), load<W>(d_normed + element),
-                                             mean, rstd, mean_d, mean_d_x_hat, d_stream, element));
+      store(d_x + element,
+            gradient<X, N, W>(p, load<W>(x + element), load<W>(d_normed + element), mean, rstd,
+                              mean_d, mean_d_x_hat, passed(element), element));
     });
   }
 }
@@ -318,12 +331,15 @@ cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
     return launch_sums<X, N, W>(p, allocate, stream);
   }
 
-  // Each block leaves two partial sums, where they are wanted: few blocks, of many lines.
+  // Each block leaves two partial sums, where they are wanted: few blocks, of many lines. Small
+  // ones, which a multiprocessor needs several of to have enough loads in flight, may be twice as
+  // many.
   constexpr int64_t kMostSums = kEnoughBlocks / 2;
   const int64_t least_lines = wants_sums ? 4 : 1;
   const dim3 threads = line_threads(p.len / W, kItems, ceil_div(all, least_lines), kMostSums / 2);
+  const int64_t most_sums = threads.x * threads.y < kThreads ? kEnoughBlocks : kMostSums;
   int64_t blocks = ceil_div(all, threads.y * least_lines);
-  if (wants_sums) blocks = std::min<int64_t>({blocks, kMostSums, SDKERNELS_MOST_BLOCKS});
+  if (wants_sums) blocks = std::min<int64_t>({blocks, most_sums, SDKERNELS_MOST_BLOCKS});
   const auto sums = parameter_sums<A>(p, allocate, blocks);
   const cudaError_t error = launch(compact_norm_backward<X, N, W, kItems, true>, blocks, threads,
                                    stream, p, lines, sums.partials);

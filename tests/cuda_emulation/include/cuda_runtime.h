@@ -40,6 +40,9 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice,
   cudaErrorInvalidDeviceFunction,
   cudaErrorUnsupportedPtxVersion,
+  cudaErrorIllegalAddress,
+  cudaErrorAssert,
+  cudaErrorLaunchFailure,
 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 

@@ -48,7 +48,7 @@ class Store:
     Args:
         directory: where the run writes.
         settings: what a run must share with the one it continues: preset, filter, device.
-        environment: of :func:`benchmarks.measure.environment.environment`; machine, versions and commit
+        environment: of ``benchmarks.measure.environment``; machine, versions and commit
             must be the same too.
         fresh: start over, whatever lies there.
 

@@ -12,6 +12,7 @@ try:
         scatter_add_rows,
     )
     from .functional import fused_stochastic_depth
+    from .measure import measure
     from .models import patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
@@ -38,6 +39,7 @@ __all__ = [
     "compact_rows",
     "fused_stochastic_depth",
     "linear_decay",
+    "measure",
     "patch",
     "scatter_add_rows",
     "uniform",

@@ -10,8 +10,10 @@ try:
         compact_rms_norm,
         compact_rows,
         scatter_add_rows,
+        scatter_rows,
     )
     from .functional import fused_stochastic_depth
+    from .layer_dropout import fused_layer_dropout
     from .models import patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
@@ -36,10 +38,12 @@ __all__ = [
     "compact_layer_norm",
     "compact_rms_norm",
     "compact_rows",
+    "fused_layer_dropout",
     "fused_stochastic_depth",
     "linear_decay",
     "patch",
     "scatter_add_rows",
+    "scatter_rows",
     "uniform",
     "unpatch",
 ]

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..empty import Empty
 from ..functional import fused_stochastic_depth
-from ..sampling import Mode, Rescale, Sampler
+from ..sampling import Mode, Rescale, Sampler, check_choice
 from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Branch, Options
+from .layer_dropout import Schedule, patch_layers
 from .parts import layer_scale_of, looks_like_drop_path
 from .plans import check_model, patched_blocks
 from .registry import find_known, obstacle, original_class, patched_class
@@ -26,13 +27,14 @@ __all__ = ["patch", "unpatch"]
 def patch(
     model: nn.Module,
     *,
-    drop_probs: float | Sequence[float] | None = None,
+    drop_probs: float | Sequence[float] | Schedule | None = None,
     mode: Mode | None = None,
     sampler: Sampler = "bernoulli",
     rescale: Rescale = "train",
     empty: Empty = "run",
     inplace: bool | None = None,
     min_saving: float | Literal["auto"] = 0.0,
+    rows: Literal["branch", "block"] = "branch",
 ) -> PatchReport:
     """Put the op into the blocks of a timm, torchvision or transformers model, in place.
 
@@ -65,9 +67,16 @@ def patch(
             branches run on copies of the kept rows (not on all rows), no dispatch or function mode
             watches, the result has the sum's dtype, and nothing is compiled. True does so for every
             sum of the block's own, False for none.
+        rows: "branch" draws rows for every branch. "block" draws one set of rows for all branches
+            of a block, which is gathered at its start and put back at its end
+            (:func:`sdkernels.fused_layer_dropout`); blocks of any class that have a drop path are
+            patched, and with `drop_probs` the layers of a model that have none too: the entries of
+            a list of layers of one class with an attention, as in transformers and timm. The
+            guide "Layer dropout" says more. `inplace` and `min_saving` have no effect then.
 
     Returns:
-        A report of the blocks that were patched and those that were not. It prints as a table.
+        A report of the blocks that were patched and those that were not. It prints as a table. With
+        ``rows="block"`` a :class:`sdkernels.models.LayerReport`, whose `drop_probs` can be set.
 
     Raises:
         TypeError: `model` is not a module, or an option of the wrong kind.
@@ -85,6 +94,7 @@ def patch(
         ()
     """
     check_model(model)
+    check_choice("rows", rows, ("branch", "block"))
     # The op checks its own options; without training nothing is drawn.
     options = Options(mode, sampler, rescale, empty, inplace, min_saving)
     fused_stochastic_depth(
@@ -99,6 +109,18 @@ def patch(
         inplace=inplace,
         min_saving=min_saving,
     )
+    if rows == "block":
+        return patch_layers(
+            model,
+            drop_probs=drop_probs,
+            options=options,
+            release=unpatch,
+        )
+    if callable(drop_probs):
+        raise TypeError(
+            "drop_probs: expected a number or a sequence of drop probabilities, got a function "
+            '(which rows="block" takes)'
+        )
     found, left = _find(model, drop_probs is not None)
     if mode is None:
         _check_modes(found, sampler)

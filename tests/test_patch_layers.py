@@ -428,6 +428,18 @@ class Layer(nn.Module):
         return (x + self.attention(x), None)
 
 
+class Block(Layer):
+    """Of two branches, whose names are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.attention(x)
+        return (x + self.mlp(x), None)
+
+
 class Model(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -557,6 +569,25 @@ def test_the_look_at_a_layer_leaves_no_trace():
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_forward_in_the_place_of_a_submodules_own():
+    """As accelerate's hooks put one there: it is called, and stays."""
+    calls = []
+    model = Model(Block())
+    attention = model.layers[0].attention
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(x.shape[0])
+        return type(attention).forward(attention, x)
+
+    attention.forward = forward
+    report = patch(model, rows="block", drop_probs=[0.5])
+    for k in ([1, 3], [0]):
+        with report.use([KeptRows.from_index(torch.tensor(k), 4, 2.0)]):
+            model(torch.randn(4, 3, 4))
+        assert calls[-1] == len(k)
+        assert attention.__dict__["forward"] is forward
 
 
 def test_tracing_records_the_layer_as_it_was():

@@ -145,14 +145,18 @@ class _Scaled:
 def _scaling(block: Any, state: LayerState, scales: Mapping[str, float]) -> Iterator[None]:
     """Multiply what the block adds to its stream; its drop paths drop nothing meanwhile."""
     modules = [block.get_submodule(name) for name in scales]
+    # What a user or another library has put in the place of a module's forward.
+    before = [module.__dict__.get("forward") for module in modules]
     try:
         for module, (name, scale) in zip(modules, scales.items(), strict=True):
             own = None if name in state.drop_paths else module.forward
             module.__dict__["forward"] = _Scaled(own, scale)
         yield
     finally:
-        for module in modules:
+        for module, own in zip(modules, before, strict=True):
             module.__dict__.pop("forward", None)
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def _call(block: Any, forward: Callable[..., Any], kept: Tensor, given: Any) -> Any:

@@ -12,7 +12,7 @@ try:
         scatter_add_rows,
     )
     from .functional import fused_stochastic_depth
-    from .models import patch, unpatch
+    from .models import compacted, patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
     from .rows import KeptRows
@@ -36,6 +36,7 @@ __all__ = [
     "compact_layer_norm",
     "compact_rms_norm",
     "compact_rows",
+    "compacted",
     "fused_stochastic_depth",
     "linear_decay",
     "patch",

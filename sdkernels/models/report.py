@@ -11,13 +11,11 @@ import torch
 from torch import nn
 
 from ..plan import DepthPlan
-from .blocks import Branch
+from .checking import Checked, check_blocks
 from .plans import plan_for_step, probabilities, sample_plan, use
+from .rewriting import Branch
 
 __all__ = ["LeftAlone", "PatchReport", "PatchedEntry"]
-
-# What a block with one branch computes beside it.
-SHORTCUTS = ("shortcut", "downsample", "proj")
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,38 @@ class PatchReport:
     def use(self, plan: Any) -> AbstractContextManager[None]:
         """:func:`sdkernels.models.use` with the model."""
         return use(self.model, plan)
+
+    def source(self, name: str) -> str:
+        """The forward that a patched block runs in training, as a diff against its own.
+
+        Args:
+            name: of the block in the model, as the report shows it.
+
+        Raises:
+            KeyError: no block of this name was patched.
+        """
+        for entry in self.patched:
+            if entry.name == name:
+                return str(entry.block._sdkernels.rewriting.diff())
+        raise KeyError(f"no patched block has the name {name!r}")
+
+    def check(self, *args: Any, **kwargs: Any) -> tuple[Checked, ...]:
+        """Compare the forward of every patched block with its own, ahead of training.
+
+        Args:
+            args, kwargs: an input of the model, of two samples or more. The model runs once on it,
+                in evaluation, to see what its blocks get; then each is compared on a copy, once
+                for each class and configuration.
+
+        Returns:
+            What came of it for each block. Blocks that differ keep their own forward.
+
+        Note:
+            The model, its buffers, hooks and the random state are not touched. Do this before
+            ``torch.compile``, ``DistributedDataParallel`` and ``fully_shard``, inside of which no
+            block can be compared.
+        """
+        return check_blocks(self.model, self.patched, args, kwargs)
 
     def expected_saving(self, *args: Any, **kwargs: Any) -> float:
         """The share of a training step's computation that dropped samples no longer cost.
@@ -194,8 +224,7 @@ def _size(block: nn.Module, branch: Branch, counts: dict[int, int] | None) -> fl
         return counts.get(id(module), 0)
 
     if branch.parts == ("",):
-        shortcuts = [getattr(block, name, None) for name in SHORTCUTS]
-        return size(block) - sum(map(size, shortcuts))
+        return size(block)
     total = 0
     for part in branch.parts:
         owner: Any = block

@@ -1,0 +1,83 @@
+"""What a block is set to: a comparison of one block speaks for those that are set to the same."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["settings"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum, torch.dtype,
+          torch.device, torch.layout, torch.memory_format)  # fmt: skip
+_EVERYBODY = frozenset((*nn.Module().__dict__, "_sdkernels"))  # what says nothing of a block
+
+
+class _Same:
+    """An object that equals itself and nothing else, and is not kept alive for that."""
+
+    def __init__(self, value: Any) -> None:
+        self.hash = id(value)
+        try:
+            self.get: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.get = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        value = self.get()
+        return isinstance(other, _Same) and value is not None and other.get() is value
+
+    def __hash__(self) -> int:
+        return self.hash
+
+
+def _key(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """What of a value two blocks must have in common."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if id(value) in within:  # it contains itself
+        return within.index(id(value))
+    within = (*within, id(value))
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_key(each, within) for each in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_key(each, within) for each in value)
+    if isinstance(value, dict):
+        return type(value), tuple((_key(k, within), _key(v, within)) for k, v in value.items())
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return functools.partial, tuple(_key(each, within) for each in parts)
+    if isinstance(value, Tensor):
+        return Tensor, value.shape, value.dtype
+    return _Same(value)
+
+
+def settings(
+    block: nn.Module, skip: Callable[[str, nn.Module], bool], without: Collection[str] = ()
+) -> tuple[Any, ...]:
+    """All that a block and its modules are made of, but the values of tensors.
+
+    Two blocks with equal settings run the same code. Classes count, attributes (numbers, strings
+    and containers of them by value, other objects by identity), and the sizes of parameters.
+
+    Args:
+        skip: which modules do not count, by their names.
+        without: attributes of the block that do not count.
+    """
+    found: list[Any] = []
+    for path, module in block.named_modules():
+        if skip(path, module):
+            continue
+        kind = type(module)
+        patched = "_sdkernels" in module.__dict__
+        found.append((path, getattr(kind, "_original", kind) if patched else kind))
+        hidden = _EVERYBODY if path else _EVERYBODY.union(without)
+        found += [(n, _key(v)) for n, v in sorted(module.__dict__.items()) if n not in hidden]
+        for table in (module._parameters, module._buffers):
+            found += [(n, _key(value)) for n, value in table.items()]
+    return tuple(found)

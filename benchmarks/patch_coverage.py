@@ -6,7 +6,7 @@ left out (blocks without a skip connection hold one all the same), and says what
 
 With ``--check`` each class and source that was written is also compared with its original, in the
 smallest architecture that has it, on real inputs; ``--write`` puts those that are equal into
-``sdkernels/models/verified.py``.
+``sdkernels/models/comparing/verified.py``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from torch import nn
 import sdkernels
 from benchmarks.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.zoo import TINY, Net, nets
-from sdkernels.models import registry
+from sdkernels.models.comparing import verified
+from sdkernels.models.comparing.verified import VERIFIED
 from sdkernels.models.parts import drop_law, is_drop_path
-from sdkernels.models.verified import VERIFIED
 
 RATE = 0.2
 SMALL = 96  # height and width of images for models that take any
 UNSEEN = "it did not run on these inputs"
 UNUSED = "its forward does not call its drop path"
-FILE = Path(registry.__file__).with_name("verified.py")
+FILE = Path(verified.__file__)
 
 
 class Architecture(NamedTuple):

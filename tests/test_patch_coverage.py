@@ -7,7 +7,7 @@ from torch import nn
 
 import sdkernels
 from benchmarks import patch_coverage
-from sdkernels.models import verified
+from sdkernels.models.comparing import verified
 
 
 @pytest.mark.skipif(not is_installed("torchvision"), reason="needs torchvision")

@@ -27,7 +27,7 @@ from sdkernels.models.blocks import Add, BlockState, Options
 from sdkernels.models.by_hand import BY_HAND
 from sdkernels.models.parts import Law
 from sdkernels.models.rewriting import Branch, Rewriting
-from sdkernels.models.sums import hides_sums
+from sdkernels.models.rewriting.sums import hides_sums
 
 ROWS = [
     KeptRows.from_index(torch.tensor(index), batch=4, scale=2.0) for index in ([0, 2], [1, 2], [3])

@@ -9,8 +9,9 @@ from libraries import LIBRARIES, is_installed
 
 from benchmarks import patched_classes
 from benchmarks.zoo import TINY, nets
-from sdkernels.models import blocks, proving
-from sdkernels.models.proof import Proof
+from sdkernels.models import blocks
+from sdkernels.models.comparing import proving
+from sdkernels.models.comparing.proof import Proof
 
 pytestmark = pytest.mark.skipif(
     not all(map(is_installed, LIBRARIES)), reason=f"needs {', '.join(LIBRARIES)}"

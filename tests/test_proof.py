@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sdkernels
-from sdkernels.models import rewriting
+from sdkernels.models.rewriting import rewriter
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr(rewriting, "_BY_BLOCK", {})
-    monkeypatch.setattr(rewriting, "_BY_SOURCE", {})
+    monkeypatch.setattr(rewriter, "_BY_BLOCK", {})
+    monkeypatch.setattr(rewriter, "_BY_SOURCE", {})
 
 
 class Mixer(nn.Module):
@@ -54,7 +54,7 @@ def test_a_comparison_speaks_for_blocks_of_the_same_settings_only(settings):
 
 
 def test_blocks_of_the_same_settings_are_compared_once(monkeypatch):
-    from sdkernels.models import proving
+    from sdkernels.models.comparing import proving
 
     compared: list[Any] = []
     prove = proving.prove

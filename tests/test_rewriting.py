@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import sdkernels
 from sdkernels import KeptRows
-from sdkernels.models import PatchReport, rewriting, slicing, verified
+from sdkernels.models import PatchReport
+from sdkernels.models.comparing import verified
+from sdkernels.models.rewriting import rewriter, slicing
 
 WIDTH = 6
 
@@ -469,7 +471,7 @@ def test_what_the_tests_have_compared_runs_at_once(monkeypatch):
     path = f"{Scaled.__module__}:{Scaled.__qualname__}"
     monkeypatch.setitem(verified.VERIFIED, path, {written.mark: "1.0"})
     sdkernels.patch(block)
-    monkeypatch.setattr("sdkernels.models.proving.prove", None)
+    monkeypatch.setattr("sdkernels.models.comparing.proving.prove", None)
     block(tokens())
     other = Scaled().train()
     other.use_scale = False
@@ -498,13 +500,13 @@ def test_a_wrong_slice_is_caught(monkeypatch):
 
         return ast.unparse(statement)
 
-    monkeypatch.setattr(rewriting, "cut", wrong)
+    monkeypatch.setattr(rewriter, "cut", wrong)
     assert "differs by" in keeps_its_own(Two(), tokens())
 
 
 def test_never_checks_nothing(monkeypatch):
     report = sdkernels.patch(Helper().train(), check="never")
-    monkeypatch.setattr("sdkernels.models.proving.prove", None)
+    monkeypatch.setattr("sdkernels.models.comparing.proving.prove", None)
     report.patched[0].block(tokens())
     with pytest.raises(ValueError, match="check: expected one of"):
         sdkernels.patch(Helper(), check="sometimes")

@@ -1,6 +1,6 @@
 """One line into a model of any library: sdkernels.patch(model)."""
 
-from .checking import Checked
+from .comparing.checking import Checked
 from .patching import patch, unpatch
 from .plans import drop_probs, plan_for_step, sample_plan, use
 from .registry import compacted, register

@@ -26,9 +26,9 @@ from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
 from ..tracing import is_recorded, refuse_script
 from .branches import Composed, entries
+from .comparing.proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
+from .comparing.proving import proofs_of, warn
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
-from .proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
-from .proving import proofs_of, warn
 from .rewriting import Branch, Rewriting
 
 __all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]

@@ -16,9 +16,9 @@ from ..functional import fused_stochastic_depth
 from ..sampling import Mode, Rescale, Sampler, check_choice
 from ..schedules import check_probability, linear_decay
 from .blocks import BlockState, Options
+from .comparing.proving import CHECKS, recall
 from .parts import is_drop_path, learn, looks_like_drop_path
 from .plans import check_model, patched_blocks
-from .proving import CHECKS, recall
 from .registry import find_rewriting, obstacle, original_class, patched_class
 from .report import LeftAlone, PatchedEntry, PatchReport
 from .rewriting import Branch, Rewriting

@@ -14,8 +14,8 @@ from .by_hand import BY_HAND, ByHand
 from .fingerprint import fingerprint
 from .parts import trust_norm
 from .rewriting import Branch, Rewriting, rewriting_of
-from .source import Refusal, function_tree
-from .sums import hides_sums
+from .rewriting.source import Refusal, function_tree
+from .rewriting.sums import hides_sums
 
 __all__ = [
     "compacted",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..plan import DepthPlan
-from .checking import Checked, check_blocks
+from .comparing.checking import Checked, check_blocks
 from .plans import plan_for_step, probabilities, sample_plan, use
 from .rewriting import Branch
 

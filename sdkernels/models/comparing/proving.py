@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..sampling import at_trace_time
+from ...sampling import at_trace_time
+from ..rewriting import Rewriting, is_to_drop
+from ..settings import settings
 from .comparison import prove
 from .proof import TRUSTED, Leaf, Proof, leaves
-from .rewriting import Rewriting, is_to_drop
-from .settings import settings
 from .verified import VERIFIED
 
 __all__ = ["CHECKS", "proofs_of", "recall", "warn"]

@@ -28,14 +28,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from ..rows import KeptRows
-from .parts import Law
+from ...rows import KeptRows
+from ..parts import Law
+from ..rewriting import Rewriting
+from ..settings import settings
 from .proof import Asked, Leaf, Proof, leaves, mapped
-from .rewriting import Rewriting
-from .settings import settings
 
 if TYPE_CHECKING:
-    from .blocks import Add
+    from ..blocks import Add
 
 __all__ = ["prove"]
 
@@ -394,7 +394,7 @@ class _Comparison:
         return self._gradients(self._call_original(named, functions), only)
 
     def _rewritten(self, batch: int, rows: Sequence[KeptRows]) -> dict[str, Tensor | None]:
-        from .blocks import Add, BlockState, Options
+        from ..blocks import Add, BlockState, Options
 
         functions = self._force(rows, True)
         named = self._taken(batch, self.of_samples)

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from .fingerprint import function_of
+from ..fingerprint import function_of
 
 __all__ = [
     "Configuration",

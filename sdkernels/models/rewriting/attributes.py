@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import parts
+from .. import parts
 from .sites import DropCall
 from .source import Refusal, attribute_path, evaluate, function_tree
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import parts
+from .. import parts
+from ..settings import settings
 from .attributes import BlockParts
 from .flow import Flow, Value
 from .inlining import Inliner
-from .settings import settings
 from .sites import Addition, DropCall, additions, draws_for_itself, drop_calls
 from .slicing import Slice, cut
 from .source import Configuration, Refusal, function_tree, resolve

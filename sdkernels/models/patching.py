@@ -218,9 +218,10 @@ def _check_modes(found: Found, sampler: str) -> None:
         branches = rewriting.branches
         state = BlockState(Options(), branches, [None] * len(branches))
         laws = [state.law(block, index) for index in range(len(branches))]
-        if sampler == "fixed" and any(law is not None and law.mode == "batch" for law in laws):
+        if sampler != "bernoulli" and any(law and law.mode == "batch" for law in laws):
+            number = "a fixed number of" if sampler == "fixed" else "B * (1 - p)"
             raise ValueError(
-                f'sampler: "fixed" keeps a fixed number of rows, which the drop path of '
+                f'sampler: "{sampler}" keeps {number} rows, which the drop path of '
                 f'{name or "the model"}, of mode "batch", has no choice of; use '
                 'sampler="bernoulli", or mode="row"'
             )

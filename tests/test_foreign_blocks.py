@@ -57,7 +57,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("make", "inputs"), BLOCKS.values(), ids=BLOCKS)
 def test_blocks_of_other_packages(make, inputs):
-    model = make()
+    model = make().double()
+    inputs = [x if x is None else x.double() for x in inputs]
     report = sdkernels.patch(model)
     assert not report.left
     assert [entry.name for entry in report.patched] == [""]

@@ -30,6 +30,7 @@ from .comparing.proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
 from .comparing.proving import proofs_of, warn
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
 from .rewriting import Branch, Rewriting
+from .settings import Stamp
 
 __all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]
 
@@ -70,6 +71,7 @@ class BlockState:
     refused: Proof | None = field(init=False)  # why the block keeps its own forward from now on
     proofs: dict[Any, Proof] | None = field(init=False)  # by kinds of calls
     is_known: bool = field(init=False)  # whether it was compared before a release
+    stamp: Stamp | None = field(init=False)  # of what both are about
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.branches)
@@ -79,6 +81,7 @@ class BlockState:
         self.refused = None
         self.proofs = None
         self.is_known = False
+        self.stamp = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
         # What is known of a block holds for its copy, which may be compiled before it runs.
@@ -426,7 +429,8 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
                 except Asked as asked:
                     proof = state.refused = Proof(False, asked.reason)
                     warn(rewriting, proof)
-            if not proof.holds and state.proofs and proof in state.proofs.values():
+            found = state.proofs and proof in state.proofs.values()
+            if not proof.holds and proof.lasts and found:
                 state.refused = proof
             reason = proof.reason
         else:

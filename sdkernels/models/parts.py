@@ -20,6 +20,8 @@ from torch.compiler import is_compiling
 from ..functional import PLAIN_NORM_FORWARDS
 from ..sampling import Mode
 from .fingerprint import fingerprint
+from .settings import key_of
+from .undisturbed import random_state_kept
 
 __all__ = [
     "Law",
@@ -100,13 +102,13 @@ def _settings(module: nn.Module, but: str = "") -> tuple[Any, ...]:
     plain = (bool, int, float, str, tuple, type(None))
     own = module.__dict__.items()
     values = [(k, v) for k, v in own if k[0] != "_" and k not in (but, "training")]
-    return (type(module), *((k, v) for k, v in values if isinstance(v, plain)))
+    return (type(module), *((k, key_of(v)) for k, v in values if isinstance(v, plain)))
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """Random numbers, default device and modes as if what runs here had not run."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+    with random_state_kept(), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
         yield
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..undisturbed import random_state_kept
 from .proof import Asked, Proof
 from .proving import proofs_of
 
@@ -46,7 +47,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             for name in _HOOKS:
                 module.__dict__[name] = type(module.__dict__[name])()
         model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with random_state_kept(devices), torch.no_grad():
             yield
     finally:
         for module, was, own in zip(modules, training, hooks, strict=True):
@@ -70,7 +71,7 @@ def check_blocks(
                 proof = Proof(False, asked.reason)
             finally:
                 block.training = False
-            state.refused = None if proof.holds else proof
+            state.refused = None if proof.holds or not proof.lasts else proof
             found[entry.name] = Checked(entry.name, proof.holds, proof.difference, proof.reason)
 
         return hook

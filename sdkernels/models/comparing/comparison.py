@@ -1,11 +1,11 @@
-"""Whether a rewritten forward computes what the original does: both run, on a copy of the block.
+"""Whether a rewritten forward computes what the original does: both run, on copies of the block.
 
-The copy is in training, with random parameters, so that no zero hides a mistake, no dropout, and
-batch norms that use their running statistics. It runs in double precision on as many rows as
-nothing else has, with the drop paths of the original forced to the rows that the rewriting is
-given: some, all and none. Outputs and the gradients of inputs and parameters must agree, samples
-must not depend on each other, and nothing that the block holds may change. The block itself, its
-buffers, its hooks and the random state are not touched.
+The copies are in training, with random parameters, so that no zero hides a mistake, no dropout, and
+batch norms that use their running statistics. One runs the original, with its drop paths forced to
+the rows that the rewriting is given in the other: some, all and none, of as many as nothing else
+has. With some, outputs, the gradients of inputs and parameters and what the modules hold afterwards
+must agree; with all, two samples are others for the rewriting, which the rest must not notice. The
+block itself, its buffers, its hooks and the random state are not touched.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ...rows import KeptRows
 from ..parts import Law
 from ..rewriting import Rewriting
-from ..settings import settings
-from .proof import Asked, Leaf, Proof, leaves, mapped
+from ..undisturbed import random_state_kept
+from .clones import Forced, Unequal, clone_of, copied, train
+from .contents import State, contents, state_of
+from .proof import Asked, Leaf, Proof, leaves
 
 if TYPE_CHECKING:
     from ..blocks import Add
@@ -40,37 +40,21 @@ if TYPE_CHECKING:
 __all__ = ["prove"]
 
 SCALE = 1.5  # of the rows; any number will do
-# The largest difference, relative to the largest entry of a tensor.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# The largest difference, relative to the largest entry of a tensor; and how far below the largest
+# gradient the largest entry of one counts as that: what cancels out leaves rounding behind.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_FLOORS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 _GROUPS = 4  # of arguments that look the same
 _SIZES = (6, 8, 10, 14, 18, 22, 26, 34)  # numbers of rows; even, as what pairs samples needs
+_CHANGED = (1, 3)  # rows that are others in the check for what mixes samples
+_SPIKE = 30.0
+_NUMBERS = 3  # of entries in a list of sizes
 
 
 _DROPOUTS = frozenset((
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
 ))  # fmt: skip
-
-
-class Forced(nn.Module):
-    """In the place of a drop path: the masks of given rows, one call after another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[KeptRows] = []
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows[self.calls % len(self.rows)]  # a checkpoint begins anew
-        self.calls += 1
-        if x.shape[0] != rows.batch:
-            raise Unequal(f"its drop path gets {x.shape[0]} rows for {rows.batch} samples")
-        mask = (rows.slot >= 0).to(x.dtype) * rows.scale
-        return x * mask.view(-1, *[1] * (x.dim() - 1))
-
-
-class Unequal(Exception):
-    """The two forwards differ."""
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -90,47 +74,8 @@ class _WithoutDropout(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _copy_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any:
-    """The block in its own class, without hooks, chance and zeros."""
-    states = [m.__dict__.get("_sdkernels") for m in block.modules()]
-    clone = copy.deepcopy(block, {id(state): None for state in states if state is not None})
-    for module in clone.modules():
-        if "_sdkernels" in module.__dict__:
-            del module.__dict__["_sdkernels"]
-            module.__class__ = type(module)._original
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                     "_backward_pre_hooks"):  # fmt: skip
-            module.__dict__[name].clear()
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-        if "gradient_checkpointing" in module.__dict__:  # of transformers
-            module.gradient_checkpointing = False
-        if isinstance(module, _BatchNorm):
-            module.eval()
-            if module.running_mean is not None and module.running_var is not None:
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 1.5)
-    if dtype is not None:
-        clone.to(dtype)
-    for parameter in clone.parameters():
-        parameter.grad = None
-        if parameter.is_floating_point():
-            spread = 0.3 if parameter.dim() <= 1 or parameter.numel() < 9 else 0.02
-            small = parameter.abs().max() < 0.1 if parameter.numel() else False
-            parameter.add_(torch.randn_like(parameter) * spread)
-            if parameter.dim() <= 1 and small:
-                parameter.add_(0.5)
-    for call in rewriting.calls:
-        if call.drop is not None:
-            owner, _, name = call.drop.rpartition(".")
-            setattr(attrgetter(owner)(clone) if owner else clone, name, Forced())
-    return clone
-
-
 @contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
+def _aside(device: torch.device, in_own_dtypes: bool) -> Iterator[None]:
     """Random state, hooks, autocast and gradient mode as if what runs here had not run."""
     names = [name for name in vars(hooks) if name.startswith("_global_") and name.endswith("hooks")]
     kept = {name: getattr(hooks, name) for name in names}
@@ -139,13 +84,16 @@ def _aside(device: torch.device) -> Iterator[None]:
         for name in names:
             setattr(hooks, name, type(kept[name])())
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(random_state_kept(devices))
+            if not in_own_dtypes:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(
                 torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
             )
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_WithoutDropout())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
             torch.manual_seed(0)
             yield
     finally:
@@ -167,83 +115,174 @@ def prove(
     if any(_is_list_of(value, x) for value in named.values()):
         return Proof(False, "a list of numbers with as many entries as samples may belong to them")
     own_mode = block.training
-    reason, last = "", None
-    for dtype in dict.fromkeys((torch.float64, torch.float32, x.dtype)):
-        if dtype == torch.float64 and x.device.type == "mps":
-            continue
+    reason = ""
+    unequal: Proof | None = None
+    for dtype in _dtypes(block, x):
+        if dtype is None and unequal:
+            break
         try:
-            with _aside(x.device):
+            with _aside(x.device, in_own_dtypes=dtype is None):
                 with torch.no_grad():
-                    clone = _copy_of(block, rewriting, dtype)
+                    clone = clone_of(block, rewriting, dtype)
                 asked = rewriting.asked(block, named)
-                comparison = _Comparison(clone, rewriting, named, x, dtype, doubtful, asked=asked)
-                return comparison.run()
-        except Unequal as unequal:
-            return Proof(False, str(unequal))
+                return _Comparison(clone, rewriting, named, x, dtype, doubtful, asked).run()
+        except Unequal as found:
+            unequal = Proof(False, str(found))
+            if dtype != torch.float32:  # else by its rounding, perhaps
+                return unequal
         except Asked:  # by this model: of others nothing is known
             raise
         except Exception as error:  # of another dtype, perhaps
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            last = error
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         finally:
             block.training = own_mode
-    del last
-    return Proof(False, f"it does not run on some of the rows ({reason})")
+    return unequal or Proof(False, f"it does not run on some of the rows ({reason})")
 
 
-@dataclass
+def _dtypes(block: nn.Module, x: Tensor) -> Iterator[torch.dtype | None]:
+    """What to compare in, until the two agree: None for the block's own dtypes."""
+    own = next((p.dtype for p in block.parameters() if p.is_floating_point()), x.dtype)
+    if own != torch.float64:
+        yield torch.float32
+    if x.device.type != "mps":
+        yield torch.float64
+    yield None
+
+
 class _Comparison:
-    clone: Any
-    rewriting: Rewriting
-    named: dict[str, Any]
-    x: Tensor
-    dtype: torch.dtype
-    doubtful: Sequence[Leaf]
-    of_samples: frozenset[Leaf] = frozenset()
-    asked: bool = True  # for what a branch computes besides
-    largest: float = 0.0
-    inputs: list[Tensor] = field(default_factory=list)
-    taken: list[tuple[int, Leaf]] = field(default_factory=list)
+    """Of a rewriting with the original, which runs in `clone`; the rewriting does in a copy."""
+
+    def __init__(
+        self,
+        clone: Any,
+        rewriting: Rewriting,
+        named: dict[str, Any],
+        x: Tensor,
+        dtype: torch.dtype | None,
+        doubtful: Sequence[Leaf],
+        asked: bool,
+    ) -> None:
+        train(clone)
+        self.clone = clone
+        self.rewriting = rewriting
+        self.named, self.x = (named, x) if x.shape[0] > 1 else _twice(named, doubtful)
+        self.dtype = dtype
+        self.doubtful = doubtful
+        self.asked = asked  # for what a branch computes besides
+        self.inputs: list[Tensor] = []
+        self.taken: list[tuple[int, Leaf]] = []
+        dtypes = {x.dtype, *(p.dtype for p in clone.parameters())} & TOLERANCES.keys()
+        coarsest = max(dtypes or {torch.float32}, key=TOLERANCES.__getitem__)
+        self.tolerance = TOLERANCES[dtype or coarsest]
+        self.floor = _FLOORS[dtype or coarsest]
+        self.batch = self._rows()
+        self.of_samples: frozenset[Leaf] = frozenset()
 
     def run(self) -> Proof:
-        batch = self._rows()
         self.of_samples = self._choose()
-        self.clone.train()
-        for module in self.clone.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        rows = self._cases(batch)[0]
-        once = self._original(batch, rows)
-        before = self._state()  # what follows from the inputs alone is set by now
-        same = self._is_the_same_again(batch, rows, once)
-        after = self._state()
-        if before[0] != after[0] or not all(map(torch.equal, before[1], after[1])):
-            raise Unequal("its forward changes what it or a module of it holds")
-        if not same:
-            raise Unequal("it computes something else in every run")
-        self._check_mixing(batch)
-        for rows in self._cases(batch):
-            rewritten = self._rewritten(batch, rows)
-            # What nobody asks for is None in the rewriting: it shall not count in the gradients.
-            only = rewritten if self.rewriting.leaks and not self.asked else None
-            expected = self._original(batch, rows, only)
-            difference, what = self._difference(expected, rewritten)
-            self.largest = max(self.largest, difference)
-            if not difference <= TOLERANCES[self.dtype]:
-                kept = rows[0].k
-                raise Unequal(
-                    f"{what} differs by {difference:.2g} of its largest entry from that of its own "
-                    f"forward, with {kept} of {batch} rows"
-                )
-        return Proof(True, of_samples=frozenset(self.taken), difference=self.largest)
+        first, second = self.clone, copied(self.clone)
+        some, every, none = self._cases()
+        # What nobody asks for is None in the rewriting: it shall not count in the gradients.
+        found = self._gradients(second, self._rewritten(second, some))
+        taken = frozenset(self.taken)
+        only = found if self.rewriting.leaks and not self.asked else None
+        expected = self._gradients(first, self._original(first, some, watch=True), only)
+        state = self._state(first)
+        difference, what = self._difference(expected, found)
+        if not difference <= self.tolerance:
+            self._explain(some, expected)
+            raise Unequal(self._text(what, difference, some))
+        self._compare_states(state, self._state(second))
+        with torch.no_grad():
+            whole = _outputs(self._original(first, every), only)
+            self._compare_states(state, self._state(first), values_only=True)
+            others = _outputs(self._rewritten(second, every, changed=True), only)
+            distance, what = self._difference(*map(self._unchanged, (whole, others)))
+            if not distance <= self.tolerance:
+                self._explain_mixing()
+                raise Unequal(self._text(what, distance, every))
+            expected = _outputs(self._original(first, none), only)
+            found = _outputs(self._rewritten(second, none), only)
+            distance, what = self._difference(expected, found)
+            if not distance <= self.tolerance:
+                raise Unequal(self._text(what, distance, none))
+        return Proof(True, of_samples=taken, difference=max(difference, distance))
 
-    def _state(self) -> tuple[Any, list[Tensor]]:
-        """What a forward might change."""
+    def _text(self, what: str, difference: float, rows: Sequence[KeptRows]) -> str:
+        return (
+            f"{what} differs by {difference:.2g} of its largest entry from that of its own "
+            f"forward, with {rows[0].k} of {rows[0].batch} rows"
+        )
 
-        def is_forced(path: str, module: nn.Module) -> bool:
-            return isinstance(module, Forced)
+    # The two forwards
 
-        return settings(self.clone, is_forced), [b.clone() for b in self.clone.buffers()]
+    def _original(
+        self, clone: Any, rows: Sequence[KeptRows], changed: bool = False, watch: bool = False
+    ) -> Any:
+        functions = self._force(clone, rows, None)
+        named = self._arguments(self.batch, self.of_samples, changed)
+        before = _held(named) if watch else None
+        result = self._call_original(clone, named, functions)
+        if before is not None and before != _held(named):
+            raise Unequal("its forward writes into an argument, list or object that it is given")
+        return result
+
+    def _rewritten(self, clone: Any, rows: Sequence[KeptRows], changed: bool = False) -> Any:
+        from ..blocks import Add, BlockState, Options
+
+        functions = self._force(clone, rows, True)
+        named = self._arguments(self.batch, self.of_samples, changed)
+        branches = self.rewriting.branches
+        state = BlockState(Options(), branches, [None] * len(branches), self.rewriting)
+        for call, each in zip(self.rewriting.calls, rows, strict=True):
+            if call.branch is not None:
+                state.rows[call.branch] = each
+        laws = [Law(0.5, "row", True, True)] * len(branches)
+        clone.__dict__["_sdkernels"] = state
+        try:
+            # Nothing but what belongs to samples has as many rows here.
+            trusted = (Proof(True, of_samples=None),)
+            add: Add = Add(clone, laws, self.rewriting, trusted, self.asked)
+            self.taken = add.taken
+            forward = _with_functions(self.rewriting.forward, functions)
+            return self._call(forward, (clone, add), named)
+        finally:
+            del clone.__dict__["_sdkernels"]
+
+    def _call_original(
+        self, clone: Any, named: dict[str, Any], functions: dict[str, Forced] | None = None
+    ) -> Any:
+        forward = _with_functions(self.rewriting.original.forward, functions or {})
+        return self._call(forward, (clone,), named)
+
+    def _call(self, forward: Any, first: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Arguments by position as long as the signature has them, then by name."""
+        values = dict(named)
+        args = []
+        for name in self.rewriting.positional:
+            if name not in values:
+                break
+            args.append(values.pop(name))
+        return forward(*first, *args, **values)
+
+    def _force(
+        self, clone: Any, rows: Sequence[KeptRows], only_left: bool | None
+    ) -> dict[str, Forced]:
+        """Give the drop paths their rows; those of functions are returned."""
+        functions: dict[str, Forced] = {}
+        given: dict[int, list[KeptRows]] = {}
+        for call, each in zip(self.rewriting.calls, rows, strict=True):
+            if call.drop is not None:
+                drop = attrgetter(call.drop)(clone)
+            else:
+                drop = functions.setdefault(call.function or "", Forced())
+            queue = given.setdefault(id(drop), [])
+            if not only_left or call.branch is None:
+                queue.append(each)
+            drop.rows, drop.calls = queue, 0
+        return functions
+
+    # Rows and arguments
 
     def _rows(self) -> int:
         """A number of rows that nothing else has."""
@@ -251,94 +290,10 @@ class _Comparison:
         sizes |= {size for p in self.clone.parameters() for size in p.shape[:2]}  # no kernel's
         return next((size for size in _SIZES if size not in sizes), 23)
 
-    def _taken(self, batch: int, of_samples: frozenset[Leaf]) -> dict[str, Any]:
-        """The arguments for so many rows, with noise, as leaves of their own."""
-        generator = torch.Generator().manual_seed(1)
-        index = torch.arange(batch, device=self.x.device) % self.x.shape[0]
-        self.inputs = []
-
-        def change(path: str, leaf: Tensor) -> Tensor:
-            belongs = leaf is self.x or (path, leaf.dim()) in of_samples
-            taken = leaf.detach()
-            if belongs:
-                taken = taken[index]
-            if not taken.is_floating_point():
-                return _varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
-            noise = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
-            if leaf is self.x:  # whatever the batch holds
-                taken = taken.nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
-            taken = taken.to(self.dtype) + 0.3 * noise.to(taken.device, self.dtype)
-            if belongs:
-                taken.requires_grad_()
-                self.inputs.append(taken)
-            return taken
-
-        return self._mapped(self.named, change)
-
-    def _mapped(
-        self, named: dict[str, Any], change: Callable[[str, Tensor], Tensor]
-    ) -> dict[str, Any]:
-        return {name: mapped(value, change, name) for name, value in named.items()}
-
-    def _choose(self) -> frozenset[Leaf]:
-        """Which of the arguments belong to samples: those that have to be cut with them."""
-        if not self.doubtful:
-            return frozenset()
-        full = self.x.shape[0]
-        every = KeptRows.from_index(torch.arange(full), full).to(self.x.device)
-        alike: dict[Any, list[Leaf]] = {}  # what looks the same belongs to the same
-        tensors = {(path, t.dim()): t for path, t in self._all_leaves()}
-        for each in self.doubtful:
-            alike.setdefault((tensors[each].shape, tensors[each].dtype), []).append(each)
-        groups = list(alike.values())
-        if len(groups) > _GROUPS:
-            raise Unequal("it cannot be told which of so many arguments belong to samples")
-        for count in range(len(groups), -1, -1):
-            for chosen in itertools.combinations(groups, count):
-                some = frozenset(itertools.chain(*chosen))
-                try:
-                    if self._runs_alike(some, every):
-                        return some
-                except Unequal:
-                    raise
-                except Exception:
-                    continue
-        raise Unequal("it cannot be told which arguments belong to samples")
-
-    def _all_leaves(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.named.items():
-            yield from leaves(value, name)
-
-    def _runs_alike(self, some: frozenset[Leaf], every: KeptRows) -> bool:
-        """Whether the first rows of the batch are the same without the others."""
-        full = self.x.shape[0]
-        part = max(1, full - 1)
-        rows = [every] * len(self.rewriting.calls)
-        with torch.no_grad():
-            self._force(rows, None)
-            named = self._taken(full, frozenset(self.doubtful))
-            whole = self._call_original(named)
-            x = self.inputs[0]
-
-            def cut(path: str, leaf: Tensor) -> Tensor:
-                belongs = leaf is x or (path, leaf.dim()) in some
-                return leaf[:part] if belongs else leaf
-
-            named = self._mapped(named, cut)
-            few = KeptRows.from_index(torch.arange(part), part).to(self.x.device)
-            self._force([few] * len(self.rewriting.calls), None)
-            cut_down = self._call_original(named)
-        first = [t[:part] for _, t in leaves(whole)]
-        second = [t for _, t in leaves(cut_down)]
-        return len(first) == len(second) and all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
-            for a, b in zip(first, second, strict=True)
-        )
-
-    def _cases(self, batch: int) -> list[list[KeptRows]]:
+    def _cases(self) -> list[list[KeptRows]]:
         """Rows for every call: some, others in each, of which one may be; all; none."""
         generator = torch.Generator().manual_seed(2)
-        calls = len(self.rewriting.calls)
+        calls, batch = len(self.rewriting.calls), self.batch
 
         def rows(index: Tensor) -> KeptRows:
             return KeptRows.from_index(index.sort().values, batch, SCALE).to(self.x.device)
@@ -355,90 +310,163 @@ class _Comparison:
             [rows(torch.arange(0))] * calls,
         ]
 
-    def _force(self, rows: Sequence[KeptRows], only_left: bool | None) -> dict[str, Forced]:
-        """Give the drop paths their rows; those of functions are returned."""
-        functions: dict[str, Forced] = {}
-        given: dict[int, list[KeptRows]] = {}
-        for call, each in zip(self.rewriting.calls, rows, strict=True):
-            if call.drop is not None:
-                drop = attrgetter(call.drop)(self.clone)
-            else:
-                drop = functions.setdefault(call.function or "", Forced())
-            queue = given.setdefault(id(drop), [])
-            if not only_left or call.branch is None:
-                queue.append(each)
-            drop.rows, drop.calls = queue, 0
-        return functions
+    def _arguments(
+        self, batch: int, of_samples: frozenset[Leaf], changed: bool = False
+    ) -> dict[str, Any]:
+        """Copies of the arguments for so many rows, with noise; what needs gradients as a clone.
 
-    def _call_original(
-        self, named: dict[str, Any], functions: dict[str, Forced] | None = None
-    ) -> Any:
-        forward = _with_functions(self.rewriting.original.forward, functions or {})
-        return self._call(forward, (self.clone,), named)
+        Args:
+            changed: whether two of the samples are others.
+        """
+        generator = torch.Generator().manual_seed(1)
+        index = torch.arange(batch, device=self.x.device) % self.x.shape[0]
+        self.inputs = []
 
-    def _call(self, forward: Any, first: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Arguments by position as long as the signature has them, then by name."""
-        values = dict(named)
-        args = []
-        for name in self.rewriting.positional:
-            if name not in values:
-                break
-            args.append(values.pop(name))
-        return forward(*first, *args, **values)
+        def change(path: str, leaf: Tensor) -> Tensor:
+            belongs = leaf is self.x or (path, leaf.dim()) in of_samples
+            taken = leaf.detach()
+            if belongs:
+                taken = taken[index]
+            if not (taken.is_floating_point() or taken.is_complex()):
+                return _varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
+            noise = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
+            if leaf is self.x:  # whatever the batch holds
+                taken = taken.nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
+            dtype = self.dtype or taken.dtype
+            if taken.is_complex():
+                dtype = dtype if self.dtype is None else dtype.to_complex()
+            taken = taken.to(dtype) + 0.3 * noise.to(taken.device, dtype)
+            if changed and leaf is self.x:
+                one, two = _CHANGED
+                other = torch.Generator().manual_seed(4)
+                taken[one] = torch.randn(taken.shape[1:], generator=other).to(taken)
+                taken[(two, *(size // 2 for size in taken.shape[1:]))] = _SPIKE
+            if not belongs:
+                return taken
+            self.inputs.append(taken.requires_grad_())
+            return taken.clone()  # a block may write into it
 
-    def _original(
-        self, batch: int, rows: Sequence[KeptRows], only: Container[str] | None = None
-    ) -> dict[str, Tensor | None]:
-        functions = self._force(rows, None)
-        named = self._taken(batch, self.of_samples)
-        return self._gradients(self._call_original(named, functions), only)
+        return _with_tensors(self.named, change)
 
-    def _rewritten(self, batch: int, rows: Sequence[KeptRows]) -> dict[str, Tensor | None]:
-        from ..blocks import Add, BlockState, Options
+    # Which arguments belong to samples
 
-        functions = self._force(rows, True)
-        named = self._taken(batch, self.of_samples)
-        branches = self.rewriting.branches
-        state = BlockState(Options(), branches, [None] * len(branches), self.rewriting)
-        for call, each in zip(self.rewriting.calls, rows, strict=True):
-            if call.branch is not None:
-                state.rows[call.branch] = each
-        laws = [Law(0.5, "row", True, True)] * len(branches)
-        self.clone.__dict__["_sdkernels"] = state
-        try:
-            # Nothing but what belongs to samples has as many rows here.
-            trusted = (Proof(True, of_samples=None),)
-            add: Add = Add(self.clone, laws, self.rewriting, trusted, self.asked)
-            self.taken = add.taken
-            forward = _with_functions(self.rewriting.forward, functions)
-            return self._gradients(self._call(forward, (self.clone, add), named))
-        finally:
-            del self.clone.__dict__["_sdkernels"]
+    def _choose(self) -> frozenset[Leaf]:
+        """Those that have to be cut with them."""
+        if not self.doubtful:
+            return frozenset()
+        alike: dict[Any, list[Leaf]] = {}  # what looks the same belongs to the same
+        tensors = {(path, t.dim()): t for path, t in _all_leaves(self.named)}
+        for each in self.doubtful:
+            alike.setdefault((tensors[each].shape, tensors[each].dtype), []).append(each)
+        groups = list(alike.values())
+        if len(groups) > _GROUPS:
+            raise Unequal("it cannot be told which of so many arguments belong to samples")
+        with torch.no_grad():
+            clone = copied(self.clone)
+            runs = self._first_rows(clone)
+            for count in range(len(groups), -1, -1):
+                for chosen in itertools.combinations(groups, count):
+                    some = frozenset(itertools.chain(*chosen))
+                    try:
+                        if runs(some):
+                            return some
+                    except Unequal:
+                        raise
+                    except Exception:
+                        continue
+        raise Unequal("it cannot be told which arguments belong to samples")
+
+    def _first_rows(self, clone: Any) -> Callable[[frozenset[Leaf]], bool]:
+        """Whether the first rows of the batch come out the same, with these arguments cut."""
+        full = self.x.shape[0]
+        part = max(1, full - 1)
+        calls = len(self.rewriting.calls)
+        every, few = (
+            KeptRows.from_index(torch.arange(n), n).to(self.x.device) for n in (full, part)
+        )
+        arguments = self._arguments(full, frozenset(self.doubtful))
+        functions = self._force(clone, [every] * calls, None)
+        whole = self._call_original(clone, _with_tensors(arguments, _cloned), functions)
+        first = [t[:part] for _, t in leaves(whole)]
+        stream = self.rewriting.positional[0]
+
+        def run(some: frozenset[Leaf]) -> bool:
+            def cut(path: str, leaf: Tensor) -> Tensor:
+                belongs = path == stream or (path, leaf.dim()) in some
+                return (leaf[:part] if belongs else leaf).clone()
+
+            functions = self._force(clone, [few] * calls, None)
+            cut_down = self._call_original(clone, _with_tensors(arguments, cut), functions)
+            second = [t for _, t in leaves(cut_down)]
+            return len(first) == len(second) and all(
+                a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+                for a, b in zip(first, second, strict=True)
+            )
+
+        return run
+
+    # What must agree
+
+    def _state(self, clone: nn.Module) -> State:
+        return state_of((n, m) for n, m in clone.named_modules() if not isinstance(m, Forced))
+
+    def _compare_states(self, first: State, second: State, values_only: bool = False) -> None:
+        where = first.changed(second)
+        if where is None and not values_only:
+            for name, a in first.tensors.items():
+                b = second.tensors[name]
+                if a.shape != b.shape or not self._distance(a, b) <= self.tolerance:
+                    where = name
+        if where is not None:
+            raise Unequal(f"its forward changes what it or a module of it holds ({where})")
+
+    def _explain(self, rows: Sequence[KeptRows], once: dict[str, Tensor | None]) -> None:
+        """Raise what is behind a difference, if the original shows it too."""
+        with torch.no_grad():
+            again = _outputs(self._original(self.clone, rows))
+        if not self._difference({n: t for n, t in once.items() if n in again}, again)[0] <= 1e-3:
+            raise Unequal("it computes something else in every run")
+        self._explain_mixing()
+
+    def _explain_mixing(self) -> None:
+        """Raise where samples depend on each other, which fewer of them would show."""
+        every = self._cases()[1]
+        with torch.no_grad():
+            before = _outputs(self._original(self.clone, every))
+            after = _outputs(self._original(self.clone, every, changed=True))
+        if not self._difference(*map(self._unchanged, (before, after)))[0] <= self.tolerance:
+            raise Unequal("its samples depend on each other")
+
+    def _unchanged(self, outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """What of the outputs does not belong to the samples that are others."""
+        rows = [row for row in range(self.batch) if row not in _CHANGED]
+        return {
+            name: t[rows]
+            for name, t in outputs.items()
+            if t is not None and t.dim() and t.shape[0] == self.batch
+        }
 
     def _gradients(
-        self, result: Any, only: Container[str] | None = None
+        self, clone: nn.Module, result: Any, only: Container[str] | None = None
     ) -> dict[str, Tensor | None]:
         """Outputs, or only those of these names, and the gradients of inputs and parameters."""
         generator = torch.Generator().manual_seed(3)
-        found: dict[str, Tensor | None] = {}
-        _check_container(result)
+        found = _outputs(result, only)
         outputs: list[Tensor] = []
         seeds: list[Tensor] = []
         for path, leaf in leaves(result):
-            if only is not None and f"output{path}" not in only:
-                continue
-            found[f"output{path}"] = leaf.detach()
-            if leaf.requires_grad:
+            if f"output{path}" in found and leaf.requires_grad:
                 seed = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
                 outputs.append(leaf)
                 seeds.append(seed.to(leaf.device, leaf.dtype))
-        named = {n: p for n, p in self.clone.named_parameters() if p.requires_grad}
-        wanted = [*self.inputs, *named.values()]
-        if outputs and wanted:
-            gradients = torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
-            names = [f"the gradient of input {n}" for n in range(len(self.inputs))]
-            names += [f"the gradient of {name}" for name in named]
-            found.update(zip(names, gradients, strict=True))
+        if outputs:  # not torch.autograd.grad, of which a reentrant checkpoint knows nothing
+            torch.autograd.backward(outputs, seeds)
+        for number, leaf in enumerate(self.inputs):
+            found[f"the gradient of input {number}"] = leaf.grad
+        for name, parameter in clone.named_parameters():
+            if parameter.requires_grad:
+                found[f"the gradient of {name}"] = parameter.grad
+                parameter.grad = None
         return found
 
     def _difference(
@@ -448,14 +476,8 @@ class _Comparison:
         if first.keys() != second.keys():
             return float("inf"), "the number of outputs"
         largest = (0.0, "nothing")
-        floor = max(
-            (
-                float(t.abs().max())
-                for n, t in first.items()
-                if t is not None and t.numel() and n.startswith("the")
-            ),
-            default=0.0,
-        )
+        gradients = [t for n, t in first.items() if t is not None and n.startswith("the")]
+        floor = self.floor * max((float(t.abs().max()) for t in gradients if t.numel()), default=0)
         for name, a in first.items():
             b = second[name]
             if a is None or b is None:
@@ -464,7 +486,7 @@ class _Comparison:
             elif a.shape != b.shape:
                 difference = float("inf")
             else:
-                difference = self._distance(a, b, 1e-6 * floor)
+                difference = self._distance(a, b, floor if name.startswith("the") else 0.0)
             if difference > largest[0]:
                 largest = difference, name
         return largest
@@ -473,6 +495,8 @@ class _Comparison:
         """The largest difference, relative to the largest entry."""
         if not a.numel():
             return 0.0
+        if a.is_complex():
+            a, b = torch.view_as_real(a), torch.view_as_real(b)
         a, b = a.double(), b.double()
         same = (a == b) | (a.isnan() & b.isnan())
         off = (a - b).abs().masked_fill(same, 0.0).max()
@@ -480,34 +504,57 @@ class _Comparison:
         distance = float(off) / max(scale, floor, 1e-30)
         return float("inf") if distance != distance else distance
 
-    def _is_the_same_again(
-        self, batch: int, rows: Sequence[KeptRows], once: dict[str, Tensor | None]
-    ) -> bool:
-        functions = self._force(rows, None)
-        with torch.no_grad():
-            again = self._call_original(self._taken(batch, self.of_samples), functions)
-        outputs = [t for name, t in once.items() if name.startswith("output")]
-        # Not to the last bit: where memory lies decides the order of sums in a matrix product.
-        return all(
-            first is not None and self._distance(first, second) <= TOLERANCES[self.dtype]
-            for first, (_, second) in zip(outputs, leaves(again), strict=True)
-        )
 
-    def _check_mixing(self, batch: int) -> None:
-        """Refuse a block whose samples depend on each other, which fewer of them would show."""
-        every = self._cases(batch)[1]
-        with torch.no_grad():
-            functions = self._force(every, None)
-            before = self._call_original(self._taken(batch, self.of_samples), functions)
-            functions = self._force(every, None)
-            named = self._taken(batch, self.of_samples)
-            self.inputs[0][1].add_(1.0)
-            after = self._call_original(named, functions)
-        for (_, a), (_, b) in zip(leaves(before), leaves(after), strict=True):
-            if a.dim() and a.shape[0] == batch:
-                others = [0, *range(2, batch)]
-                if not torch.allclose(a[others], b[others], rtol=1e-3, atol=1e-6, equal_nan=True):
-                    raise Unequal("its samples depend on each other")
+def _all_leaves(named: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in named.items():
+        yield from leaves(value, name)
+
+
+def _with_tensors(named: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """A deep copy of arguments, with their tensors changed; modules stay."""
+    memo: dict[int, Any] = {}
+    for _, value in contents(named):
+        if isinstance(value, Tensor):
+            memo[id(value)] = value.detach().clone()  # in an object
+    for path, leaf in _all_leaves(named):
+        memo[id(leaf)] = change(path, leaf)
+    for value in named.values():
+        if isinstance(value, nn.Module):
+            memo[id(value)] = value
+    return copy.deepcopy(named, memo)
+
+
+def _cloned(path: str, leaf: Tensor) -> Tensor:
+    return leaf.detach().clone()
+
+
+def _twice(named: dict[str, Any], doubtful: Sequence[Leaf]) -> tuple[dict[str, Any], Tensor]:
+    """The arguments of one sample as those of two."""
+    stream = next(iter(named))
+
+    def twice(path: str, leaf: Tensor) -> Tensor:
+        belongs = path == stream or (path, leaf.dim()) in doubtful
+        return torch.cat([leaf, leaf]).detach() if belongs else leaf
+
+    made = _with_tensors(named, twice)
+    return made, made[stream]
+
+
+def _held(named: dict[str, Any]) -> list[Any]:
+    """What arguments are made of, and whether their tensors were written to; but for the stream."""
+    found: list[Any] = []
+    for name in [*named][1:]:
+        for path, value in contents(named[name], name):
+            tensor = isinstance(value, Tensor)
+            found.append((path, (id(value), value._version) if tensor else value))
+    return found
+
+
+def _outputs(result: Any, only: Container[str] | None = None) -> dict[str, Tensor | None]:
+    """Outputs, or only those of these names."""
+    _check_container(result)
+    named = ((f"output{path}", leaf.detach()) for path, leaf in leaves(result))
+    return {name: leaf for name, leaf in named if only is None or name in only}
 
 
 def _is_list_of(value: Any, x: Tensor) -> bool:
@@ -519,7 +566,9 @@ def _is_list_of(value: Any, x: Tensor) -> bool:
     if any(_is_list_of(each, x) for each in value):
         return True
     count = len(value)
-    if count != x.shape[0] or count < 2 or not all(isinstance(v, (int, float)) for v in value):
+    if count != x.shape[0] or not all(isinstance(v, (int, float)) for v in value):
+        return False
+    if count <= _NUMBERS:  # one for each sample would not do for the rows of the comparison
         return False
     sizes = [tuple(x.shape[first : first + count]) for first in range(x.dim())]
     return tuple(value) not in sizes and math.prod(value) not in x.shape[1:]

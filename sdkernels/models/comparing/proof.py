@@ -34,12 +34,15 @@ class Proof:
         of_samples: the inputs of branches that belong to samples, each with the number of the
             branch and its own of dimensions; None: all whose first dimension is the number of rows.
         difference: the largest relative one that was measured.
+        lasts: whether a block that is refused runs its own forward from now on, and not only in
+            such calls.
     """
 
     holds: bool
     reason: str = ""
     of_samples: frozenset[tuple[int, Leaf]] | None = frozenset()
     difference: float | None = None
+    lasts: bool = True
 
 
 TRUSTED = Proof(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.compiler import is_compiling
 
 from ...sampling import at_trace_time
 from ..rewriting import Rewriting, is_to_drop
-from ..settings import settings
+from ..settings import Stamp, settings
 from .comparison import prove
 from .proof import TRUSTED, Leaf, Proof, leaves
 from .verified import VERIFIED
@@ -21,11 +22,14 @@ __all__ = ["CHECKS", "proofs_of", "recall", "warn"]
 
 CHECKS = ("first", "always", "never")
 _KINDS = 32  # of calls, in each of which a block is compared
+_SETTINGS = 256  # to remember for each forward that was written
 
 
 def _named(rewriting: Rewriting, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by the names of the parameters."""
-    return {**dict(zip(rewriting.positional, args, strict=False)), **kwargs}
+    """The arguments by the names of the parameters, in their order."""
+    named = {**dict(zip(rewriting.positional, args, strict=False)), **kwargs}
+    own = {name: named[name] for name in rewriting.positional if name in named}
+    return own | {name: named[name] for name in sorted(named) if name not in own}
 
 
 def _crops(named: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,7 +46,7 @@ def _crops(named: dict[str, Any]) -> list[dict[str, Any]]:
 def _doubtful(named: dict[str, Any]) -> tuple[Leaf, ...]:
     """The tensors besides the stream that may belong to its samples, by their size."""
     x = next(iter(named.values()), None)
-    if len(named) == 1 or not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 1:
+    if len(named) == 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return ()
     return tuple(
         (f"{name}{path}", leaf.dim())
@@ -59,6 +63,8 @@ def _kind(value: Any, rows: int) -> Any:
         return value.dim(), floats, bool(value.dim() > 0 and value.shape[0] == rows)
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, (int, float)) and value in (0, 1):  # as flags are given, too
+        return type(value).__name__, value
     if isinstance(value, (list, tuple)):
         return type(value).__name__, tuple(_kind(each, rows) for each in value)
     if isinstance(value, dict):
@@ -71,7 +77,12 @@ def _kind_of_call(block: Any, rewriting: Rewriting, named: dict[str, Any]) -> An
     rows = x.shape[0] if isinstance(x, Tensor) and x.dim() else 1
     kinds = tuple((name, _kind(value, rows)) for name, value in named.items())
     attentions = _attentions(block) if rewriting.leaks or len(named) > 1 else ()
-    return kinds, bool(rows == 1), rewriting.asked(block, named), attentions
+    return kinds, _has_one_row(named), rewriting.asked(block, named), attentions
+
+
+def _has_one_row(named: dict[str, Any]) -> bool:
+    x = next(iter(named.values()), None)
+    return not isinstance(x, Tensor) or not x.dim() or bool(x.shape[0] == 1)
 
 
 def _attentions(block: Any) -> tuple[str, ...]:
@@ -93,6 +104,9 @@ def proofs_of(
         return (TRUSTED,)
     if check == "never":
         return (Proof(True, of_samples=None),)
+    stamp = block._sdkernels.stamp
+    if not is_compiling() and (stamp is None or not stamp.holds()):
+        recall(block, rewriting)
     plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
     if plain and check == "first" and block._sdkernels.is_known:
         return (TRUSTED,)
@@ -107,8 +121,6 @@ def proofs_of(
 def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str, Any]) -> Proof:
     state = block._sdkernels
     doubtful = _doubtful(named)
-    if state.proofs is None and not is_compiling():
-        recall(block, rewriting)
     derives = rewriting.derives or rewriting.leaks
     if state.is_known and not (doubtful or derives) and check != "always":
         return TRUSTED
@@ -121,10 +133,11 @@ def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str,
         _say_uncompared(rewriting.original.__module__, rewriting.original.__qualname__)
     if is_compiling() or torch.is_inference_mode_enabled():
         return Proof(False, "it was not compared with its original yet: report.check(*inputs) does")
-    if len(proofs) < _KINDS:
-        found = prove(block, rewriting, named, doubtful)
-    else:
-        found = Proof(False, f"its arguments are of more than {_KINDS} kinds")
+    if len(proofs) >= _KINDS:
+        return Proof(False, f"its arguments are of more than {_KINDS} kinds", lasts=False)
+    found = prove(block, rewriting, named, doubtful)
+    if _has_one_row(named):  # of others nothing is known
+        found = replace(found, lasts=False)
     proofs[kind] = found
     if not found.holds:
         warn(rewriting, found)
@@ -135,16 +148,24 @@ def recall(block: Any, rewriting: Rewriting) -> None:
     """Find what is known of blocks that are set to the same."""
     own = tuple(each.p.partition(".")[0] for each in rewriting.branches if each.p)
     state = block._sdkernels
+    if len(rewriting.proofs) > _SETTINGS:
+        rewriting.proofs.clear()
     state.proofs = rewriting.proofs.setdefault(settings(block, is_to_drop, own), {})
     kind = rewriting.original
     marks = VERIFIED.get(f"{kind.__module__}:{kind.__qualname__}", {})
     state.is_known = rewriting.mark in marks and _is_all_of_libraries(block, kind)
+    state.stamp = Stamp(m for path, m in block.named_modules() if not is_to_drop(path, m))
 
 
 def _is_all_of_libraries(block: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether everything in a block is torch's or its own library's, as it was when compared."""
     own = ("torch", "sdkernels", kind.__module__.partition(".")[0])
-    return all(type(m).__module__.partition(".")[0] in own for m in block.modules())
+
+    def is_own(module: Any) -> bool:
+        names = type(module).__module__, getattr(type(module).forward, "__module__", None) or ""
+        return all(name.partition(".")[0] in own for name in names)
+
+    return all("forward" not in m.__dict__ and is_own(m) for m in block.modules())
 
 
 def warn(rewriting: Rewriting, proof: Proof) -> None:

@@ -161,7 +161,8 @@ def rewriting_of(block: nn.Module, original: type[nn.Module]) -> Rewriting | Ref
         try:
             made = _rewrite(block, original)
         except Refusal as refusal:
-            _BY_BLOCK[key] = refusal
+            refusal.__context__ = None  # whose frames hold the block, as do its own
+            _BY_BLOCK[key] = refusal.with_traceback(None)
         else:
             _BY_BLOCK[key] = made if made is None else _BY_SOURCE.setdefault(made.text, made)
     return _BY_BLOCK[key]

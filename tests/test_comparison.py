@@ -510,6 +510,22 @@ def test_what_need_not_be_refused(kind):
     assert checked.holds, checked.reason
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_was_replaced_after_patch(reentrant):
+    """By a closure over the module itself: the comparison runs a copy of that, too."""
+    block = Plain().train()
+    report = sdkernels.patch(block)
+    forward, seen = block.f.forward, []
+    block.f.register_forward_hook(lambda *_: seen.append(1))
+    block.f.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)  # type: ignore[method-assign]
+    before = block.f.weight.grad = torch.ones_like(block.f.weight)
+    block(tokens().requires_grad_())
+    assert not report.whole
+    assert len(seen) == 1
+    assert block.f.weight.grad is before
+    assert (before == 1).all()
+
+
 def test_keywords_in_any_order():
     block = Biased().train()
     report = sdkernels.patch(block)

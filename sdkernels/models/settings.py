@@ -56,6 +56,8 @@ def key_of(value: Any, within: tuple[int, ...] = ()) -> Any:
         return functools.partial, tuple(key_of(each, within) for each in parts)
     if isinstance(value, Tensor):
         return Tensor, value.shape, value.dtype
+    if isinstance(value, weakref.ref):  # torch.nn.RNNBase has some to its own parameters
+        return weakref.ref
     return _Same(value)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from operator import attrgetter
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -118,10 +120,47 @@ def copied(block: Any) -> Any:
         own += [value for name, value in module.__dict__.items() if name not in EVERYBODY]
     memo |= _copies([*own, *block.buffers()])
     try:
-        return copy.deepcopy(block, dict(memo))
+        made = dict(memo)
+        clone = copy.deepcopy(block, made)
     except Exception:
-        memo |= _uncopied(own, memo)
-        return copy.deepcopy(block, memo)
+        made = memo | _uncopied(own, memo)
+        clone = copy.deepcopy(block, made)
+    for module in clone.modules():  # a forward in a closure, as of a checkpoint
+        for name, value in module.__dict__.items():
+            if isinstance(value, (FunctionType, functools.partial)):
+                module.__dict__[name] = _rebound(value, made)
+    return clone
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """A function that was made with modules, made with their copies."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, copies))
+    if isinstance(value, functools.partial):
+        args = [_rebound(each, copies) for each in value.args]
+        return functools.partial(_rebound(value.func, copies), *args, **value.keywords)
+    if isinstance(value, FunctionType) and value.__closure__:
+        copies[id(value)] = value  # it may know itself
+        cells = [
+            CellType(_rebound(cell.cell_contents, copies)) if _is_new(cell, copies) else cell
+            for cell in value.__closure__
+        ]
+        made = FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+        )
+        made.__kwdefaults__ = value.__kwdefaults__
+        return made
+    return value
+
+
+def _is_new(cell: CellType, copies: dict[int, Any]) -> bool:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # empty yet
+        return False
+    return not (isinstance(content, FunctionType) and id(content) in copies)
 
 
 def _copies(values: Sequence[Any]) -> dict[int, Tensor]:

@@ -75,12 +75,16 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _aside(device: torch.device, in_own_dtypes: bool) -> Iterator[None]:
-    """Random state, hooks, autocast and gradient mode as if what runs here had not run."""
+def _aside(block: nn.Module, device: torch.device, in_own_dtypes: bool) -> Iterator[None]:
+    """Gradients, random state, hooks, autocast and modes as if what runs here had not run."""
     names = [name for name in vars(hooks) if name.startswith("_global_") and name.endswith("hooks")]
     kept = {name: getattr(hooks, name) for name in names}
     devices = [device] if device.type == "cuda" else []
+    gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
+    own_mode = block.training
     try:
+        for parameter, _ in gradients:
+            parameter.grad = None
         for name in names:
             setattr(hooks, name, type(kept[name])())
         with ExitStack() as stack:
@@ -97,8 +101,11 @@ def _aside(device: torch.device, in_own_dtypes: bool) -> Iterator[None]:
             torch.manual_seed(0)
             yield
     finally:
+        block.training = own_mode
         for name in names:
             setattr(hooks, name, kept[name])
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def prove(
@@ -114,14 +121,13 @@ def prove(
         return Proof(False, "its first argument is not a tensor of numbers")
     if any(_is_list_of(value, x) for value in named.values()):
         return Proof(False, "a list of numbers with as many entries as samples may belong to them")
-    own_mode = block.training
     reason = ""
     unequal: Proof | None = None
     for dtype in _dtypes(block, x):
         if dtype is None and unequal:
             break
         try:
-            with _aside(x.device, in_own_dtypes=dtype is None):
+            with _aside(block, x.device, in_own_dtypes=dtype is None):
                 with torch.no_grad():
                     clone = clone_of(block, rewriting, dtype)
                 asked = rewriting.asked(block, named)
@@ -134,8 +140,6 @@ def prove(
             raise
         except Exception as error:  # of another dtype, perhaps
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        finally:
-            block.training = own_mode
     return unequal or Proof(False, f"it does not run on some of the rows ({reason})")
 
 
@@ -329,7 +333,7 @@ class _Comparison:
                 taken = taken[index]
             if not (taken.is_floating_point() or taken.is_complex()):
                 return _varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
-            noise = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(taken.shape, generator=generator)
             if leaf is self.x:  # whatever the batch holds
                 taken = taken.nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
             dtype = self.dtype or taken.dtype
@@ -415,7 +419,7 @@ class _Comparison:
         if where is None and not values_only:
             for name, a in first.tensors.items():
                 b = second.tensors[name]
-                if a.shape != b.shape or not self._distance(a, b) <= self.tolerance:
+                if a.shape != b.shape or not _distance(a, b, _largest(a)) <= self.tolerance:
                     where = name
         if where is not None:
             raise Unequal(f"its forward changes what it or a module of it holds ({where})")
@@ -456,7 +460,7 @@ class _Comparison:
         seeds: list[Tensor] = []
         for path, leaf in leaves(result):
             if f"output{path}" in found and leaf.requires_grad:
-                seed = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+                seed = torch.randn(leaf.shape, generator=generator)
                 outputs.append(leaf)
                 seeds.append(seed.to(leaf.device, leaf.dtype))
         if outputs:  # not torch.autograd.grad, of which a reentrant checkpoint knows nothing
@@ -476,8 +480,9 @@ class _Comparison:
         if first.keys() != second.keys():
             return float("inf"), "the number of outputs"
         largest = (0.0, "nothing")
-        gradients = [t for n, t in first.items() if t is not None and n.startswith("the")]
-        floor = self.floor * max((float(t.abs().max()) for t in gradients if t.numel()), default=0)
+        scales = {name: _largest(t) for name, t in first.items() if t is not None}
+        gradients = [scale for name, scale in scales.items() if name.startswith("the")]
+        floor = self.floor * max(gradients, default=0.0)
         for name, a in first.items():
             b = second[name]
             if a is None or b is None:
@@ -486,23 +491,34 @@ class _Comparison:
             elif a.shape != b.shape:
                 difference = float("inf")
             else:
-                difference = self._distance(a, b, floor if name.startswith("the") else 0.0)
+                least = floor if name.startswith("the") else 0.0
+                difference = _distance(a, b, max(scales[name], least))
             if difference > largest[0]:
                 largest = difference, name
         return largest
 
-    def _distance(self, a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-        """The largest difference, relative to the largest entry."""
-        if not a.numel():
-            return 0.0
-        if a.is_complex():
-            a, b = torch.view_as_real(a), torch.view_as_real(b)
-        a, b = a.double(), b.double()
+
+def _largest(tensor: Tensor) -> float:
+    """The absolute value of the largest entry that is finite."""
+    if not tensor.numel():
+        return 0.0
+    largest = float(tensor.abs().amax())
+    if not math.isfinite(largest):
+        largest = float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    return largest
+
+
+def _distance(a: Tensor, b: Tensor, scale: float) -> float:
+    """The largest difference, relative to this."""
+    if not a.numel():
+        return 0.0
+    off = (a - b).abs()
+    largest = float(off.amax())
+    if not math.isfinite(largest):  # what is infinite or no number in both is the same
         same = (a == b) | (a.isnan() & b.isnan())
-        off = (a - b).abs().masked_fill(same, 0.0).max()
-        scale = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
-        distance = float(off) / max(scale, floor, 1e-30)
-        return float("inf") if distance != distance else distance
+        largest = float(off.masked_fill(same, 0.0).amax())
+    distance = largest / max(scale, 1e-30)
+    return math.inf if distance != distance else distance
 
 
 def _all_leaves(named: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -554,7 +570,11 @@ def _outputs(result: Any, only: Container[str] | None = None) -> dict[str, Tenso
     """Outputs, or only those of these names."""
     _check_container(result)
     named = ((f"output{path}", leaf.detach()) for path, leaf in leaves(result))
-    return {name: leaf for name, leaf in named if only is None or name in only}
+    return {
+        name: leaf if leaf.is_floating_point() or leaf.is_complex() else leaf.double()
+        for name, leaf in named
+        if only is None or name in only
+    }
 
 
 def _is_list_of(value: Any, x: Tensor) -> bool:

@@ -136,7 +136,7 @@ class OldNorms(Block):
 @pytest.mark.parametrize("kind", [SpectralNorm, OldNorms])
 def test_weights_that_are_computed_in_every_forward(kind):
     block = kind().train()
-    (checked,) = sdkernels.patch(block).check(tokens())
+    (checked,) = sdkernels.patch(block).check(tokens(20))
     assert checked.holds, checked.reason
 
 
@@ -155,6 +155,18 @@ class MaximumOfAll(Block):
 
     def forward(self, x):
         return x + self.drop_path(self.f(x)) + (x.amax() - 20.0).clamp(min=0.0)
+
+
+class LargeBatches(Block):
+    def forward(self, x):
+        y = self.f(x)
+        if len(y) >= 16:
+            y = y - y.mean(0, keepdim=True)
+        return x + self.drop_path(y)
+
+
+def test_mixing_in_large_batches():
+    assert "depend on each other" in keeps_its_own(LargeBatches(), tokens(20))
 
 
 @pytest.mark.parametrize("kind", [NormedMean, MaximumOfAll])

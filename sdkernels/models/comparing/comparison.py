@@ -48,6 +48,7 @@ _GROUPS = 4  # of arguments that look the same
 _SIZES = (6, 8, 10, 14, 18, 22, 26, 34)  # numbers of rows; even, as what pairs samples needs
 _CHANGED = (1, 3)  # rows that are others in the check for what mixes samples
 _SPIKE = 30.0
+_MANY = 16  # samples, from which on what mixes is looked for among so many, too
 _NUMBERS = 3  # of entries in a list of sizes
 
 
@@ -201,15 +202,19 @@ class _Comparison:
             whole = _outputs(self._original(first, every), only)
             self._compare_states(state, self._state(first), values_only=True)
             others = _outputs(self._rewritten(second, every, changed=True), only)
-            distance, what = self._difference(*map(self._unchanged, (whole, others)))
+            distance, what = self._difference(
+                _unchanged(whole, self.batch), _unchanged(others, self.batch)
+            )
             if not distance <= self.tolerance:
-                self._explain_mixing()
+                self._check_mixing(self.batch)
                 raise Unequal(self._text(what, distance, every))
             expected = _outputs(self._original(first, none), only)
             found = _outputs(self._rewritten(second, none), only)
             distance, what = self._difference(expected, found)
             if not distance <= self.tolerance:
                 raise Unequal(self._text(what, distance, none))
+        if self.x.shape[0] >= _MANY:  # which may lead another way
+            self._check_mixing(min(self.x.shape[0], 2 * _MANY))
         return Proof(True, of_samples=taken, difference=max(difference, distance))
 
     def _text(self, what: str, difference: float, rows: Sequence[KeptRows]) -> str:
@@ -224,7 +229,7 @@ class _Comparison:
         self, clone: Any, rows: Sequence[KeptRows], changed: bool = False, watch: bool = False
     ) -> Any:
         functions = self._force(clone, rows, None)
-        named = self._arguments(self.batch, self.of_samples, changed)
+        named = self._arguments(rows[0].batch, self.of_samples, changed)
         before = _held(named) if watch else None
         result = self._call_original(clone, named, functions)
         if before is not None and before != _held(named):
@@ -235,7 +240,7 @@ class _Comparison:
         from ..blocks import Add, BlockState, Options
 
         functions = self._force(clone, rows, True)
-        named = self._arguments(self.batch, self.of_samples, changed)
+        named = self._arguments(rows[0].batch, self.of_samples, changed)
         branches = self.rewriting.branches
         state = BlockState(Options(), branches, [None] * len(branches), self.rewriting)
         for call, each in zip(self.rewriting.calls, rows, strict=True):
@@ -430,25 +435,18 @@ class _Comparison:
             again = _outputs(self._original(self.clone, rows))
         if not self._difference({n: t for n, t in once.items() if n in again}, again)[0] <= 1e-3:
             raise Unequal("it computes something else in every run")
-        self._explain_mixing()
+        self._check_mixing(self.batch)
 
-    def _explain_mixing(self) -> None:
+    def _check_mixing(self, batch: int) -> None:
         """Raise where samples depend on each other, which fewer of them would show."""
-        every = self._cases()[1]
+        rows = KeptRows.from_index(torch.arange(batch), batch, SCALE).to(self.x.device)
+        every, other = [rows] * len(self.rewriting.calls), copied(self.clone)
         with torch.no_grad():
-            before = _outputs(self._original(self.clone, every))
+            before = _outputs(self._original(other, every))
             after = _outputs(self._original(self.clone, every, changed=True))
-        if not self._difference(*map(self._unchanged, (before, after)))[0] <= self.tolerance:
+        unchanged = [_unchanged(each, batch) for each in (before, after)]
+        if not self._difference(*unchanged)[0] <= self.tolerance:
             raise Unequal("its samples depend on each other")
-
-    def _unchanged(self, outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """What of the outputs does not belong to the samples that are others."""
-        rows = [row for row in range(self.batch) if row not in _CHANGED]
-        return {
-            name: t[rows]
-            for name, t in outputs.items()
-            if t is not None and t.dim() and t.shape[0] == self.batch
-        }
 
     def _gradients(
         self, clone: nn.Module, result: Any, only: Container[str] | None = None
@@ -496,6 +494,16 @@ class _Comparison:
             if difference > largest[0]:
                 largest = difference, name
         return largest
+
+
+def _unchanged(outputs: dict[str, Tensor | None], batch: int) -> dict[str, Tensor | None]:
+    """What of the outputs does not belong to the samples that are others."""
+    rows = [row for row in range(batch) if row not in _CHANGED]
+    return {
+        name: t[rows]
+        for name, t in outputs.items()
+        if t is not None and t.dim() and t.shape[0] == batch
+    }
 
 
 def _largest(tensor: Tensor) -> float:

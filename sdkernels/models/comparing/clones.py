@@ -19,7 +19,7 @@ from ..rewriting import Rewriting
 from ..settings import EVERYBODY
 from .contents import contents
 
-__all__ = ["Forced", "Unequal", "clone_of", "copied", "train"]
+__all__ = ["Forced", "Unequal", "clone_of", "copied", "train", "uncopied"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -123,7 +123,7 @@ def copied(block: Any) -> Any:
         made = dict(memo)
         clone = copy.deepcopy(block, made)
     except Exception:
-        made = memo | _uncopied(own, memo)
+        made = memo | uncopied(own, memo)
         clone = copy.deepcopy(block, made)
     for module in clone.modules():  # a forward in a closure, as of a checkpoint
         for name, value in module.__dict__.items():
@@ -170,7 +170,8 @@ def _copies(values: Sequence[Any]) -> dict[int, Tensor]:
     return {id(tensor): made[tensor] for tensor in made}
 
 
-def _uncopied(values: Sequence[Any], memo: dict[int, Any]) -> dict[int, Any]:
+def uncopied(values: Sequence[Any], memo: dict[int, Any]) -> dict[int, Any]:
+    """What of some values cannot be copied, as what stands for it in the memo of a copy."""
     found: dict[int, Any] = {}
     for value in values:
         try:

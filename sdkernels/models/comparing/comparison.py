@@ -10,29 +10,24 @@ block itself, its buffers, its hooks and the random state are not touched.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
-import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
 
 from ...rows import KeptRows
 from ..parts import Law
 from ..rewriting import Rewriting
-from ..undisturbed import random_state_kept
+from .arguments import all_leaves, cloned, doubled, held_by, is_list_of, varied, with_tensors
+from .aside import aside
 from .clones import Forced, Unequal, clone_of, copied, train
-from .contents import State, contents, state_of
+from .contents import State, state_of
 from .proof import Asked, Leaf, Proof, leaves
+from .results import CHANGED, distance_between, largest_entry, of_unchanged, outputs_of
 
 if TYPE_CHECKING:
     from ..blocks import Add
@@ -46,67 +41,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 _FLOORS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 _GROUPS = 4  # of arguments that look the same
 _SIZES = (6, 8, 10, 14, 18, 22, 26, 34)  # numbers of rows; even, as what pairs samples needs
-_CHANGED = (1, 3)  # rows that are others in the check for what mixes samples
 _SPIKE = 30.0
 _MANY = 16  # samples, from which on what mixes is looked for among so many, too
-_NUMBERS = 3  # of entries in a list of sizes
-
-
-_DROPOUTS = frozenset((
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
-))  # fmt: skip
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Dropout drops nothing: it would not draw the same for some of the rows as for all."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if function is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            if "dropout_p" in kwargs:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def _aside(block: nn.Module, device: torch.device, in_own_dtypes: bool) -> Iterator[None]:
-    """Gradients, random state, hooks, autocast and modes as if what runs here had not run."""
-    names = [name for name in vars(hooks) if name.startswith("_global_") and name.endswith("hooks")]
-    kept = {name: getattr(hooks, name) for name in names}
-    devices = [device] if device.type == "cuda" else []
-    gradients = [(parameter, parameter.grad) for parameter in block.parameters()]
-    own_mode = block.training
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        for name in names:
-            setattr(hooks, name, type(kept[name])())
-        with ExitStack() as stack:
-            stack.enter_context(random_state_kept(devices))
-            if not in_own_dtypes:
-                stack.enter_context(torch.autocast(device.type, enabled=False))
-            stack.enter_context(
-                torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
-            )
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_WithoutDropout())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            yield
-    finally:
-        block.training = own_mode
-        for name in names:
-            setattr(hooks, name, kept[name])
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 def prove(
@@ -120,7 +56,7 @@ def prove(
     x = next(iter(named.values()), None)
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
         return Proof(False, "its first argument is not a tensor of numbers")
-    if any(_is_list_of(value, x) for value in named.values()):
+    if any(is_list_of(value, x) for value in named.values()):
         return Proof(False, "a list of numbers with as many entries as samples may belong to them")
     reason = ""
     unequal: Proof | None = None
@@ -128,7 +64,7 @@ def prove(
         if dtype is None and unequal:
             break
         try:
-            with _aside(block, x.device, in_own_dtypes=dtype is None):
+            with aside(block, x.device, in_own_dtypes=dtype is None):
                 with torch.no_grad():
                     clone = clone_of(block, rewriting, dtype)
                 asked = rewriting.asked(block, named)
@@ -170,7 +106,7 @@ class _Comparison:
         train(clone)
         self.clone = clone
         self.rewriting = rewriting
-        self.named, self.x = (named, x) if x.shape[0] > 1 else _twice(named, doubtful)
+        self.named, self.x = (named, x) if x.shape[0] > 1 else doubled(named, doubtful)
         self.dtype = dtype
         self.doubtful = doubtful
         self.asked = asked  # for what a branch computes besides
@@ -199,17 +135,18 @@ class _Comparison:
             raise Unequal(self._text(what, difference, some))
         self._compare_states(state, self._state(second))
         with torch.no_grad():
-            whole = _outputs(self._original(first, every), only)
+            whole = outputs_of(self._original(first, every), only)
             self._compare_states(state, self._state(first), values_only=True)
-            others = _outputs(self._rewritten(second, every, changed=True), only)
+            others = outputs_of(self._rewritten(second, every, changed=True), only)
             distance, what = self._difference(
-                _unchanged(whole, self.batch), _unchanged(others, self.batch)
+                of_unchanged(whole, self.batch), of_unchanged(others, self.batch)
             )
             if not distance <= self.tolerance:
                 self._check_mixing(self.batch)
                 raise Unequal(self._text(what, distance, every))
-            expected = _outputs(self._original(first, none), only)
-            found = _outputs(self._rewritten(second, none), only)
+            difference = max(difference, distance)
+            expected = outputs_of(self._original(first, none), only)
+            found = outputs_of(self._rewritten(second, none), only)
             distance, what = self._difference(expected, found)
             if not distance <= self.tolerance:
                 raise Unequal(self._text(what, distance, none))
@@ -230,9 +167,9 @@ class _Comparison:
     ) -> Any:
         functions = self._force(clone, rows, None)
         named = self._arguments(rows[0].batch, self.of_samples, changed)
-        before = _held(named) if watch else None
+        before = held_by(named) if watch else None
         result = self._call_original(clone, named, functions)
-        if before is not None and before != _held(named):
+        if before is not None and before != held_by(named):
             raise Unequal("its forward writes into an argument, list or object that it is given")
         return result
 
@@ -337,7 +274,7 @@ class _Comparison:
             if belongs:
                 taken = taken[index]
             if not (taken.is_floating_point() or taken.is_complex()):
-                return _varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
+                return varied(taken) if (path, leaf.dim()) in self.doubtful else taken.clone()
             noise = torch.randn(taken.shape, generator=generator)
             if leaf is self.x:  # whatever the batch holds
                 taken = taken.nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
@@ -346,7 +283,7 @@ class _Comparison:
                 dtype = dtype if self.dtype is None else dtype.to_complex()
             taken = taken.to(dtype) + 0.3 * noise.to(taken.device, dtype)
             if changed and leaf is self.x:
-                one, two = _CHANGED
+                one, two = CHANGED
                 other = torch.Generator().manual_seed(4)
                 taken[one] = torch.randn(taken.shape[1:], generator=other).to(taken)
                 taken[(two, *(size // 2 for size in taken.shape[1:]))] = _SPIKE
@@ -355,7 +292,7 @@ class _Comparison:
             self.inputs.append(taken.requires_grad_())
             return taken.clone()  # a block may write into it
 
-        return _with_tensors(self.named, change)
+        return with_tensors(self.named, change)
 
     # Which arguments belong to samples
 
@@ -364,7 +301,7 @@ class _Comparison:
         if not self.doubtful:
             return frozenset()
         alike: dict[Any, list[Leaf]] = {}  # what looks the same belongs to the same
-        tensors = {(path, t.dim()): t for path, t in _all_leaves(self.named)}
+        tensors = {(path, t.dim()): t for path, t in all_leaves(self.named)}
         for each in self.doubtful:
             alike.setdefault((tensors[each].shape, tensors[each].dtype), []).append(each)
         groups = list(alike.values())
@@ -395,7 +332,7 @@ class _Comparison:
         )
         arguments = self._arguments(full, frozenset(self.doubtful))
         functions = self._force(clone, [every] * calls, None)
-        whole = self._call_original(clone, _with_tensors(arguments, _cloned), functions)
+        whole = self._call_original(clone, with_tensors(arguments, cloned), functions)
         first = [t[:part] for _, t in leaves(whole)]
         stream = self.rewriting.positional[0]
 
@@ -405,7 +342,7 @@ class _Comparison:
                 return (leaf[:part] if belongs else leaf).clone()
 
             functions = self._force(clone, [few] * calls, None)
-            cut_down = self._call_original(clone, _with_tensors(arguments, cut), functions)
+            cut_down = self._call_original(clone, with_tensors(arguments, cut), functions)
             second = [t for _, t in leaves(cut_down)]
             return len(first) == len(second) and all(
                 a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
@@ -423,8 +360,8 @@ class _Comparison:
         where = first.changed(second)
         if where is None and not values_only:
             for name, a in first.tensors.items():
-                b = second.tensors[name]
-                if a.shape != b.shape or not _distance(a, b, _largest(a)) <= self.tolerance:
+                b, scale = second.tensors[name], largest_entry(a)
+                if a.shape != b.shape or not distance_between(a, b, scale) <= self.tolerance:
                     where = name
         if where is not None:
             raise Unequal(f"its forward changes what it or a module of it holds ({where})")
@@ -432,7 +369,7 @@ class _Comparison:
     def _explain(self, rows: Sequence[KeptRows], once: dict[str, Tensor | None]) -> None:
         """Raise what is behind a difference, if the original shows it too."""
         with torch.no_grad():
-            again = _outputs(self._original(self.clone, rows))
+            again = outputs_of(self._original(self.clone, rows))
         if not self._difference({n: t for n, t in once.items() if n in again}, again)[0] <= 1e-3:
             raise Unequal("it computes something else in every run")
         self._check_mixing(self.batch)
@@ -442,9 +379,9 @@ class _Comparison:
         rows = KeptRows.from_index(torch.arange(batch), batch, SCALE).to(self.x.device)
         every, other = [rows] * len(self.rewriting.calls), copied(self.clone)
         with torch.no_grad():
-            before = _outputs(self._original(other, every))
-            after = _outputs(self._original(self.clone, every, changed=True))
-        unchanged = [_unchanged(each, batch) for each in (before, after)]
+            before = outputs_of(self._original(other, every))
+            after = outputs_of(self._original(self.clone, every, changed=True))
+        unchanged = [of_unchanged(each, batch) for each in (before, after)]
         if not self._difference(*unchanged)[0] <= self.tolerance:
             raise Unequal("its samples depend on each other")
 
@@ -453,7 +390,7 @@ class _Comparison:
     ) -> dict[str, Tensor | None]:
         """Outputs, or only those of these names, and the gradients of inputs and parameters."""
         generator = torch.Generator().manual_seed(3)
-        found = _outputs(result, only)
+        found = outputs_of(result, only)
         outputs: list[Tensor] = []
         seeds: list[Tensor] = []
         for path, leaf in leaves(result):
@@ -478,7 +415,7 @@ class _Comparison:
         if first.keys() != second.keys():
             return float("inf"), "the number of outputs"
         largest = (0.0, "nothing")
-        scales = {name: _largest(t) for name, t in first.items() if t is not None}
+        scales = {name: largest_entry(t) for name, t in first.items() if t is not None}
         gradients = [scale for name, scale in scales.items() if name.startswith("the")]
         floor = self.floor * max(gradients, default=0.0)
         for name, a in first.items():
@@ -490,139 +427,10 @@ class _Comparison:
                 difference = float("inf")
             else:
                 least = floor if name.startswith("the") else 0.0
-                difference = _distance(a, b, max(scales[name], least))
+                difference = distance_between(a, b, max(scales[name], least))
             if difference > largest[0]:
                 largest = difference, name
         return largest
-
-
-def _unchanged(outputs: dict[str, Tensor | None], batch: int) -> dict[str, Tensor | None]:
-    """What of the outputs does not belong to the samples that are others."""
-    rows = [row for row in range(batch) if row not in _CHANGED]
-    return {
-        name: t[rows]
-        for name, t in outputs.items()
-        if t is not None and t.dim() and t.shape[0] == batch
-    }
-
-
-def _largest(tensor: Tensor) -> float:
-    """The absolute value of the largest entry that is finite."""
-    if not tensor.numel():
-        return 0.0
-    largest = float(tensor.abs().amax())
-    if not math.isfinite(largest):
-        largest = float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    return largest
-
-
-def _distance(a: Tensor, b: Tensor, scale: float) -> float:
-    """The largest difference, relative to this."""
-    if not a.numel():
-        return 0.0
-    off = (a - b).abs()
-    largest = float(off.amax())
-    if not math.isfinite(largest):  # what is infinite or no number in both is the same
-        same = (a == b) | (a.isnan() & b.isnan())
-        largest = float(off.masked_fill(same, 0.0).amax())
-    distance = largest / max(scale, 1e-30)
-    return math.inf if distance != distance else distance
-
-
-def _all_leaves(named: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in named.items():
-        yield from leaves(value, name)
-
-
-def _with_tensors(named: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
-    """A deep copy of arguments, with their tensors changed; modules stay."""
-    memo: dict[int, Any] = {}
-    for _, value in contents(named):
-        if isinstance(value, Tensor):
-            memo[id(value)] = value.detach().clone()  # in an object
-    for path, leaf in _all_leaves(named):
-        memo[id(leaf)] = change(path, leaf)
-    for value in named.values():
-        if isinstance(value, nn.Module):
-            memo[id(value)] = value
-    return copy.deepcopy(named, memo)
-
-
-def _cloned(path: str, leaf: Tensor) -> Tensor:
-    return leaf.detach().clone()
-
-
-def _twice(named: dict[str, Any], doubtful: Sequence[Leaf]) -> tuple[dict[str, Any], Tensor]:
-    """The arguments of one sample as those of two."""
-    stream = next(iter(named))
-
-    def twice(path: str, leaf: Tensor) -> Tensor:
-        belongs = path == stream or (path, leaf.dim()) in doubtful
-        return torch.cat([leaf, leaf]).detach() if belongs else leaf
-
-    made = _with_tensors(named, twice)
-    return made, made[stream]
-
-
-def _held(named: dict[str, Any]) -> list[Any]:
-    """What arguments are made of, and whether their tensors were written to; but for the stream."""
-    found: list[Any] = []
-    for name in [*named][1:]:
-        for path, value in contents(named[name], name):
-            tensor = isinstance(value, Tensor)
-            found.append((path, (id(value), value._version) if tensor else value))
-    return found
-
-
-def _outputs(result: Any, only: Container[str] | None = None) -> dict[str, Tensor | None]:
-    """Outputs, or only those of these names."""
-    _check_container(result)
-    named = ((f"output{path}", leaf.detach()) for path, leaf in leaves(result))
-    return {
-        name: leaf if leaf.is_floating_point() or leaf.is_complex() else leaf.double()
-        for name, leaf in named
-        if only is None or name in only
-    }
-
-
-def _is_list_of(value: Any, x: Tensor) -> bool:
-    """Whether numbers may be one for each sample: as many, and no sizes of the stream."""
-    if isinstance(value, dict):
-        return any(_is_list_of(each, x) for each in value.values())
-    if not isinstance(value, (list, tuple)):
-        return False
-    if any(_is_list_of(each, x) for each in value):
-        return True
-    count = len(value)
-    if count != x.shape[0] or not all(isinstance(v, (int, float)) for v in value):
-        return False
-    if count <= _NUMBERS:  # one for each sample would not do for the rows of the comparison
-        return False
-    sizes = [tuple(x.shape[first : first + count]) for first in range(x.dim())]
-    return tuple(value) not in sizes and math.prod(value) not in x.shape[1:]
-
-
-def _check_container(result: Any) -> None:
-    """Refuse an output that may hold tensors where they are not seen."""
-    if isinstance(result, (list, tuple)):
-        for each in result:
-            _check_container(each)
-    elif isinstance(result, dict):
-        _check_container(list(result.values()))
-    elif not (result is None or isinstance(result, (Tensor, bool, int, float, str))):
-        raise Unequal(f"its output has a {type(result).__name__}, which may hold tensors unseen")
-
-
-def _varied(numbers: Tensor) -> Tensor:
-    """Numbers of which no two rows are the same, where they were: others will not be."""
-    numbers = numbers.clone()
-    if len(numbers) < 2 or not (numbers == numbers[:1]).all():
-        return numbers
-    if numbers.dtype == torch.bool:
-        numbers.flatten(1)[1::2, -1:] ^= True
-    else:
-        numbers[1::2] -= (numbers[1::2] > 1).to(numbers.dtype)
-    return numbers
 
 
 def _with_functions(forward: Any, functions: dict[str, Forced]) -> Any:

@@ -104,9 +104,10 @@ def proofs_of(
         return (TRUSTED,)
     if check == "never":
         return (Proof(True, of_samples=None),)
-    stamp = block._sdkernels.stamp
-    if not is_compiling() and (stamp is None or not stamp.holds()):
-        recall(block, rewriting)
+    if not is_compiling():
+        stamp = block._sdkernels.stamp
+        if stamp is None or not stamp.holds():
+            recall(block, rewriting)
     plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
     if plain and check == "first" and block._sdkernels.is_known:
         return (TRUSTED,)

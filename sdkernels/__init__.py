@@ -14,7 +14,7 @@ try:
     )
     from .functional import fused_stochastic_depth
     from .layer_dropout import fused_layer_dropout
-    from .models import patch, unpatch
+    from .models import compacted, patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
     from .rows import KeptRows
@@ -38,6 +38,7 @@ __all__ = [
     "compact_layer_norm",
     "compact_rms_norm",
     "compact_rows",
+    "compacted",
     "fused_layer_dropout",
     "fused_stochastic_depth",
     "linear_decay",

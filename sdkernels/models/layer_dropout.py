@@ -22,6 +22,7 @@ from ..sampling import Rescale
 from ..schedules import check_probability, linear_decay
 from ..tracing import is_recorded
 from .blocks import BlockState, Options, PatchedBlock, _say_what_is_left_out
+from .comparing.checking import Checked
 from .parts import Law, drop_law, looks_like_drop_path, why_it_draws_itself
 from .report import LeftAlone, PatchedEntry, PatchReport, _flops
 
@@ -610,11 +611,24 @@ class LayerReport(PatchReport):
         if values is not None:
             self._set(values)
 
-    def check(self, *args: Any, **kwargs: Any) -> None:
+    def source(self, name: str) -> str:
+        """No difference: a layer runs its own forward, on the kept rows.
+
+        Raises:
+            KeyError: no layer of this name was patched.
+        """
+        if not any(entry.name == name for entry in self.patched):
+            raise KeyError(f"no patched layer has the name {name!r}")
+        return ""
+
+    def check(self, *args: Any, **kwargs: Any) -> tuple[Checked, ...]:
         """Look at every layer ahead of the first training step, as compiled models need.
 
         Args:
             args, kwargs: an input of the model, which runs on it once, in evaluation.
+
+        Returns:
+            For each layer whether it was looked at, or need not be.
 
         Raises:
             RuntimeError: a layer changes its input where all of its branches are dropped, or its
@@ -634,6 +648,12 @@ class LayerReport(PatchReport):
                 state.looks = False
             for module in modules:
                 module.training = True
+        return tuple(
+            Checked(entry.name, True, None, "")
+            if state not in looked or state.proven
+            else Checked(entry.name, False, None, "it did not run on these inputs")
+            for entry, state in zip(self.patched, states, strict=True)
+        )
 
     def _set(self, values: list[float]) -> None:
         for entry, p in zip(self.patched, values, strict=True):

@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "benchmarks.report.compare",
     "break-even": "benchmarks.studies.break_even",
     "patched-classes": "benchmarks.studies.patched_classes",
+    "patch-coverage": "benchmarks.studies.patch_coverage",
     "batch-norm": "benchmarks.studies.batch_norm",
     "scaling": "benchmarks.studies.scaling.command",
     "host-cost": "benchmarks.studies.host_cost",

@@ -61,6 +61,22 @@ void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, co
   op.call(std::move(residual), out, index, slot, layer_scale, row_weight, scale);
 }
 
+Tensor scatter_op(const Tensor& residual, const Tensor& out, const Tensor& index,
+                  const Tensor& slot) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+          "sdkernels::scatter_rows");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(residual, out, index, slot);
+}
+
+void scatter_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot) {
+  static const auto op = find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&)>(
+      "sdkernels::scatter_rows_");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op.call(std::move(residual), out, index, slot);
+}
+
 std::tuple<Tensor, Tensor, Tensor> scatter_add_backward_op(
     const Tensor& grad, const OptionalTensor& out, const Tensor& index,
     const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
@@ -129,6 +145,10 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward_op(
 // What a compacting node returns beside the kept rows.
 enum class Stream { kNone, kAlias, kInplace };
 
+// How the gradients of the kept rows and of the stream make that of x: their sum; their sum in the
+// memory of the second; the first in place of the second's kept rows.
+enum class Merge { kAdd, kAddOwned, kReplace };
+
 // ---- autograd functions -------------------------------------------------------------------------
 
 OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
@@ -148,10 +168,10 @@ Tensor pass_through(AutogradContext* ctx, const Tensor& x, Stream stream) {
 
 struct CompactRows : torch::autograd::Function<CompactRows> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& index,
-                               const Tensor& slot, Stream stream, bool relu) {
+                               const Tensor& slot, Stream stream, Merge merge) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({index, slot});
-    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["merge"] = static_cast<int64_t>(merge);
     Tensor kept = compact_op(x, index);
     if (stream == Stream::kNone) return {std::move(kept)};
     return {std::move(kept), pass_through(ctx, x, stream)};
@@ -178,7 +198,7 @@ struct ExpandRows : torch::autograd::Function<ExpandRows> {
 // The ops as a backward calls them: nodes of their own in a double backward only.
 Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
   if (!at::GradMode::is_enabled()) return compact_op(x, index);
-  return CompactRows::apply(x, index, slot, Stream::kNone, false)[0];
+  return CompactRows::apply(x, index, slot, Stream::kNone, Merge::kAdd)[0];
 }
 
 // The gradient that a ReLU passes, from the bits of its result; it is its own derivative.
@@ -285,6 +305,30 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
   }
 };
 
+struct ScatterRows : torch::autograd::Function<ScatterRows> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& residual, const Tensor& out,
+                        const Tensor& index, const Tensor& slot, bool opened, bool inplace) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({index, slot});
+    ctx->saved_data["opened"] = opened;
+    if (!inplace) return scatter_op(residual, out, index, slot);
+    scatter_op_(residual, out, index, slot);
+    ctx->mark_dirty({residual});
+    return residual;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(6);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    // Of an opened stream, whoever opened it leaves out the kept rows.
+    if (ctx->needs_input_grad(0))
+      result[0] = ctx->saved_data["opened"].toBool() ? grad : grad.index_fill(0, saved[0], 0);
+    if (ctx->needs_input_grad(1)) result[1] = compact_rows(grad, saved[0], saved[1]);
+    return result;
+  }
+};
+
 // The gradient of x from those of its kept rows and of x passed through, either of which may be
 // missing. The second may be written to if `owned`.
 Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tensor& index,
@@ -311,8 +355,16 @@ bool is_ours_alone(const Tensor& grad) {
 variable_list CompactRows::backward(AutogradContext* ctx, variable_list grads) {
   const auto saved = ctx->get_saved_variables();
   const Tensor d_stream = grads.size() > 1 ? std::move(grads[1]) : Tensor();
+  const auto merge = static_cast<Merge>(ctx->saved_data["merge"].toInt());
+  if (merge == Merge::kReplace && d_stream.defined()) {
+    const Tensor &index = saved[0], &slot = saved[1], &d_kept = grads[0];
+    if (!d_kept.defined()) return {d_stream.index_fill(0, index, 0), {}, {}, {}, {}};
+    if (!at::GradMode::is_enabled())
+      return {scatter_op(d_stream, d_kept, index, slot), {}, {}, {}, {}};
+    return {ScatterRows::apply(d_stream, d_kept, index, slot, false, false), {}, {}, {}, {}};
+  }
   // With a ReLU behind the sum, the backward of the scatter-add has made the stream's gradient.
-  const bool owned = ctx->saved_data["relu"].toBool() && is_ours_alone(d_stream);
+  const bool owned = merge == Merge::kAddOwned && is_ours_alone(d_stream);
   return {merge_gradients(grads[0], d_stream, saved[0], saved[1], owned), {}, {}, {}, {}};
 }
 
@@ -425,8 +477,20 @@ std::tuple<Tensor, Tensor> compact(const Tensor& x, const Tensor& index, const T
   check_kept_rows(x, index, slot);
   const Stream stream = stream_of(x, with_stream, inplace);
   // In place, the ReLU is an operation of its own behind the sum.
-  auto outputs = CompactRows::apply(x, index, slot, stream, relu && !inplace);
+  const Merge merge = relu && !inplace ? Merge::kAddOwned : Merge::kAdd;
+  auto outputs = CompactRows::apply(x, index, slot, stream, merge);
   return {outputs[0], stream == Stream::kNone ? x : outputs[1]};
+}
+
+std::tuple<Tensor, Tensor, bool> open_rows(const Tensor& x, const Tensor& index, const Tensor& slot,
+                                           bool inplace) {
+  refuse_functorch();
+  check_rows_tensor(x, "x");
+  check_kept_rows(x, index, slot);
+  const Stream stream = stream_of(x, /*with_stream=*/true, inplace);
+  auto outputs = CompactRows::apply(x, index, slot, stream, Merge::kReplace);
+  if (stream == Stream::kNone) return {outputs[0], x, false};
+  return {outputs[0], outputs[1], true};
 }
 
 std::tuple<Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index, const Tensor& slot,
@@ -459,6 +523,22 @@ Tensor scatter_add(const Tensor& residual, const Tensor& out, const Tensor& inde
   ScatterAddRows::apply(residual, out, layer_scale, row_weight, index, slot, scale, Sum::kInplace);
   Tensor y = residual;
   return relu ? y.relu_() : y;
+}
+
+Tensor scatter(const Tensor& residual, const Tensor& out, const Tensor& index, const Tensor& slot,
+               bool opened, bool inplace) {
+  refuse_functorch();
+  check_rows_tensor(residual, "residual");
+  check_kept_rows(residual, index, slot);
+  check_out(residual, out, index);
+  const auto dtype = inplace ? residual.scalar_type()
+                             : c10::promoteTypes(residual.scalar_type(), out.scalar_type());
+  const Tensor rows = out.to(dtype);
+  if (!inplace)
+    return ScatterRows::apply(residual.to(dtype), rows, index, slot, opened, /*inplace=*/false);
+  check_inplace(residual, residual.requires_grad() || out.requires_grad());
+  ScatterRows::apply(residual, rows, index, slot, opened, /*inplace=*/true);
+  return residual;
 }
 
 }  // namespace sdkernels

@@ -31,6 +31,17 @@ at::Tensor scatter_add(const at::Tensor& residual, const at::Tensor& out, const 
                        const std::optional<at::Tensor>& row_weight, double scale, bool inplace,
                        bool relu);
 
+// The kept rows of x; x; and whether that was passed through the same node (a view that is to be
+// written in place cannot be). `scatter` must then be told, and be all that uses it: the node takes
+// the gradients of the kept rows and leaves out what the stream's has there.
+std::tuple<at::Tensor, at::Tensor, bool> open_rows(const at::Tensor& x, const at::Tensor& index,
+                                                   const at::Tensor& slot, bool inplace);
+
+// residual, with out in place of its kept rows. `opened`: residual comes from open_rows, which said
+// so.
+at::Tensor scatter(const at::Tensor& residual, const at::Tensor& out, const at::Tensor& index,
+                   const at::Tensor& slot, bool opened, bool inplace);
+
 // Raises what PyTorch raises where x must not be written in place.
 void check_inplace(const at::Tensor& x);
 void check_inplace(const at::Tensor& x, bool any_requires_grad);

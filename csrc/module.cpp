@@ -39,6 +39,9 @@ TORCH_LIBRARY(sdkernels, m) {
   // place of a result that was not asked for.
   m.def("compact_rows(Tensor x, Tensor index) -> Tensor");
   m.def("expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor");
+  // residual, with `out` in place of its kept rows.
+  m.def("scatter_rows(Tensor residual, Tensor out, Tensor index, Tensor slot) -> Tensor");
+  m.def("scatter_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot) -> ()");
   m.def(
       "scatter_add_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, "
       "Tensor? layer_scale, Tensor? row_weight, float scale) -> Tensor");
@@ -76,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", compact, no_gil);
   m.def("compact_norm", compact_norm, no_gil);
   m.def("scatter_add", scatter_add, no_gil);
+  m.def("open_rows", open_rows, no_gil);
+  m.def("scatter", scatter, no_gil);
   m.def("check_inplace", py::overload_cast<const at::Tensor&>(check_inplace), no_gil);
   m.def("check_scatter_add", check_scatter_add, no_gil);
   py::class_<Draw>(m, "Draw")

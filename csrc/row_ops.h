@@ -73,6 +73,16 @@ inline void check_out(const at::Tensor& residual, const at::Tensor& out, const a
       " (the branch must return one row for each kept row, in order, of the residual's shape)");
 }
 
+// `out` takes the place of the kept rows of `residual`.
+inline void check_scatter_rows(const at::Tensor& residual, const at::Tensor& out,
+                               const at::Tensor& index, const at::Tensor& slot) {
+  check_rows_tensor(residual, "residual");
+  check_kept_rows(residual, index, slot);
+  check_out(residual, out, index);
+  TORCH_CHECK_TYPE(out.scalar_type() == residual.scalar_type(), "out: expected residual's dtype, ",
+                   residual.scalar_type(), ", got ", out.scalar_type());
+}
+
 // layer_scale must broadcast against one row without enlarging it.
 inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row,
                               const at::Device& device) {

@@ -10,10 +10,12 @@ try:
         compact_rms_norm,
         compact_rows,
         scatter_add_rows,
+        scatter_rows,
     )
     from .functional import fused_stochastic_depth
+    from .layer_dropout import fused_layer_dropout
     from .measure import measure
-    from .models import patch, unpatch
+    from .models import compacted, patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
     from .rows import KeptRows
@@ -37,11 +39,14 @@ __all__ = [
     "compact_layer_norm",
     "compact_rms_norm",
     "compact_rows",
+    "compacted",
+    "fused_layer_dropout",
     "fused_stochastic_depth",
     "linear_decay",
     "measure",
     "patch",
     "scatter_add_rows",
+    "scatter_rows",
     "uniform",
     "unpatch",
 ]

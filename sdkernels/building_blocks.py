@@ -16,7 +16,13 @@ from .tracing import is_recorded, refuse_training
 
 Activation = Literal["relu"]
 
-__all__ = ["compact_layer_norm", "compact_rms_norm", "compact_rows", "scatter_add_rows"]
+__all__ = [
+    "compact_layer_norm",
+    "compact_rms_norm",
+    "compact_rows",
+    "scatter_add_rows",
+    "scatter_rows",
+]
 
 # Asked for once: not every version of PyTorch can trace the question. (On a device that is missing
 # here the norm writes x's type, and what follows casts.)
@@ -179,6 +185,41 @@ def scatter_add_rows(
     if inplace:
         check_inplace(x)
     return scatter_add(x, out, rows, layer_scale, inplace, relu)
+
+
+def scatter_rows(x: Tensor, out: Tensor, rows: KeptRows, *, inplace: bool = False) -> Tensor:
+    """Put a layer's output in place of the kept rows.
+
+    Equivalent PyTorch code: ``x.index_copy(0, rows.index, out)``, in the dtype that ``x + out``
+    would have. Scale and weights of the rows are not used.
+
+    Args:
+        x: [B, ...], floating point: the stream.
+        out: [k, ...], floating point: one row for each kept row.
+        rows: the kept rows, of a batch of B rows.
+        inplace: write into `x`, and return it.
+
+    Returns:
+        [B, ...], strides in the order of `x`; dropped rows are those of `x` to the last bit.
+        Differentiable (twice); the gradient of a kept row of `x` is zero.
+
+    Raises:
+        TypeError, ValueError: rows or `out` do not fit `x`.
+        RuntimeError: in place where PyTorch forbids it (a leaf that requires grad).
+
+    Example:
+        >>> rows = KeptRows.from_index(torch.tensor([0, 2]), batch=3)
+        >>> scatter_rows(torch.ones(3, 1), torch.tensor([[5.0], [7.0]]), rows).flatten()
+        tensor([5., 1., 7.])
+    """
+    check_input(x)
+    _check_call(rows, x)
+    check_tensor(out, "out")
+    check_local(out=out)
+    if inplace:
+        check_inplace(x)
+    y: Tensor = kernels().scatter(x, out, rows.index, rows.slot, False, inplace)
+    return y
 
 
 def scatter_add(

@@ -236,7 +236,7 @@ def _sample_in_graph(
     return index, slot, scale
 
 
-def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
+def at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
     """Has torch.compile call the function while it traces, and take the result for a constant.
 
     It is ``torch.compiler.assume_constant_result``, which loads the compiler when it is called.
@@ -245,7 +245,7 @@ def _at_trace_time(function: Callable[P, T]) -> Callable[P, T]:
     return function
 
 
-@_at_trace_time
+@at_trace_time
 def _backward_may_draw_again() -> bool:
     """Whether the partitioner was told to recompute more than it does by default.
 
@@ -260,7 +260,7 @@ def _backward_may_draw_again() -> bool:
 _draws = count()
 
 
-@_at_trace_time
+@at_trace_time
 def _next_draw() -> int:
     """A number of its own for each draw of a graph: PyTorch merges calls with equal arguments."""
     return next(_draws)
@@ -269,7 +269,7 @@ def _next_draw() -> int:
 _warned: set[str] = set()
 
 
-@_at_trace_time
+@at_trace_time
 def _warn_of_graph_break(what: str) -> None:
     """Once for each reason."""
     if what not in _warned:

@@ -35,7 +35,8 @@ collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
 # What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
-# Files that take a minute or more start first, so that no process is left with one of them alone.
+# Files that take a minute or more start first, so that no process is left with one of them alone;
+# their tests are marked `slow`.
 LONGEST = [
     "test_without_extension.py",
     "test_patched_training.py",
@@ -56,6 +57,9 @@ LONGEST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))  # stable
+    for item in items:
+        if item.path.name in rank:
+            item.add_marker(pytest.mark.slow)
 
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

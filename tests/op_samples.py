@@ -52,6 +52,9 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
         return x, index
     if op == "expand_rows":
         return kept, index, slot
+    if op in ("scatter_rows", "scatter_rows_"):
+        given = _rows_like(case, case.kept, case.dtype, case.grad_layout).to(device)
+        return x.clone() if op.endswith("_") else x, given, index, slot
     if op == "scatter_add_rows":
         return x, out, index, slot, layer_scale, row_weight, rows.scale
     if op == "scatter_add_rows_":
@@ -96,6 +99,10 @@ def _weighted(rows: Tensor, row_weight: Tensor | None) -> Tensor:
     if row_weight is None:
         return rows
     return rows * row_weight.double().view(-1, *[1] * (rows.dim() - 1))
+
+
+def _scatter(x: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return x.double().index_copy(0, index, out.double())
 
 
 def _scatter_add(
@@ -256,6 +263,8 @@ EXPECTED: dict[str, Callable[..., Any]] = {
     "expand_rows": lambda kept, index, slot: kept.new_zeros(
         (slot.shape[0], *kept.shape[1:]), dtype=torch.float64
     ).index_copy(0, index, kept.double()),
+    "scatter_rows": _scatter,
+    "scatter_rows_": _scatter,
     "scatter_add_rows": _scatter_add,
     "scatter_add_rows_": _scatter_add,
     "scatter_add_rows_backward": _scatter_add_backward,

@@ -23,6 +23,8 @@ NORMALIZE = {"normalized_shape": [3], "weight": torch.ones(3), "rms": False}
 OPS = {
     "compact_rows": {"x": X, "index": INDEX},
     "expand_rows": {"kept": OUT, "index": INDEX, "slot": SLOT},
+    "scatter_rows": {"residual": X, "out": OUT, "index": INDEX, "slot": SLOT},
+    "scatter_rows_": {"residual": X, "out": OUT, "index": INDEX, "slot": SLOT},
     "scatter_add_rows": ADD,
     "scatter_add_rows_": ADD,
     "scatter_add_rows_backward": {

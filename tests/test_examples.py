@@ -152,6 +152,26 @@ def test_multi_crop(example, capsys):
     assert 38 <= saved(output) <= 42
 
 
+def test_layer_dropout(example, capsys, tmp_path):
+    """A run that was stopped ends as one that was not, to the last digit."""
+
+    def run(*arguments: str) -> tuple[dict[int, float], str]:
+        script.main(["--steps", "60", "--batch-size", "8", "--depth", "3", *arguments])
+        output = capsys.readouterr().out
+        losses = re.findall(r"step +(\d+)  loss (\S+)  ", output)
+        return {int(step): float(loss) for step, loss in losses}, output.splitlines()[-1]
+
+    script = example("layer_dropout")
+    losses, text = run()
+    assert losses[60] < losses[50] < 3
+    file = ["--checkpoint", str(tmp_path / "model.pt")]
+    run(*file, "--stop-after", "25")
+    torch.rand(100)
+    resumed, same_text = run(*file)
+    assert resumed[60] == losses[60]
+    assert text == same_text
+
+
 def test_gates(example, capsys):
     example("gates").main(["--epochs", "2"])
     output = capsys.readouterr().out

@@ -173,6 +173,9 @@ def test_rows(name, pair, device):
     x, out, index, slot = forward[:4]
     check_arguments("compact_rows", (x, index), 0.0)
     check_arguments("expand_rows", (out, index, slot), 0.0)
+    given = out.to(x.dtype)
+    check_arguments("scatter_rows", (x, given, index, slot), 0.0)
+    check_arguments("scatter_rows_", (x, given, index, slot), 0.0)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
@@ -184,6 +187,8 @@ def test_misaligned_rows(offset, device):
         check_arguments("scatter_add_rows", forward, TOLERANCE[dtype])
         check_arguments("scatter_add_rows_backward", backward, TOLERANCE[dtype])
         check_arguments("compact_rows", (forward[0], forward[2]), 0.0)
+        check_arguments("scatter_rows", forward[:4], 0.0)
+        check_arguments("scatter_rows_", forward[:4], 0.0)
 
 
 def relu_arguments(forward: Arguments, wants_out: bool = True) -> tuple[Arguments, Arguments]:

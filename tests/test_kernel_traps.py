@@ -25,6 +25,9 @@ CALLS = {
     "compact_rows-negative": "ops.compact_rows(x, rows(-1, 2))",
     "expand_rows": "ops.expand_rows(kept, rows(0, 1), rows(0, 2, -1, -1))",
     "expand_rows-below": "ops.expand_rows(kept, rows(0, 1), rows(0, 1, -2, -1))",
+    "scatter_rows": "ops.scatter_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1))",
+    "scatter_rows-below": "ops.scatter_rows(x, kept, rows(0, 1), rows(0, 1, -2, -1))",
+    "scatter_rows_": "ops.scatter_rows_(x, kept, rows(0, 4), rows(0, 1, -1, -1))",
     "scatter_add_rows": "ops.scatter_add_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1),"
     " None, None, 1.0)",
     "scatter_add_rows_": "ops.scatter_add_rows_(x, kept, rows(0, 4), rows(0, 1, -1, -1),"

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from zoo import NETS, Net, maxxvit, output_of
 
 import sdkernels
-from sdkernels import KeptRows, reference
+from sdkernels import KeptRows, Shared, reference
 from sdkernels.models import blocks
 
 each_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
@@ -96,7 +97,8 @@ def test_batch_statistics_are_of_the_kept_rows(net, monkeypatch):
         given = {name: options[name] for name in wanted}
         if given["rows"] is None:
             given["rows"] = KeptRows.from_index(torch.arange(len(x)), len(x))
-        total = reference.index_add(x, branch, **given)
+        args = [arg.value if isinstance(arg, Shared) else arg for arg in options["args"]]
+        total = reference.index_add(x, lambda kept: branch(kept, *args), **given)
         return total.relu() if options["activation"] else total
 
     with monkeypatch.context() as patcher, report.use(plan):
@@ -123,8 +125,15 @@ def test_running_statistics_stay_without_rows(net):
     """Attention runs a sample of ones then, which is none of the data."""
     model = net.model().train()
     report = sdkernels.patch(model, drop_probs=0.5)
-    blocks = [e.block for e in report.patched if not e.block._runs_empty]
-    norms = [m for block in blocks for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    branches = [(e.block, part) for e in report.patched for b in e.branches for part in b.parts]
+    parts = [attrgetter(part)(block) for block, part in branches]
+    norms = [
+        m
+        for part in parts
+        if isinstance(part, nn.Module)
+        for m in part.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     assert norms
     before = copy.deepcopy([norm.state_dict() for norm in norms])
     rows = KeptRows.from_mask(torch.zeros(BATCH, dtype=torch.bool))

@@ -40,6 +40,16 @@ def test_expand_rows():
     assert OPS.expand_rows(kept, INDEX, SLOT).tolist() == [[1, 2], [0, 0], [3, 4]]
 
 
+def test_scatter_rows():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    expected = [[10, 20], [3, 4], [30, 40]]
+    assert OPS.scatter_rows(x, out, INDEX, SLOT).tolist() == expected
+    assert x.tolist() == [[1, 2], [3, 4], [5, 6]]
+    OPS.scatter_rows_(x, out, INDEX, SLOT)
+    assert x.tolist() == expected
+
+
 def test_scatter_add_rows():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
@@ -154,7 +164,7 @@ def check_arguments(op: str, args: Arguments, tolerance: float) -> None:
         assert_same_layout(a, b)
         assert_close(a, c, tolerance, f"result {i}")
         assert_close(b, c, tolerance, f"result {i} of traceable")
-        if op in ("compact_rows", "expand_rows"):
+        if op in ("compact_rows", "expand_rows", "scatter_rows", "scatter_rows_"):
             assert torch.equal(a.double(), c)
 
 

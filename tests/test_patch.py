@@ -120,8 +120,9 @@ def test_a_pickle_of_a_forward_that_is_not_known(monkeypatch):
     pickled = pickle.dumps(model)
     monkeypatch.setattr(registry, "_PATCHED", {})  # as in another process
     monkeypatch.setattr(vision.Block, "forward", lambda self, x: x)
-    with pytest.raises(ValueError, match="a Block cannot be patched: its forward is not one that"):
-        pickle.loads(pickled)
+    other = pickle.loads(pickled)
+    with pytest.raises(RuntimeError, match="was patched where its forward was another one"):
+        other.train()(VIT.inputs(2))
     monkeypatch.undo()
     assert patched_blocks(pickle.loads(pickled))
 
@@ -415,8 +416,8 @@ def test_the_last_relu_of_a_block_is_fused(name, activation):
 
 
 @pytest.mark.parametrize("how", ["argument", "config"])
-def test_swin_of_transformers_refuses_attention_weights(how):
-    """They would be of the kept samples; in evaluation they are there as before."""
+def test_attention_weights_are_of_all_samples(how):
+    """Who asks for them gets the original forward."""
     model: Any = NETS["transformers-swin"].model().train()
     x = NETS["transformers-swin"].inputs(2)
     model.set_attn_implementation("eager")
@@ -424,9 +425,17 @@ def test_swin_of_transformers_refuses_attention_weights(how):
     if how == "config":
         model.config.output_attentions = True
     sdkernels.patch(model, drop_probs=0.5)
-    with pytest.raises(ValueError, match="output_attentions: a patched layer computes"):
-        model(x, **asked)
+    with pytest.warns(UserWarning, match="SwinLayer keeps its own forward, .* it hands on attn_w"):
+        attentions = model(x, **asked).attentions
+    assert [each.shape[0] for each in attentions] == [2 * 36, 2 * 9]  # windows of all samples
     assert len(model.eval()(x, **asked).attentions) == 2
+
+
+MASKED = {
+    "flash_attention_2": lambda x, attention_mask: (x * attention_mask[..., None], None),
+    # SDPA knows no flat masks.
+    "sdpa": lambda x, attention_mask: (attention_mask.to(x.dtype) @ x, None),
+}
 
 
 def test_flat_masks_of_transformers():
@@ -450,7 +459,7 @@ def test_flat_masks_of_transformers():
     ):
         seen.clear()
         block.attention.config._attn_implementation = attention
-        block.attention.forward = lambda x, attention_mask: (x, None)  # SDPA knows no flat masks
+        block.attention.forward = MASKED[attention]
         with report.use([KeptRows.from_mask(rows)] * len(report.drop_probs)):
             block(x[:, : mask.shape[1]], attention_mask=mask)
         assert torch.equal(seen[0], expected)

@@ -104,8 +104,13 @@ def run_tests(plugin: str, what: tuple[str, str], env: dict[str, str]) -> None:
     assert build.SERVED in output
 
 
-def test_few_of_cuda(sanitizers, nvcc):
+OTHER_ARCHITECTURES = [pytest.param(each, marks=pytest.mark.ptx) for each in ("80", "100")]
+
+
+@pytest.mark.parametrize("architecture", ["90", *OTHER_ARCHITECTURES])
+def test_few_of_cuda(architecture, sanitizers, nvcc):
     variables = {"SDKERNELS_EMULATED": "1", "SDKERNELS_PTX_FEW": "1"}
+    variables["SDKERNELS_PTX_ARCH"] = architecture
     run_tests("cuda_plugin", FEW_CUDA, environment(sanitizers, "shuffled", **variables))
 
 

@@ -94,7 +94,7 @@ def test_a_drop_path_that_draws_itself(name):
     for found in (report.drop_probs, drop_probs(model)):
         assert [str(p) for p in found] == [str(p) for p in probabilities]
     text = str(report)
-    assert "1 of them run as before: p == 0; 1 of them run as before: their drop path dr" in text
+    assert "1 of them run as before: p == 0; 1 of them run as before, see below" in text
     column = " ".join(f"{p:.4g}" for p in probabilities[2:])
     assert f"blocks.1  Block  {column}, runs as before: {reason}" in text
     assert "saving 0.0%" in text

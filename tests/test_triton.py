@@ -96,6 +96,8 @@ for far in (3, -1, 2**40, -2**40):
     calls = {
         "compact_rows": (x, bad),
         "expand_rows": (out, bad, in_slot),
+        "scatter_rows": (x, out, bad, in_slot),
+        "scatter_rows_": (x, out, bad, slot),
         "scatter_add_rows": (x, out, bad, in_slot, None, None, 1.0),
         "scatter_add_rows_": (x, out, bad, slot, None, None, 1.0),
         "scatter_add_rows_backward": (x, None, bad, None, None, 1.0, x.dtype, [False, False]),

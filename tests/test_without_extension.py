@@ -146,6 +146,7 @@ CORE = [
     "test_dropped_rows.py",
     "test_functional.py",
     "test_inplace.py",
+    "test_layer_dropout.py",
     "test_layouts.py",
     "test_memory.py",
     "test_min_saving.py",

@@ -184,6 +184,10 @@ def record(batch: int = 4, k: int = 2) -> list[Launch]:
         row_ops.compact_rows(rows(batch, dtype), index)
         recorder.name = f"expand-{dtype.itemsize}"
         row_ops.expand_rows(rows(k, dtype), index, slot)
+        recorder.name = f"scatter-{dtype.itemsize}"
+        row_ops.scatter_rows(rows(batch, dtype), rows(k, dtype), index, slot)
+        recorder.name = f"scatter_-{dtype.itemsize}"
+        row_ops.scatter_rows_(rows(batch, dtype), rows(k, dtype), index, slot)
     for stream, branch in PAIRS + RARE_PAIRS:
         pair = NAMES[stream] if stream == branch else f"{NAMES[stream]}+{NAMES[branch]}"
         x, out = rows(batch, stream), rows(k, branch)

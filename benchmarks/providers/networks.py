@@ -72,7 +72,7 @@ def give_drop_paths(model: nn.Module, patched: Ruled, make: Callable[[], nn.Modu
     """
     modules = dict(model.named_modules())
     for entry in patched.report.patched:
-        for name in entry.block._sdkernels.drops:
+        for name in (branch.drop for branch in entry.branches):
             if name is None:
                 return False
             owner, _, attribute = name.rpartition(".")

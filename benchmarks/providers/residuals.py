@@ -39,8 +39,9 @@ def _run(
 
 
 def _arguments(args: Sequence[Any]) -> list[Any]:
-    """The further inputs of a branch, all of them shared by the samples (here: masks)."""
-    return [arg.value if isinstance(arg, sdkernels.Shared) else arg for arg in args]
+    """The further inputs of a branch, of all rows."""
+    marks = (sdkernels.PerSample, sdkernels.Shared)
+    return [arg.value if isinstance(arg, marks) else arg for arg in args]
 
 
 def _index_and_alpha(x: Tensor, p: float, rows: KeptRows | None) -> tuple[Tensor, float]:

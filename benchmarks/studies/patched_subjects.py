@@ -17,7 +17,7 @@ import sdkernels
 from benchmarks.providers.libraries import import_module, is_installed
 from benchmarks.providers.residuals import activated, dense
 from benchmarks.providers.zoo import Net
-from sdkernels import KeptRows, Shared, reference
+from sdkernels import KeptRows, PerSample, Shared, reference
 from sdkernels.measure import masking
 from sdkernels.models import PatchedEntry, PatchReport
 from sdkernels.models.parts import looks_like_drop_path
@@ -34,7 +34,7 @@ def index_add(
     rows = options["rows"]
     if rows is None:  # nothing is dropped
         return dense(x, branch, p, **options)
-    args = [arg.value if isinstance(arg, Shared) else arg for arg in options["args"]]
+    args = [arg.value if isinstance(arg, (PerSample, Shared)) else arg for arg in options["args"]]
     kept = [
         arg[rows.index] if isinstance(arg, Tensor) and not isinstance(given, Shared) else arg
         for arg, given in zip(args, options["args"], strict=True)

@@ -14,13 +14,17 @@ enum class Dtype : int8_t { f32, bf16, f16, f64 };
 
 // Arithmetic is float, and double where the data are double: the types marked "acc" below.
 
-// y[r] = x[map[r]]; a row of zeros where map[r] is negative.
+// y[r] = x[map[r]]; where map[r] is negative, base[r], and a row of zeros without a base. With
+// `scatters`, y[map[r]] = x[r] instead.
 struct CopyRows {
   char* y;
   const char* x;
   const int64_t* map;
   int64_t lines, bytes;       // bytes of one line
   Stride y_stride, x_stride;  // in bytes
+  const char* base;           // or null
+  Stride base_stride;
+  bool scatters;
 };
 
 // y = residual, and y[kept] += scale * row_weight * layer_scale * out.

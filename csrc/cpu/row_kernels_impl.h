@@ -58,12 +58,15 @@ SDKERNELS_INLINE void copy(Y* y, const X* x, int64_t len) {
 void copy_rows(const CopyRows& p, int64_t begin, int64_t end) {
   for_segments(p.lines, p.bytes, begin, end,
                [&](int64_t row, int64_t line, int64_t first, int64_t count) {
-                 char* y = at(p.y, p.y_stride, row, line) + first;
-                 const int64_t source = p.map[row];
-                 if (source < 0)
-                   __builtin_memset(y, 0, count);
-                 else
+                 const int64_t mapped = p.map[row];
+                 const int64_t source = p.scatters ? row : mapped;
+                 char* y = at(p.y, p.y_stride, p.scatters ? mapped : row, line) + first;
+                 if (source >= 0)
                    copy_bytes(y, at(p.x, p.x_stride, source, line) + first, count);
+                 else if (p.base)
+                   copy_bytes(y, at(p.base, p.base_stride, row, line) + first, count);
+                 else
+                   __builtin_memset(y, 0, count);
                });
 }
 

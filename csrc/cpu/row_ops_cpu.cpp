@@ -1,4 +1,4 @@
-// compact_rows, expand_rows, scatter_add_rows and its backward on the CPU.
+// compact_rows, expand_rows, scatter_rows, scatter_add_rows and its backward on the CPU.
 #include "../row_ops.h"
 #include "cpu_ops.h"
 
@@ -12,27 +12,40 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// y[r] = x[map[r]], zeros where map[r] < 0; y and x are of one dtype.
-void map_rows(const Tensor& y, const Tensor& x, const Tensor& map) {
-  const auto geometry = row_geometry({&y, &x});
+// y[r] = x[map[r]]; where map[r] < 0, base[r], and zeros without a base. With `scatters`,
+// y[map[r]] = x[r] instead. All of them are of one dtype.
+void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, const Tensor* base = nullptr,
+              bool scatters = false) {
+  const auto geometry = base ? row_geometry({&y, &x, base}) : row_geometry({&y, &x});
   if (!geometry) {
     // x walks its rows in an order that y cannot follow in two levels.
+    if (scatters) {
+      y.index_copy_(0, map, x);
+      return;
+    }
     const Tensor dense = at::empty(y.sizes(), y.options());
-    map_rows(dense, x.contiguous(), map);
+    const Tensor dense_base = base ? base->contiguous() : Tensor();
+    map_rows(dense, x.contiguous(), map, base ? &dense_base : nullptr);
     y.copy_(dense);
     return;
   }
   const int64_t size = y.element_size();
   const auto in_bytes = [&](const Stride& s) { return Stride{s.row * size, s.line * size}; };
-  const CopyRows p{static_cast<char*>(y.mutable_data_ptr()),
-                   static_cast<const char*>(x.const_data_ptr()),
-                   map.const_data_ptr<int64_t>(),
-                   geometry->lines,
-                   geometry->len * size,
-                   in_bytes(geometry->strides[0]),
-                   in_bytes(geometry->strides[1])};
+  CopyRows p{};
+  p.y = static_cast<char*>(y.mutable_data_ptr());
+  p.x = static_cast<const char*>(x.const_data_ptr());
+  p.map = map.const_data_ptr<int64_t>();
+  p.lines = geometry->lines;
+  p.bytes = geometry->len * size;
+  p.y_stride = in_bytes(geometry->strides[0]);
+  p.x_stride = in_bytes(geometry->strides[1]);
+  if (base) {
+    p.base = static_cast<const char*>(base->const_data_ptr());
+    p.base_stride = in_bytes(geometry->strides[2]);
+  }
+  p.scatters = scatters;
   const auto kernel = kernels().copy_rows;
-  const int64_t bytes = y.numel() * size;
+  const int64_t bytes = map.size(0) * p.lines * p.bytes;
   parallel_for(0, bytes, kGrain * static_cast<int64_t>(sizeof(float)),
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
@@ -57,6 +70,24 @@ Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) 
   if (kept.numel() == 0) return x.zero_();
   map_rows(x, kept, slot);
   return x;
+}
+
+Tensor scatter_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
+                    const Tensor& slot) {
+  check_scatter_rows(residual, out, index, slot);
+  check_row_values(index, slot);
+  Tensor y = empty_rows(residual, residual.size(0), residual.scalar_type());
+  if (out.numel() == 0) return y.copy_(residual);
+  map_rows(y, out, slot, &residual);
+  return y;
+}
+
+void scatter_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot) {
+  check_scatter_rows(residual, out, index, slot);
+  check_row_values(index, slot);
+  at::assert_no_internal_overlap(residual);
+  at::assert_no_overlap(residual, out);
+  if (out.numel() > 0) map_rows(residual, out, index, nullptr, /*scatters=*/true);
 }
 
 void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
@@ -352,6 +383,8 @@ std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_
 TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
   m.impl("compact_rows", compact_rows);
   m.impl("expand_rows", expand_rows);
+  m.impl("scatter_rows", scatter_rows);
+  m.impl("scatter_rows_", scatter_rows_);
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);

@@ -1,5 +1,5 @@
-// compact_rows, expand_rows, scatter_add_rows, the same with a ReLU behind it, their backward, and
-// compact_mask on CUDA.
+// compact_rows, expand_rows, scatter_rows, scatter_add_rows, the same with a ReLU behind it, their
+// backward, and compact_mask on CUDA.
 #include "../row_ops.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -17,14 +17,19 @@ using OptionalTensor = std::optional<Tensor>;
 // written out for a row: the kernels then have longer lines.
 constexpr int64_t kLeastLine = 32;
 
-// y[r] = x[map[r]], zeros where map[r] is -1; y and x are of one dtype.
-void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, bool zeros_allowed,
-              const char* op) {
-  const auto geometry = row_geometry({&y, &x});
+// y from x, and base, through map; all of them are of one dtype.
+void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, Through through, const char* op,
+              const Tensor* base = nullptr) {
+  const auto geometry = base ? row_geometry({&y, &x, base}) : row_geometry({&y, &x});
   if (!geometry) {
     // x walks its rows in an order that y cannot follow in two levels.
+    if (through == Through::scatter) {
+      y.index_copy_(0, map, x);
+      return;
+    }
     const Tensor dense = at::empty(y.sizes(), y.options());
-    map_rows(dense, x.contiguous(), map, zeros_allowed, op);
+    const Tensor dense_base = base ? base->contiguous() : Tensor();
+    map_rows(dense, x.contiguous(), map, through, op, base ? &dense_base : nullptr);
     y.copy_(dense);
     return;
   }
@@ -34,22 +39,25 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, bool zeros_al
   p.y = y.mutable_data_ptr();
   p.x = x.const_data_ptr();
   p.map = map.const_data_ptr<int64_t>();
-  p.rows = y.size(0);
-  p.x_rows = x.size(0);
-  p.zeros_allowed = zeros_allowed;
+  p.rows = map.size(0);
+  p.mapped = through == Through::scatter ? y.size(0) : x.size(0);
   p.lines = geometry->lines;
   p.len = geometry->len * size;
   p.y_stride = in_bytes(geometry->strides[0]);
   p.x_stride = in_bytes(geometry->strides[1]);
+  if (base) {
+    p.base = base->const_data_ptr();
+    p.base_stride = in_bytes(geometry->strides[2]);
+  }
   const OnDevice device(y);
-  check_launch(launch_copy_rows(p, device.stream()), op);
+  check_launch(launch_copy_rows(p, through, device.stream()), op);
 }
 
 Tensor compact_rows(const Tensor& x, const Tensor& index) {
   check_rows_tensor(x, "x");
   check_index_tensor(index, "rows.index", x.device());
   Tensor kept = empty_rows(x, index.size(0), x.scalar_type());
-  if (kept.numel() > 0) map_rows(kept, x, index, /*zeros_allowed=*/false, "compact_rows");
+  if (kept.numel() > 0) map_rows(kept, x, index, Through::gather, "compact_rows");
   return kept;
 }
 
@@ -61,8 +69,24 @@ Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) 
                     kept.size(0));
   Tensor x = empty_rows(kept, slot.size(0), kept.scalar_type());
   if (kept.numel() == 0) return x.zero_();
-  map_rows(x, kept, slot, /*zeros_allowed=*/true, "expand_rows");
+  map_rows(x, kept, slot, Through::gather_or_zero, "expand_rows");
   return x;
+}
+
+Tensor scatter_rows(const Tensor& residual, const Tensor& out, const Tensor& index,
+                    const Tensor& slot) {
+  check_scatter_rows(residual, out, index, slot);
+  Tensor y = empty_rows(residual, residual.size(0), residual.scalar_type());
+  if (out.numel() == 0) return y.copy_(residual);
+  map_rows(y, out, slot, Through::gather_or_base, "scatter_rows", &residual);
+  return y;
+}
+
+void scatter_rows_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot) {
+  check_scatter_rows(residual, out, index, slot);
+  at::assert_no_internal_overlap(residual);
+  at::assert_no_overlap(residual, out);
+  if (out.numel() > 0) map_rows(residual, out, index, Through::scatter, "scatter_rows_");
 }
 
 void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out,
@@ -351,6 +375,8 @@ std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_
 TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
   m.impl("compact_rows", compact_rows);
   m.impl("expand_rows", expand_rows);
+  m.impl("scatter_rows", scatter_rows);
+  m.impl("scatter_rows_", scatter_rows_);
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);

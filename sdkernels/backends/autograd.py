@@ -56,6 +56,8 @@ def _op(name: str) -> Callable[..., Any]:
 
 _compact_op = _op("compact_rows")
 _expand_op = _op("expand_rows")
+_scatter_op = _op("scatter_rows")
+_scatter_op_ = _op("scatter_rows_")
 _scatter_add_op = _op("scatter_add_rows")
 _scatter_add_op_ = _op("scatter_add_rows_")
 _scatter_add_backward_op = _op("scatter_add_rows_backward")
@@ -108,6 +110,64 @@ class _CompactRows(torch.autograd.Function):
     def backward(ctx: Any, d_kept: Gradient, d_stream: Gradient = None) -> tuple[Gradient, ...]:
         index, slot = ctx.saved_tensors
         return _merge_gradients(d_kept, d_stream, index, slot), None, None, None
+
+
+class _OpenRows(torch.autograd.Function):
+    """_CompactRows for a layer whose output replaces the kept rows, and its gradient theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, slot: Tensor, stream: Stream) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, slot)
+        return _compact_op(x, index), _pass_through(ctx, x, stream)
+
+    @staticmethod
+    @untraced
+    def backward(ctx: Any, d_kept: Gradient, d_stream: Gradient) -> tuple[Gradient, ...]:
+        index, slot = ctx.saved_tensors
+        if d_stream is None:
+            d_x = _merge_gradients(d_kept, None, index, slot)
+        elif d_kept is None:
+            d_x = d_stream.index_fill(0, index, 0.0)
+        elif torch.is_grad_enabled():
+            d_x = _ScatterRows.apply(d_stream, d_kept, index, slot, False, False)
+        else:
+            d_x = _scatter_op(d_stream, d_kept, index, slot)
+        return d_x, None, None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        out: Tensor,
+        index: Tensor,
+        slot: Tensor,
+        opened: bool,
+        inplace: bool,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, slot)
+        ctx.opened = opened
+        if not inplace:
+            return _scatter_op(residual, out, index, slot)
+        _scatter_op_(residual, out, index, slot)
+        ctx.mark_dirty(residual)
+        return residual
+
+    @staticmethod
+    @untraced
+    def backward(ctx: Any, grad: Gradient) -> tuple[Gradient, ...]:
+        d_residual = d_out = None
+        if grad is not None:
+            index, slot = ctx.saved_tensors
+            if ctx.needs_input_grad[0]:
+                # Of an opened stream, whoever opened it leaves out the kept rows.
+                d_residual = grad if ctx.opened else grad.index_fill(0, index, 0.0)
+            if ctx.needs_input_grad[1]:
+                d_out = _compact_rows(grad, index, slot)
+        return d_residual, d_out, None, None, None, None
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -361,6 +421,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 # Function.apply looks for functorch's transforms first; they were refused.
 _compact_rows_apply = super(torch.autograd.Function, _CompactRows).apply
+_open_rows_apply = super(torch.autograd.Function, _OpenRows).apply
+_scatter_apply = super(torch.autograd.Function, _ScatterRows).apply
 _compact_norm_apply = super(torch.autograd.Function, _CompactNorm).apply
 _scatter_add_apply = super(torch.autograd.Function, _ScatterAddRows).apply
 _add_kept_rows_apply = super(torch.autograd.Function, _AddKeptRows).apply
@@ -405,15 +467,19 @@ def _fit(x: Tensor, index: Tensor, slot: Tensor) -> bool:
     return bool(fit) and not checks.transforms_active()
 
 
-@untraced
-def compact(
-    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
-) -> tuple[Tensor, Tensor]:
+def _check_rows_of(x: Tensor, index: Tensor, slot: Tensor) -> None:
     if not _fit(x, index, slot):
         checks.refuse_functorch()
         checks.check_rows_tensor(x, "x")
         checks.check_kept_rows(x, index, slot)
         check_row_values(index, slot)
+
+
+@untraced
+def compact(
+    x: Tensor, index: Tensor, slot: Tensor, with_stream: bool, inplace: bool, relu: bool
+) -> tuple[Tensor, Tensor]:
+    _check_rows_of(x, index, slot)
     if x.numel() <= _FEW_ELEMENTS and not inplace and _is_usual(x):
         return x.index_select(0, index), x
     stream = _stream_of(x, with_stream, inplace)
@@ -421,6 +487,35 @@ def compact(
         return _compact_op(x, index), x.detach() if stream is Stream.ALIAS else x
     outputs = _compact_rows_apply(x, index, slot, stream)
     return (outputs, x) if stream is Stream.NONE else outputs
+
+
+@untraced
+def open_rows(x: Tensor, index: Tensor, slot: Tensor, inplace: bool) -> tuple[Tensor, Tensor, bool]:
+    _check_rows_of(x, index, slot)
+    stream = _stream_of(x, True, inplace)
+    if stream is Stream.NONE or not _needs_grad(x):
+        return _compact_rows(x, index, slot), x, False
+    return *_open_rows_apply(x, index, slot, stream), True
+
+
+@untraced
+def scatter(
+    residual: Tensor, out: Tensor, index: Tensor, slot: Tensor, opened: bool, inplace: bool
+) -> Tensor:
+    checks.refuse_functorch()
+    checks.check_scatter(residual, out, index, slot)
+    check_row_values(index, slot)
+    if not inplace:
+        residual = residual.to(torch.promote_types(residual.dtype, out.dtype))
+    args = residual, out.to(residual.dtype), index, slot
+    if inplace:
+        _check_inplace(residual, _needs_grad(residual, out))
+        check_no_overlap(residual, args[1])
+        _scatter_apply(*args, opened, True)
+        return residual
+    if not _needs_grad(residual, out):
+        return _scatter_op(*args)  # type: ignore[no-any-return]
+    return _scatter_apply(*args, opened, False)  # type: ignore[no-any-return]
 
 
 @untraced

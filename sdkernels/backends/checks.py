@@ -169,6 +169,12 @@ def check_scatter_add(
     _check_scales(residual, index, layer_scale, row_weight)
 
 
+def check_scatter(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    check_rows_tensor(residual, "residual")
+    check_kept_rows(residual, index, slot)
+    check_out(residual, out, index)
+
+
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating point type, got {_name(dtype)}")
@@ -220,6 +226,21 @@ def _expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> None:
     check_index_tensor(slot, "rows.slot", kept.device)
     _check_kept(kept, index)
     check_row_values(index, slot)
+
+
+def _scatter_rows(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    check_scatter(residual, out, index, slot)
+    if out.dtype is not residual.dtype:
+        raise TypeError(
+            f"out: expected residual's dtype, {_name(residual.dtype)}, got {_name(out.dtype)}"
+        )
+    check_row_values(index, slot)
+
+
+def _scatter_rows_(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    _scatter_rows(residual, out, index, slot)
+    check_no_internal_overlap(residual)
+    check_no_overlap(residual, out)
 
 
 def _scatter_add_rows(
@@ -386,6 +407,8 @@ def _compact_mask(mask: Tensor, k: int | None) -> None:
 CHECKS: dict[str, Callable[..., None]] = {
     "compact_rows": _compact_rows,
     "expand_rows": _expand_rows,
+    "scatter_rows": _scatter_rows,
+    "scatter_rows_": _scatter_rows_,
     "scatter_add_rows": _scatter_add_rows,
     "scatter_add_rows_": _scatter_add_rows_,
     "scatter_add_rows_backward": _scatter_add_rows_backward,

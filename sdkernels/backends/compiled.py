@@ -65,6 +65,23 @@ class _AddRows(torch.autograd.Function):
         return grad, grad[index], None, None
 
 
+class _ReplaceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(index, slot)
+        return _replaced(residual, out, slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        index, slot = ctx.saved_tensors
+        kept = _per_row(slot >= 0, grad.dim())
+        return torch.where(kept, 0.0, grad), grad[index], None, None
+
+
+def _replaced(residual: Tensor, out: Tensor, slot: Tensor) -> Tensor:
+    return torch.where(_per_row(slot >= 0, residual.dim()), _at_slot(out, slot), residual)
+
+
 # Outside of a graph, PyTorch derives the same expressions in every mode that it has.
 
 
@@ -137,6 +154,24 @@ def scatter_add(
     return residual.copy_(y) if inplace else y
 
 
+def open_rows(x: Tensor, index: Tensor, slot: Tensor, inplace: bool) -> tuple[Tensor, Tensor, bool]:
+    return _gather(x, index, slot), x, False
+
+
+def scatter(
+    residual: Tensor, out: Tensor, index: Tensor, slot: Tensor, opened: bool, inplace: bool
+) -> Tensor:
+    _check_out(residual, out, index)
+    if not inplace:
+        residual = residual.to(torch.promote_types(residual.dtype, out.dtype))
+    out = out.to(residual.dtype)
+    if is_compiling():
+        y: Tensor = _ReplaceRows.apply(residual, out, index, slot)
+    else:
+        y = _replaced(residual, out, slot)
+    return residual.copy_(y) if inplace else y
+
+
 def check_inplace(x: Tensor) -> None:
     """The write itself is refused where PyTorch forbids it."""
 
@@ -150,11 +185,15 @@ def check_scatter_add(
     row_weight: Tensor | None,
 ) -> None:
     """Only shapes that broadcasting would let pass; PyTorch refuses the rest."""
+    _check_out(residual, out, index)
+    if layer_scale is not None:
+        check_layer_scale(layer_scale, out.shape[1:])
+
+
+def _check_out(residual: Tensor, out: Tensor, index: Tensor) -> None:
     if out.dim() != residual.dim() or out.shape != (index.shape[0], *residual.shape[1:]):
         raise ValueError(
             f"out: expected {index.shape[0]} kept rows of residual's shape "
             f"{list(residual.shape)}, got {list(out.shape)} (the branch must return one row for "
             "each kept row, in order, of the residual's shape)"
         )
-    if layer_scale is not None:
-        check_layer_scale(layer_scale, out.shape[1:])

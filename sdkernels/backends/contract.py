@@ -20,6 +20,8 @@ from .traceable import empty_bits, empty_rows, scatter_add_dtype
 SCHEMAS = (
     "compact_rows(Tensor x, Tensor index) -> Tensor",
     "expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor",
+    "scatter_rows(Tensor residual, Tensor out, Tensor index, Tensor slot) -> Tensor",
+    "scatter_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot) -> ()",
     "scatter_add_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, Tensor? "
     "layer_scale, Tensor? row_weight, float scale) -> Tensor",
     "scatter_add_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot, Tensor? "
@@ -61,6 +63,16 @@ def _(x: Tensor, index: Tensor) -> Tensor:
 @_fake("expand_rows")
 def _(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return empty_rows(kept, slot.shape[0], kept.dtype)
+
+
+@_fake("scatter_rows")
+def _(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return empty_rows(residual, residual.shape[0], residual.dtype)
+
+
+@_fake("scatter_rows_")
+def _(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    return None
 
 
 @_fake("scatter_add_rows")

@@ -43,6 +43,14 @@ def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return _in_order_of(kept, rows.index_copy(0, index, kept))
 
 
+def scatter_rows(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return residual.clone().index_copy_(0, index, out)
+
+
+def scatter_rows_(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    residual.index_copy_(0, index, out)
+
+
 def scatter_add_dtype(residual: Tensor, out: Tensor, layer_scale: Tensor | None) -> torch.dtype:
     """The dtype of ``residual + layer_scale * out``."""
     dtype = residual.dtype
@@ -351,6 +359,8 @@ OPS: dict[str, Callable[..., object]] = {
     for function in (
         compact_rows,
         expand_rows,
+        scatter_rows,
+        scatter_rows_,
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,

@@ -8,6 +8,7 @@ import gc
 import random
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -287,7 +288,9 @@ def _patched(
     model: nn.Module, drop_probs: float | Sequence[float] | None, sampler: Sampler, empty: Any
 ) -> PatchReport:
     """A patched copy in training mode, of which something drops."""
-    report = patch(_copy(model), drop_probs=drop_probs, sampler=sampler, empty=empty)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "model: no block", UserWarning)  # said below
+        report = patch(_copy(model), drop_probs=drop_probs, sampler=sampler, empty=empty)
     if not report.patched and not report.left:
         raise MeasureError(
             "model: it has no drop path; make it with one (timm: drop_path_rate=0.4), or give "
@@ -321,6 +324,8 @@ def _measure(
     doing.say("comparing outputs and gradients")
     compared, error, not_compared = _compare(model, report, setting)
     report = _patched(model, drop_probs, sampler, "run")  # comparing has changed the other
+    if setting.compile and setting.batch > 1:
+        report.check(*setting.args, **setting.kwargs)  # no block can be compared once compiled
     plain = _copy(model)
     if drop_probs is not None:
         plain = _masked(plain, report, probabilities, Masking)

@@ -1,19 +1,23 @@
-"""One line into a model of timm, torchvision or transformers: sdkernels.patch(model).
+"""One line into a model of any library: sdkernels.patch(model)."""
 
-No library is imported before a model of it is patched.
-"""
-
+from .comparing.checking import Checked
+from .layer_dropout import LayerReport
 from .patching import patch, unpatch
 from .plans import drop_probs, plan_for_step, sample_plan, use
+from .registry import compacted, register
 from .report import LeftAlone, PatchedEntry, PatchReport
 
 __all__ = [
+    "Checked",
+    "LayerReport",
     "LeftAlone",
     "PatchReport",
     "PatchedEntry",
+    "compacted",
     "drop_probs",
     "patch",
     "plan_for_step",
+    "register",
     "sample_plan",
     "unpatch",
     "use",

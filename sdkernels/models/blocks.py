@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import FunctionType
@@ -18,39 +19,23 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..building_blocks import Activation
+from ..arguments import PerSample, Shared
 from ..empty import Empty
 from ..functional import fused_stochastic_depth, per_tensor
 from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
 from ..tracing import is_recorded, refuse_script
-from .branches import Composed, entries, entry
+from .branches import Composed, entries
+from .comparing.proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
+from .comparing.proving import proofs_of, warn
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
+from .rewriting import Branch, Rewriting
+from .settings import Stamp
 
-__all__ = [
-    "Add",
-    "BlockState",
-    "Branch",
-    "Options",
-    "PatchedBlock",
-    "make_patched",
-]
+__all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]
 
 Rows = KeptRows | list[KeptRows]
 Token = tuple[tuple[KeptRows, int], ...]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One residual branch of a class of blocks.
-
-    Args:
-        drop: dotted name of the drop path module; None where the class has none.
-        parts: names of the submodules and parameters that only this branch uses.
-    """
-
-    drop: str | None
-    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,7 @@ class Options:
     empty: Empty = "run"
     inplace: bool | None = None  # None: where nobody can see it
     min_saving: float | str = 0.0
+    check: str = "first"
 
     def rescale_of(self, law: Law) -> str:
         """The rule for a branch: one that a library does not scale is not scaled in training."""
@@ -74,25 +60,41 @@ class BlockState:
     """What patch() leaves in a block, under the name ``_sdkernels``."""
 
     options: Options
-    drops: tuple[str | None, ...]  # the drop path module of each branch
+    branches: tuple[Branch, ...]
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
+    rewriting: Rewriting | None = None  # None in a copy that has not run yet
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
     user: int | None = field(init=False)  # the thread whose `use` that is
     # The forwards whose backward may still come: what they returned, and the rows they ran with.
     pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
     recomputed: bool = field(init=False)  # in a backward since the last forward
+    refused: Proof | None = field(init=False)  # why the block keeps its own forward from now on
+    proofs: dict[Any, Proof] | None = field(init=False)  # by kinds of calls
+    is_known: bool = field(init=False)  # whether it was compared before a release
+    stamp: Stamp | None = field(init=False)  # of what both are about
 
     def __post_init__(self) -> None:
-        self.rows = [None] * len(self.drops)
+        self.rows = [None] * len(self.branches)
         self.user = None
         self.pending = []
         self.recomputed = False
+        self.refused = None
+        self.proofs = None
+        self.is_known = False
+        self.stamp = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
+        # What is known of a block holds for its copy, which may be compiled before it runs.
+        made = BlockState(self.options, self.branches, list(self.p), self.rewriting)
+        made.refused, made.proofs, made.is_known = self.refused, self.proofs, self.is_known
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no `use`, and has run no forward.
-        return {"options": self.options, "drops": self.drops, "p": self.p}
+        return {"options": self.options, "branches": self.branches, "p": self.p}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.rewriting = None
         self.__dict__.update(state)
         self.__post_init__()
 
@@ -132,7 +134,10 @@ class BlockState:
 
     def law(self, block: nn.Module, branch: int) -> Law | None:
         """How the branch draws now; None where only its own drop path module can tell."""
-        p, drop = self.p[branch], self.drop_path(block, branch)
+        p, drop, function_p = self.p[branch], self.drop_path(block, branch), self.branches[branch].p
+        if function_p is not None:
+            own_p = attrgetter(function_p)(block) if p is None else p
+            return Law(float(own_p or 0.0), "row", True, block.training)
         if drop is None or (type(drop) is nn.Identity and is_bare(drop)):
             return Law(p or 0.0, "row", True, block.training)
         own = drop_law(drop)
@@ -141,12 +146,14 @@ class BlockState:
         return own._replace(p=p)
 
     def drop_path(self, block: nn.Module, branch: int) -> nn.Module | None:
-        name = self.drops[branch]
+        name = self.branches[branch].drop
         return None if name is None else attrgetter(name)(block)
 
     def why_whole(self, block: nn.Module) -> str | None:
         """Why the block runs as before, whatever its probabilities; None if it does not."""
-        for branch in range(len(self.drops)):
+        if self.refused is not None:
+            return self.refused.reason
+        for branch in range(len(self.branches)):
             drop = self.drop_path(block, branch)
             if drop is not None and self.law(block, branch) is None:
                 return why_it_draws_itself(drop)
@@ -159,7 +166,6 @@ class PatchedBlock:
     if TYPE_CHECKING:  # TorchScript reads annotations, and does not know these
         _sdkernels: BlockState
         _original: type[nn.Module]
-        _runs_empty: bool
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the original forward, which cannot multiply by 1 - p."""
@@ -194,15 +200,28 @@ class Add:
 
     In place it writes into sums that it has made itself. What came into the block may be somebody
     else's too: saved by the activation before, kept among intermediate features. A sum is seen by
-    nobody: the forwards here hand it to the next `add` and to nothing else (the tests read their
-    source), and branches, with what hooks their modules, get a copy of the kept rows. Where a
-    branch runs on all rows, it gets the sum itself; into that the op does not write by default.
+    nobody where the forward hands it to the next `add` and to nothing else (which `sums.py` reads
+    from its source), and branches, with what hooks their modules, get a copy of the kept rows.
+    Where a branch runs on all rows, it gets the sum itself; into that the op does not write by
+    default.
     """
 
-    def __init__(self, block: Any, laws: list[Law]) -> None:
+    def __init__(
+        self,
+        block: Any,
+        laws: list[Law],
+        rewriting: Rewriting,
+        proofs: Sequence[Proof] = (TRUSTED,),
+        asked: bool = True,
+    ) -> None:
         self.block = block
         self.laws = laws
+        self.rewriting = rewriting
+        self.proofs = proofs  # one for each tensor of a list, or for all
+        self.asked = asked
         self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
+        self.taken: list[tuple[int, Leaf]] = []  # inputs of which the kept rows were taken
+        self.aside: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -211,30 +230,31 @@ class Add:
         branch: Callable[..., Any],
         *,
         norm: nn.Module | None = None,
-        post_norm: nn.Module | None = None,
-        layer_scale: nn.Module | Tensor | None = None,
+        layer_scale: Any = None,
         residual: Any = None,
-        activation: Activation | None = None,
-        args: Sequence[Any] = (),
+        activation: nn.Module | None = None,
+        args: Mapping[str, Any] | Sequence[Any] = (),
     ) -> Any:
-        """``residual + drop_path(layer_scale(post_norm(branch(norm(x), *args))))``.
+        """``activation(residual + drop_path(layer_scale(branch(norm(x), *args))))``.
 
-        A norm and a layer scale that the op knows are fused; others are called on the kept rows.
-        `residual` is `x` by default. The tensors of a list go one after the other.
+        A norm, a layer scale and a ReLU that the op knows are fused; others are called, norms and
+        layer scales on the kept rows. `residual` is `x` by default. Inputs in a dict are compacted
+        as the proof of the block says; those in a list, as the op does. The tensors of a list go
+        one after the other.
         """
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
         fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
         if norm is not None and fused_norm is None:
             before.append(norm)
-        if post_norm is not None:
-            after.append(post_norm)
+        factor = layer_scale
         if isinstance(layer_scale, nn.Module):
             factor = layer_scale_of(layer_scale)
             if factor is None:
                 after.append(layer_scale)
-        else:
-            factor = layer_scale
+        if factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
+            after.append(functools.partial(operator.mul, factor))
+            factor = None
         composed = Composed([*before, branch, *after], len(before), self.block)
         rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
 
@@ -247,7 +267,12 @@ class Add:
         xs = x if several else [x]
         residuals = per_tensor(residual, len(xs), "residual") if several else [residual]
         each_rows = per_tensor(rows, len(xs), "rows") if several else [rows]
-        each_args = [entries(args, crop) for crop in range(len(xs))] if several else [args]
+        each_args: list[Any] = [args]
+        if several:
+            each_args = [entries(args, crop, len(xs)) for crop in range(len(xs))]
+        if isinstance(args, Mapping):
+            proofs = self.proofs if len(self.proofs) == len(xs) else [self.proofs[0]] * len(xs)
+            each_args = list(map(functools.partial(self._inputs, index), proofs, xs, each_args))
         totals = list(map(one, xs, residuals, each_rows, each_args))
         given = [*xs, *residuals]
         own = [total for total in totals if not any(total is each for each in given)]
@@ -265,15 +290,18 @@ class Add:
         args: Sequence[Any],
         norm: nn.LayerNorm | nn.RMSNorm | None,
         layer_scale: Tensor | None,
-        activation: Activation | None,
+        activation: nn.Module | None,
     ) -> Tensor:
         law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
         if isinstance(rows, KeptRows) and _is_everything(rows):
             rows, p = None, 0.0
-        needs_a_row = options.empty == "run" and not self.block._runs_empty
         is_shared = residual is x  # the first of several branches of the same x
         stream = x if residual is None else residual
-        is_own = any(stream is each for each in self.sums)
+        of_rows = layer_scale is not None and layer_scale.dim() == stream.dim()
+        if layer_scale is not None and of_rows and layer_scale.shape[0] == 1:
+            layer_scale = layer_scale[0]
+        is_relu = type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook()
+        is_own = self.rewriting.hides_sums and any(stream is each for each in self.sums)
         inplace: bool | None = False
         if options.inplace is not False and is_own and not is_shared:
             inplace = True if options.inplace else _permitted(stream)
@@ -290,32 +318,39 @@ class Add:
             rows=rows,
             sampler=options.sampler,
             rescale=options.rescale_of(law),
-            empty="ones" if needs_a_row else options.empty,
+            empty="ones" if options.empty == "run" else options.empty,
             inplace=inplace,
             min_saving=options.min_saving,
-            activation=activation,
+            activation="relu" if is_relu else None,
         )
+        if activation is not None and not is_relu:
+            # It may write in place. With empty="skip" the sum may be `x` itself, which others read.
+            total = activation(total.clone() if total is stream else total)
         return total
 
-    def activated(
-        self,
-        index: int,
-        x: Tensor,
-        branch: Callable[..., Any],
-        activation: nn.Module,
-        *,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``activation`` of the sum; a ReLU is fused, another is called and may write in place."""
-        if type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook():
-            fused: Tensor = self(index, x, branch, residual=residual, activation="relu")
-            return fused
-        total: Tensor = self(index, x, branch, residual=residual)
-        # With empty="skip" the sum may be `x` or `residual` itself, which others read.
-        result: Tensor = activation(
-            total.clone() if total is (x if residual is None else residual) else total
-        )
-        return result
+    def _inputs(self, index: int, proof: Proof, x: Any, args: Mapping[str, Any]) -> list[Any]:
+        """Further inputs for the op, with what belongs to samples marked, and what does not.
+
+        Whose rows they have by chance is not asked: in the comparison nothing had by chance.
+        """
+        of_samples, stream = proof.of_samples, self.rewriting.positional[0]
+
+        def mark(path: str, leaf: Tensor) -> Any:
+            if leaf.dim() and leaf.shape[0] == x.shape[0]:
+                where = (index, (path, leaf.dim()))
+                trusted = proof is TRUSTED and path == stream
+                if trusted or of_samples is None or where in of_samples:
+                    self.taken.append(where)
+                    return PerSample(leaf)
+            return Shared(leaf)
+
+        return [mapped(value, mark, name) for name, value in args.items()]
+
+    def put_aside(self, name: str, value: Any) -> None:
+        """What a branch computes and the forward hands on: nothing that is of some rows only."""
+        if self.asked and any(True for _ in leaves(value)):
+            raise Asked(name)
+        self.aside[name] = mapped(value, lambda path, leaf: None)
 
 
 def _permitted(total: Tensor) -> bool | None:
@@ -347,16 +382,11 @@ def _say_what_is_left_out(block: Any) -> None:
         )
 
 
-Body = Callable[..., Any]
+def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.Module]:
+    """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
 
-
-def make_patched(
-    original: type[nn.Module], body: Body, name: str, module: str, runs_empty: bool
-) -> type[nn.Module]:
-    """A subclass of a library's class of blocks whose forward is `body` where that saves anything.
-
-    `body` gets the block, an :class:`Add` and the arguments of the original forward. The class
-    keeps the name of the original: what looks for blocks by name (wrapping policies) finds them.
+    The class keeps the name of the original: what looks for blocks by name (wrapping policies)
+    finds them.
     """
     own_forward = original.forward
     _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
@@ -376,20 +406,37 @@ def make_patched(
 
     def run(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
         bound = state.rows[0] is not None
-        laws: Any = [state.law(self, branch) for branch in range(len(state.drops))]
+        laws: Any = [state.law(self, branch) for branch in range(len(state.branches))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
         if None in laws:
-            if bound:
-                raise RuntimeError(
-                    f"plan: a {original.__name__} draws its own rows: {state.why_whole(self)}"
-                )
+            reason = state.why_whole(self)
         elif any(
             # With a p of 0 from patch(): the module that the original calls may have another.
             law.p > 0.0 or p == 0.0 or (bound and law.training)
             for law, p in zip(laws, state.p, strict=True)
             if law.training or scaled_later
         ):
-            return body(self, Add(self, laws), *args, **kwargs)
+            rewriting = state.rewriting or _found_again(self, state)
+            proof = state.refused
+            if proof is None:
+                try:
+                    proofs = proofs_of(self, rewriting, state.options.check, args, kwargs)
+                    proof = proofs[-1]
+                    if proof.holds:
+                        asked = rewriting.asked(self, kwargs)
+                        add = Add(self, laws, rewriting, proofs, asked)
+                        return rewriting.forward(self, add, *args, **kwargs)
+                except Asked as asked:
+                    proof = state.refused = Proof(False, asked.reason)
+                    warn(rewriting, proof)
+            found = state.proofs and proof in state.proofs.values()
+            if not proof.holds and proof.lasts and found:
+                state.refused = proof
+            reason = proof.reason
+        else:
+            return run_original(self, args, kwargs)
+        if bound:
+            raise RuntimeError(f"plan: a {original.__name__} draws its own rows: {reason}")
         return run_original(self, args, kwargs)
 
     def run_recorded(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
@@ -415,7 +462,6 @@ def make_patched(
     members = {
         "forward": functools.wraps(own_forward)(scriptable),
         "_original": original,
-        "_runs_empty": runs_empty,
         "__module__": module,
         "__qualname__": name,
         "__doc__": original.__doc__,
@@ -423,13 +469,23 @@ def make_patched(
     return type(original.__name__, (PatchedBlock, original), members)
 
 
+def _found_again(block: Any, state: BlockState) -> Rewriting:
+    """The rewriting of a block that was copied or unpickled."""
+    from .registry import find_rewriting
+
+    found = find_rewriting(block)
+    if not isinstance(found, Rewriting) or len(found.branches) != len(state.branches):
+        raise RuntimeError(
+            f"a {type(block).__name__} was patched where its forward was another one; patch the "
+            "model again"
+        )
+    state.rewriting = found
+    return found
+
+
 def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:
     """The original forward for every tensor of a list."""
     return [
-        forward(
-            block,
-            *entries(args, crop),
-            **{key: entry(value, crop) for key, value in kwargs.items()},
-        )
+        forward(block, *entries(args, crop, crops), **entries(kwargs, crop, crops))
         for crop in range(crops)
     ]

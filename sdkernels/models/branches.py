@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..arguments import PerSample, Shared
 
-__all__ = ["Composed", "chain", "entries", "entry", "per_sample"]
+__all__ = ["Composed", "chain", "entries", "per_sample"]
 
 
 def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:
@@ -51,10 +51,12 @@ class Composed:
         return kept
 
 
-def entry(arg: Any, crop: int) -> Any:
-    """What belongs to one tensor of a list."""
-    return arg[crop] if isinstance(arg, list) else arg
+def entries(args: Any, crop: int, crops: int) -> Any:
+    """What of each entry belongs to one tensor of a list."""
 
+    def own(arg: Any) -> Any:
+        return arg[crop] if isinstance(arg, list) and len(arg) == crops else arg
 
-def entries(args: Sequence[Any], crop: int) -> list[Any]:
-    return [entry(arg, crop) for arg in args]
+    return (
+        {k: own(v) for k, v in args.items()} if isinstance(args, Mapping) else list(map(own, args))
+    )

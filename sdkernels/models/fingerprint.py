@@ -11,7 +11,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "function_of"]
 
 # What changes how a function reads, or how a version of Python parses it, and not what it does.
 _IGNORED = frozenset(
@@ -43,7 +43,7 @@ def _canonical(node: Any) -> str:
     return f"{type(node).__name__}({inner})"
 
 
-def _function_of(function: Callable[..., Any]) -> FunctionType | None:
+def function_of(function: Callable[..., Any]) -> FunctionType | None:
     """The function whose code decides what a call does; None where that cannot be told.
 
     transformers wraps the forward of a layer in one that may checkpoint it, and nothing else. Any
@@ -63,7 +63,7 @@ def _function_of(function: Callable[..., Any]) -> FunctionType | None:
 @cache
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """A hash of what the function does, from its source; None where there is none to read."""
-    plain = _function_of(function)
+    plain = function_of(function)
     if plain is None:
         return None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 from operator import attrgetter
@@ -12,13 +13,16 @@ from torch import nn
 
 from ..empty import Empty
 from ..functional import fused_stochastic_depth
-from ..sampling import Mode, Rescale, Sampler
+from ..sampling import Mode, Rescale, Sampler, check_choice
 from ..schedules import check_probability, linear_decay
-from .blocks import BlockState, Branch, Options
-from .parts import layer_scale_of, looks_like_drop_path
+from .blocks import BlockState, Options
+from .comparing.proving import CHECKS, recall
+from .layer_dropout import Schedule, patch_layers
+from .parts import is_drop_path, learn, looks_like_drop_path
 from .plans import check_model, patched_blocks
-from .registry import find_known, obstacle, original_class, patched_class
+from .registry import find_rewriting, obstacle, original_class, patched_class
 from .report import LeftAlone, PatchedEntry, PatchReport
+from .rewriting import Branch, Rewriting
 
 __all__ = ["patch", "unpatch"]
 
@@ -26,26 +30,31 @@ __all__ = ["patch", "unpatch"]
 def patch(
     model: nn.Module,
     *,
-    drop_probs: float | Sequence[float] | None = None,
+    drop_probs: float | Sequence[float] | Schedule | None = None,
     mode: Mode | None = None,
     sampler: Sampler = "bernoulli",
     rescale: Rescale = "train",
     empty: Empty = "run",
     inplace: bool | None = None,
     min_saving: float | Literal["auto"] = 0.0,
+    rows: Literal["branch", "block"] = "branch",
+    check: Literal["first", "always", "never"] = "first",
+    strict: bool = False,
 ) -> PatchReport:
-    """Put the op into the blocks of a timm, torchvision or transformers model, in place.
+    """Put the op into the blocks of a model, in place.
 
-    ``x + drop_path(f(x))`` of every block whose class is known becomes
+    Every ``x + drop_path(f(x))`` in the forward of a block becomes
     :func:`sdkernels.fused_stochastic_depth`: the branch is computed for the kept samples only,
     with the block's pre-norm and layer scale fused. The drop probability is read from the block's
     own drop path module at every call. In evaluation, and where no branch drops anything, the
     original forward runs. Parameters, state dict, hooks, copies and pickles of the model stay as
     they are; ``isinstance(block, type_of_before)`` holds. :func:`unpatch` undoes it.
 
-    A class is patched only if its forward is one that was read when its patch was written
-    (compared by a fingerprint of its source). Every other block with a drop path is left alone,
-    and the report says why.
+    The new forward is written from the source of the block's own, of whatever library or file:
+    ``report.source(name)`` shows it. What cannot be cut out with certainty stays, and the report
+    says why. A class that the package's tests have not seen is compared with its original before
+    it is used, on a copy of the block (see `check`); one that differs keeps its own forward, with
+    a warning, and training goes on.
 
     Args:
         model: a model, or any part of one. A model that is patched already is patched anew.
@@ -56,23 +65,35 @@ def patch(
         mode: "row" or "batch". Default: as the block's drop path module says.
         sampler, rescale, empty, min_saving: as in :func:`sdkernels.fused_stochastic_depth`. With
             ``rescale="eval"`` evaluation multiplies the branches by 1 - p, so that it is not the
-            original forward that runs there. ``empty="run"`` is "ones" for the blocks whose
-            branches cannot run on no sample (attention).
+            original forward that runs there. ``empty="run"`` is "ones" here: many attentions
+            cannot run on no sample.
         inplace: add the branches after a block's first one into the sum that the block has made so
             far, which saves a pass over the whole batch. The block's input stays as it is: others
             may hold it (intermediate features, the activation before). Nothing changes for blocks
-            of one branch. None, the default, does so in training where nobody can see it: the
-            branches run on copies of the kept rows (not on all rows), no dispatch or function mode
-            watches, the result has the sum's dtype, and nothing is compiled. True does so for every
-            sum of the block's own, False for none.
+            of one branch. None, the default, does so in training where nobody can see it: no one
+            else holds the sum (a hook, a list, autograd), no dispatch mode watches, the result has
+            the sum's dtype, nothing is compiled, and what goes in is one tensor, no list of them.
+            True does so for every sum of the block's own, False for none.
+        rows: "branch" draws rows for every branch. "block" draws one set of rows for all branches
+            of a block, which is gathered at its start and put back at its end
+            (:func:`sdkernels.fused_layer_dropout`); blocks of any class that have a drop path are
+            patched, and with `drop_probs` the layers of a model that have none too: the entries of
+            a list of layers of one class with an attention, as in transformers and timm. The
+            guide "Layer dropout" says more. `inplace` and `min_saving` have no effect then.
+        check: when a rewritten forward is compared with the original, once for each class and
+            configuration: "first", in the first training step, unless the tests have done so for
+            this very source; "always", for those too; "never". ``report.check(*inputs)`` does it
+            ahead of time, which compiled and sharded models need.
 
     Returns:
-        A report of the blocks that were patched and those that were not. It prints as a table.
+        A report of the blocks that were patched and those that were not. It prints as a table. With
+        ``rows="block"`` a :class:`sdkernels.models.LayerReport`, whose `drop_probs` can be set.
 
     Raises:
         TypeError: `model` is not a module, or an option of the wrong kind.
         ValueError: an option outside its range, or a number of `drop_probs` that is not the
-            number of branches. The model is as it was then.
+            number of branches; with `strict`, blocks that are left alone. The model is as it was
+            then.
 
     Note:
         What runs on the kept samples only: hooks on a block's submodules see k samples, BatchNorm
@@ -81,12 +102,21 @@ def patch(
         torch.fx record the original forward.
 
     Example:
-        >>> patch(nn.Linear(4, 4)).patched
-        ()
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mlp, self.drop_path = nn.Linear(4, 4), nn.Identity()
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.drop_path(self.mlp(x))
+        >>> len(patch(Block(), drop_probs=0.5).patched)
+        1
     """
     check_model(model)
+    check_choice("rows", rows, ("branch", "block"))
     # The op checks its own options; without training nothing is drawn.
-    options = Options(mode, sampler, rescale, empty, inplace, min_saving)
+    check_choice("check", check, CHECKS)
+    options = Options(mode, sampler, rescale, empty, inplace, min_saving, check)
     fused_stochastic_depth(
         torch.zeros(1, 1),
         torch.neg,
@@ -99,70 +129,121 @@ def patch(
         inplace=inplace,
         min_saving=min_saving,
     )
+    if rows == "block":
+        return patch_layers(
+            model,
+            drop_probs=drop_probs,
+            options=options,
+            release=unpatch,
+        )
+    if callable(drop_probs):
+        raise TypeError(
+            "drop_probs: expected a number or a sequence of drop probabilities, got a function "
+            '(which rows="block" takes)'
+        )
     found, left = _find(model, drop_probs is not None)
+    if strict and (left or not found):
+        reasons = [
+            f"{each.name or 'the model'} ({each.kind.__name__}): {each.reason}" for each in left
+        ]
+        what = "; ".join(reasons) or "no block with a drop path was found"
+        raise ValueError(f"model: strict=True, and {len(left)} blocks are left alone: {what}")
     if mode is None:
         _check_modes(found, sampler)
-    overrides = iter(_overrides(drop_probs, [len(branches) for _, _, branches in found]))
+    overrides = iter(_overrides(drop_probs, [len(r.branches) for _, _, r in found]))
 
     unpatch(model)
-    for _, block, branches in found:
-        p = [next(overrides) for _ in branches]
-        block._sdkernels = BlockState(options, tuple(branch.drop for branch in branches), p)
-        block.__class__ = patched_class(type(block))
-        for module in block.modules():
-            layer_scale_of(module)  # learns its class, which compiled code could not
-    blocks = tuple(PatchedEntry(name, block, branches) for name, block, branches in found)
+    for _, block, rewriting in found:
+        _give(block, rewriting, options, [next(overrides) for _ in rewriting.branches])
+    if not found and (drop_probs is not None or not left):
+        what = "a drop path" if drop_probs is None else "a residual branch"
+        warnings.warn(f"model: no block with {what} was found to patch", stacklevel=2)
+    blocks = tuple(PatchedEntry(name, block, r.branches) for name, block, r in found)
     return PatchReport(model, blocks, left)
 
 
-Found = list[tuple[str, Any, tuple[Branch, ...]]]
+def patch_block(block: nn.Module) -> None:
+    """Patch one block with the defaults, if that can be done."""
+    rewriting = find_rewriting(block)
+    if isinstance(rewriting, Rewriting) and obstacle(block) is None:
+        _give(block, rewriting, Options(), [None] * len(rewriting.branches))
+
+
+def _give(block: Any, rewriting: Rewriting, options: Options, p: Sequence[float | None]) -> None:
+    """Make a block a patched one, which is compared anew if that failed before."""
+    block._sdkernels = BlockState(options, rewriting.branches, list(p), rewriting)
+    recall(block, rewriting)
+    proofs = block._sdkernels.proofs
+    for kind in [kind for kind, proof in proofs.items() if not proof.holds]:
+        del proofs[kind]
+    block.__class__ = patched_class(type(block))
+    for module in block.modules():
+        learn(module)  # its class, which compiled code could not
+
+
+Found = list[tuple[str, Any, Rewriting]]
 
 
 def _find(model: nn.Module, with_probabilities: bool) -> tuple[Found, tuple[LeftAlone, ...]]:
     """The blocks to patch, and those with a drop path to leave alone."""
     found: Found = []
-    left: dict[str, LeftAlone] = {}
-    drops: set[int] = set()  # drop path modules that are accounted for
+    left: list[LeftAlone] = []
+    seen: set[int] = set()  # drop path modules that are accounted for
     for name, block in model.named_modules():
         kind = original_class(block)
-        known = find_known(kind)
-        if known is None:
+        if kind.__module__.startswith("torch.nn.") or is_drop_path(block):
             continue
+        rewriting = find_rewriting(block)
+        if rewriting is None:
+            continue
+        own = {id(child) for child in block.children() if _is_drop_path(child)}
         reason = obstacle(block)
-        branches: tuple[Branch, ...] = ()
         if reason is None:
-            branches = known.branches_of(block)
-            reason = _drop_obstacle(block, branches, with_probabilities)
-        if reason is None:
-            found.append((name, block, branches))
-            drops.update(id(attrgetter(b.drop)(block)) for b in branches if b.drop)
-        else:
-            left[name] = LeftAlone(name, kind, reason)
+            if not isinstance(rewriting, Rewriting):
+                reason = rewriting.reason
+            else:
+                reason = _drop_obstacle(block, rewriting.branches, with_probabilities)
+        if reason is not None:
+            left.append(LeftAlone(name, kind, reason))
+            seen |= own
+            continue
+        assert isinstance(rewriting, Rewriting)
+        found.append((name, block, rewriting))
+        left += [LeftAlone(name, kind, each.reason) for each in rewriting.left]
+        drops = [each.drop for each in rewriting.branches] + [each.drop for each in rewriting.left]
+        seen.update(id(attrgetter(drop)(block)) for drop in drops if drop)
     for name, parent in model.named_modules():
-        own = [child for child in parent.children() if looks_like_drop_path(child)]
-        if name not in left and any(id(child) not in drops for child in own):
-            left[name] = LeftAlone(name, type(parent), obstacle(parent) or "unknown class")
-    return found, tuple(left.values())
+        if any(_is_drop_path(child) and id(child) not in seen for child in parent.children()):
+            reason = obstacle(parent) or (
+                "its forward does not call its drop path (it has no skip connection?)"
+            )
+            left.append(LeftAlone(name, original_class(parent), reason))
+    return found, tuple(left)
+
+
+def _is_drop_path(module: nn.Module) -> bool:
+    return looks_like_drop_path(module) or is_drop_path(module)
 
 
 def _drop_obstacle(
     block: Any, branches: tuple[Branch, ...], with_probabilities: bool
 ) -> str | None:
     """What is wrong with the drop path modules of a block; None if nothing is."""
-    if not with_probabilities and all(branch.drop is None for branch in branches):
+    if not with_probabilities and all(b.drop is None and b.p is None for b in branches):
         return "it has no drop path (drop_probs= gives it one)"
-    state = BlockState(Options(), tuple(branch.drop for branch in branches), [None] * len(branches))
-    return state.why_whole(block)
+    return BlockState(Options(), branches, [None] * len(branches)).why_whole(block)
 
 
 def _check_modes(found: Found, sampler: str) -> None:
     """Refuse what the blocks' own drop path modules cannot do, before they are asked to."""
-    for name, block, branches in found:
-        state = BlockState(Options(), tuple(b.drop for b in branches), [None] * len(branches))
+    for name, block, rewriting in found:
+        branches = rewriting.branches
+        state = BlockState(Options(), branches, [None] * len(branches))
         laws = [state.law(block, index) for index in range(len(branches))]
-        if sampler == "fixed" and any(law is not None and law.mode == "batch" for law in laws):
+        if sampler != "bernoulli" and any(law and law.mode == "batch" for law in laws):
+            number = "a fixed number of" if sampler == "fixed" else "B * (1 - p)"
             raise ValueError(
-                f'sampler: "fixed" keeps a fixed number of rows, which the drop path of '
+                f'sampler: "{sampler}" keeps {number} rows, which the drop path of '
                 f'{name or "the model"}, of mode "batch", has no choice of; use '
                 'sampler="bernoulli", or mode="row"'
             )

@@ -42,7 +42,7 @@ def probabilities(block: Any) -> list[float]:
     """The drop probability of every branch of a patched block, as it is now; NaN if not known."""
     state = block._sdkernels
     found = []
-    for branch in range(len(state.drops)):
+    for branch in range(len(state.branches)):
         law = state.law(block, branch)
         p = own_probability(state.drop_path(block, branch)) if law is None else law.p
         found.append(nan if p is None else p)
@@ -89,7 +89,7 @@ def _branch_laws(blocks: list[Any]) -> list[BranchLaw]:
     for block in blocks:
         state = block._sdkernels
         options = state.options
-        for branch in range(len(state.drops)):
+        for branch in range(len(state.branches)):
             own = state.law(block, branch)
             mode, rescale = options.mode or own.mode, options.rescale_of(own)
             laws.append(BranchLaw(own.p, mode, options.sampler, rescale))

@@ -1,162 +1,170 @@
-"""Which classes of blocks are known, and how their patched classes are made and found again."""
+"""How a block is patched: by hand or by rewriting; and how its patched class is found again."""
 
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, TypeVar
 
 from torch import nn
 
-from .blocks import Branch, PatchedBlock, make_patched
+from .blocks import PatchedBlock, make_patched
+from .by_hand import BY_HAND, ByHand
 from .fingerprint import fingerprint
 from .parts import trust_norm
+from .rewriting import Branch, Rewriting, rewriting_of
+from .rewriting.source import Refusal, function_tree
+from .rewriting.sums import hides_sums
 
 __all__ = [
-    "LIBRARIES",
-    "Known",
-    "class_getter",
-    "find_known",
+    "compacted",
+    "find_rewriting",
     "obstacle",
     "original_class",
     "patched_class",
+    "register",
 ]
 
-LIBRARIES = ("timm", "torchvision", "transformers")
+# Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
+NORMS = {"timm": "timm.layers.norm:LayerNorm"}
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+_REGISTERED: dict[type[nn.Module], ByHand] = {}
+_PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class Known(NamedTuple):
-    """A class of blocks, and what to do with it.
+def register(
+    kind: type[nn.Module], forward: Callable[..., Any], drops: Sequence[str | None]
+) -> None:
+    """Patch the blocks of a class with a forward written by hand.
 
     Args:
-        path: module and name of the class.
-        body: its forward with the op (see :func:`sdkernels.models.blocks.make_patched`).
-        branches: its residual branches, in the order of the indices that `body` uses; a function
-            of the block where they vary.
-        fingerprints: those of the forwards that `body` stands for, each with the versions of the
-            library that have it.
-        runs_empty: whether its branches run on a batch of zero samples. Convolutions and BatchNorm
-            do; the reshapes of many attentions do not.
-        without: why a block of the class has no branch to drop, None if it has one.
+        kind: a class of modules. Subclasses are not meant.
+        forward: ``forward(block, add, *inputs)``: the forward of the class with
+            ``add(i, x, branch)`` in the place of ``x + drop_path_i(branch(x))``. `add` takes
+            ``norm``, ``layer_scale``, ``residual`` and ``args`` as
+            :func:`sdkernels.fused_stochastic_depth`, and a module as ``activation``.
+        drops: dotted names of the drop path modules of the branches 0, 1, ..., None for one that
+            has none. A module may serve several branches.
+
+    Raises:
+        TypeError: `kind` is not a class of modules, or `forward` cannot be called.
+        ValueError: there are no branches.
+
+    Note:
+        It is not compared with the original: that is for its author to test.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + self.drop_path(self.mlp(x))
+        >>> register(Block, lambda block, add, x: add(0, x, block.mlp), ["drop_path"])
     """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind: expected a class of modules, got {kind!r}")
+    if not callable(forward):
+        raise TypeError(f"forward: expected a function, got {type(forward).__name__}")
+    if isinstance(drops, str) or not drops:
+        raise ValueError(f"drops: expected a list with one entry for each branch, got {drops!r}")
 
-    path: str
-    body: Callable[..., Any]
-    branches: tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]
-    fingerprints: Mapping[str, str]
-    without: Callable[[Any], str | None] = lambda block: None
-    runs_empty: bool = False
+    def branches(block: nn.Module) -> tuple[Branch, ...]:
+        return tuple(Branch(drop, ("",)) for drop in drops)
 
-    @property
-    def patched_name(self) -> str:
-        """Under this name the patched class is an attribute of the library's file here."""
-        module, name = self.path.split(":")
-        return f"{module.rpartition('.')[2]}_{name}"
-
-    def branches_of(self, block: nn.Module) -> tuple[Branch, ...]:
-        return self.branches if isinstance(self.branches, tuple) else self.branches(block)
+    _REGISTERED[kind] = ByHand(forward, branches, hides_sums=_hides_sums(forward))
 
 
-def _file_of(library: str) -> ModuleType:
-    return importlib.import_module(f".{library}", __package__)
-
-
-def find_known(kind: Any) -> Known | None:
-    """The entry of a class, None if there is none: the one of its forward, if it has several."""
-    library = kind.__module__.partition(".")[0]
-    if library not in LIBRARIES:
-        return None
-    path = f"{kind.__module__}:{kind.__qualname__}"
-    entries: list[Known] = [known for known in _file_of(library).KNOWN if known.path == path]
-    there: Any = getattr(sys.modules[kind.__module__], kind.__name__, None)
-    if not entries or there is not kind:
-        return None
-    read = fingerprint(kind.forward) or ""
-    return next((known for known in entries if read in known.fingerprints), entries[0])
-
-
-def library_version(library: str) -> str:
+def _hides_sums(forward: Callable[..., Any]) -> bool:
     try:
-        return version(library)
-    except PackageNotFoundError:
-        return "of unknown version"
+        _, tree = function_tree(forward)
+    except Refusal:
+        return False
+    return len(tree.args.args) > 1 and hides_sums(tree.body, tree.args.args[1].arg)
 
 
-def _class_obstacle(kind: Any) -> str | None:
-    known = find_known(kind)
-    if known is None:
-        for base in kind.__mro__[1:]:
-            if find_known(base) is not None:
-                return (
-                    f"subclass of {base.__module__}.{base.__name__}, whose forward may differ "
-                    "(a wrapper such as fully_shard goes on after patch)"
-                )
-        return "unknown class"
-    if (fingerprint(kind.forward) or "") in known.fingerprints:
-        return None
-    library = kind.__module__.partition(".")[0]
-    versions = ", ".join(dict.fromkeys(known.fingerprints.values()))
-    return (
-        f"its forward is not one that is known: this is {library} {library_version(library)}, "
-        f"known are those of {versions}"
-    )
+def compacted(kind: Kind) -> Kind:
+    """Decorator: blocks of this class compact their branches as if :func:`patch` had been called.
+
+    ``@compacted`` on a class whose forward adds the results of drop paths. Each instance is patched
+    as it is made, with the defaults of :func:`sdkernels.patch`; calling that on the model later
+    gives it other options.
+
+    Raises:
+        TypeError: what is decorated is not a class of modules.
+
+    Example:
+        >>> @compacted
+        ... class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mlp, self.drop_path = nn.Linear(4, 4), nn.Identity()
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.drop_path(self.mlp(x))
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"compacted: expected a class of modules, got {kind!r}")
+    made = kind.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if type(self) is kind:
+            from .patching import patch_block
+
+            patch_block(self)
+
+    __init__.__wrapped__ = made  # type: ignore[attr-defined]
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
 
 
 def original_class(block: nn.Module) -> type[nn.Module]:
-    """The library's class of a block that may be patched."""
+    """The class of a block before it was patched."""
     kind = type(block)
     return kind._original if issubclass(kind, PatchedBlock) else kind
 
 
-def obstacle(block: nn.Module) -> str | None:
-    """Why a block cannot be patched, None if it can."""
+def find_rewriting(block: nn.Module) -> Rewriting | Refusal | None:
+    """How a block is patched, why it cannot be, or None where it has no residual branch to drop."""
     kind = original_class(block)
-    reason = _class_obstacle(kind)
-    if reason is not None:
-        return reason
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    hand = _REGISTERED.get(kind) or BY_HAND.get(path)
+    prints = None if hand is None else hand.fingerprints
+    if hand is not None and (prints is None or fingerprint(kind.forward) in prints):
+        own = hand.branches(block)
+        return Rewriting(kind, hand.forward, own, hides_sums=hand.hides_sums)
+    return rewriting_of(block, kind)
+
+
+def obstacle(block: nn.Module) -> str | None:
+    """Why a block cannot be patched, whatever its class; None if it can."""
     if "forward" in block.__dict__:
         return "its forward was replaced"
     if getattr(block, "_compiled_call_impl", None) is not None:
         return "it was compiled: compile after patch"
-    known = find_known(kind)
-    return None if known is None else known.without(block)
-
-
-_PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+    return None
 
 
 def patched_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class that blocks of a known class get; one for each, made when it is first asked for.
-
-    The first to ask may be pickle, of a model that was patched with another version of the library.
-    """
+    """The class that patched blocks of a class get; one for each."""
     if original not in _PATCHED:
-        known, reason = find_known(original), _class_obstacle(original)
-        if known is None or reason is not None:
-            raise ValueError(f"a {original.__name__} cannot be patched: {reason}")
-        library = original.__module__.partition(".")[0]
-        file = _file_of(library)
-        for norm in getattr(file, "NORMS", ()):
+        norm = NORMS.get(original.__module__.partition(".")[0])
+        if norm is not None:
             module, _, name = norm.partition(":")
             trust_norm(getattr(importlib.import_module(module), name))
-        name = known.patched_name
-        _PATCHED[original] = make_patched(
-            original, known.body, name, file.__name__, known.runs_empty
-        )
+        name = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
+        _PATCHED[original] = make_patched(original, name, __name__)
     return _PATCHED[original]
 
 
-def class_getter(file: str, table: Sequence[Known]) -> Callable[[str], type[nn.Module]]:
-    """`__getattr__` of a library's file: pickle finds patched classes by name there."""
-
-    def get(name: str) -> type[nn.Module]:
-        for known in table:
-            if known.patched_name == name:
-                module, _, original = known.path.partition(":")
-                return patched_class(getattr(importlib.import_module(module), original))
-        raise AttributeError(f"module {file!r} has no attribute {name!r}")
-
-    return get
+def __getattr__(name: str) -> type[nn.Module]:
+    """Pickle finds patched classes here, by the names of the originals."""
+    module, _, path = name.replace("/", ".").partition(":")
+    if not path:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        original: Any = reduce(getattr, path.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise AttributeError(f"the class {module}.{path} of a patched block is gone") from error
+    return patched_class(original)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..plan import DepthPlan
-from .blocks import Branch
+from .blocks import PatchedBlock
+from .comparing.checking import Checked, check_blocks
 from .plans import plan_for_step, probabilities, sample_plan, use
+from .registry import original_class
+from .rewriting import Branch
 
 __all__ = ["LeftAlone", "PatchReport", "PatchedEntry"]
-
-# What a block with one branch computes beside it.
-SHORTCUTS = ("shortcut", "downsample", "proj")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PatchReport:
     @property
     def drop_probs(self) -> list[float]:
         """:func:`sdkernels.models.drop_probs` of the model."""
-        return [p for entry in self.patched for p in probabilities(entry.block)]
+        return [p for entry in self.patched for p in _probabilities(entry)]
 
     @property
     def idle(self) -> tuple[PatchedEntry, ...]:
@@ -63,17 +63,18 @@ class PatchReport:
         return tuple(
             entry
             for entry in self.patched
-            if not any(probabilities(entry.block)) and _why_whole(entry) is None
+            if not any(_probabilities(entry)) and _why_whole(entry) is None
         )
 
     @property
     def whole(self) -> tuple[LeftAlone, ...]:
-        """The patched blocks that run as before now, because a drop path of theirs must be called.
+        """The patched blocks that run as before now, each with the reason.
 
-        It got hooks or another class after :func:`sdkernels.patch`.
+        One was found to differ from its original, has a drop path that got hooks or another class
+        after :func:`sdkernels.patch`, or is not patched any more.
         """
         return tuple(
-            LeftAlone(entry.name, type(entry.block)._original, reason)
+            LeftAlone(entry.name, original_class(entry.block), reason)
             for entry in self.patched
             if (reason := _why_whole(entry)) is not None
         )
@@ -103,6 +104,39 @@ class PatchReport:
     def use(self, plan: Any) -> AbstractContextManager[None]:
         """:func:`sdkernels.models.use` with the model."""
         return use(self.model, plan)
+
+    def source(self, name: str) -> str:
+        """The forward that a patched block runs in training, as a diff against its own.
+
+        Args:
+            name: of the block in the model, as the report shows it.
+
+        Raises:
+            KeyError: no block of this name was patched.
+        """
+        for entry in self.patched:
+            if entry.name == name and hasattr(entry.block, "_sdkernels"):
+                return str(entry.block._sdkernels.rewriting.diff())
+        raise KeyError(f"no patched block has the name {name!r}")
+
+    def check(self, *args: Any, **kwargs: Any) -> tuple[Checked, ...]:
+        """Compare the forward of every patched block with its own, ahead of training.
+
+        Args:
+            args, kwargs: an input of the model, of two samples or more. The model runs once on it,
+                in evaluation, to see what its blocks get; then each is compared on a copy, once
+                for each class and configuration.
+
+        Returns:
+            What came of it for each block. Blocks that differ keep their own forward.
+
+        Note:
+            The model, its buffers, hooks and the random state are not touched. Do this before
+            ``torch.compile``, ``DistributedDataParallel`` and ``fully_shard``, inside of which no
+            block can be compared.
+        """
+        patched = [e for e in self.patched if isinstance(e.block, PatchedBlock)]
+        return check_blocks(self.model, patched, args, kwargs)
 
     def expected_saving(self, *args: Any, **kwargs: Any) -> float:
         """The share of a training step's computation that dropped samples no longer cost.
@@ -142,7 +176,7 @@ class PatchReport:
     def __str__(self) -> str:
         states = [f"{len(self.idle)} of them run as before: p == 0"] if self.idle else []
         if self.whole:
-            states.append(f"{len(self.whole)} of them run as before: their drop path draws itself")
+            states.append(f"{len(self.whole)} of them run as before, see below")
         idle = f" ({'; '.join(states)})" if states else ""
         lines = [
             f"{len(self.patched)} blocks patched{idle}, {len(self.left)} left alone; expected "
@@ -164,13 +198,18 @@ class PatchReport:
 
 
 def _why_whole(entry: PatchedEntry) -> str | None:
-    reason: str | None = entry.block._sdkernels.why_whole(entry.block)
-    return reason
+    if not isinstance(entry.block, PatchedBlock):
+        return "it was unpatched"
+    return entry.block._sdkernels.why_whole(entry.block)  # type: ignore[arg-type]
+
+
+def _probabilities(entry: PatchedEntry) -> list[float]:
+    return probabilities(entry.block) if isinstance(entry.block, PatchedBlock) else []
 
 
 def _p_column(report: PatchReport, entry: PatchedEntry) -> str:
     block = entry.block
-    reason, values = _why_whole(entry), probabilities(block)
+    reason, values = _why_whole(entry), _probabilities(entry)
     if reason is not None:
         return f"{' '.join(f'{p:.4g}' for p in values)}, runs as before: {reason}"
     if not any(values):
@@ -194,8 +233,7 @@ def _size(block: nn.Module, branch: Branch, counts: dict[int, int] | None) -> fl
         return counts.get(id(module), 0)
 
     if branch.parts == ("",):
-        shortcuts = [getattr(block, name, None) for name in SHORTCUTS]
-        return size(block) - sum(map(size, shortcuts))
+        return size(block)
     total = 0
     for part in branch.parts:
         owner: Any = block

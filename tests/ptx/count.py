@@ -114,6 +114,8 @@ def calls(f: torch.dtype, b: torch.dtype, row: tuple[int, ...]) -> dict[str, Cal
     return {
         "compact_rows": Call((x, index), [(x, k)], [(0, k)]),
         "expand_rows": Call((kept, index, slot), [(kept, k)], [(0, whole)]),
+        "scatter_rows": Call((x, kept, index, slot), [(x, whole - k), (kept, k)], [(0, whole)]),
+        "scatter_rows_": Call((x, kept, index, slot), [(kept, k)], [(x, k)]),
         "scatter_add_rows": Call(
             (x, out, index, slot, gamma, None, 2.0), [(x, whole), (out, k)], [(0, whole)]
         ),

@@ -337,11 +337,12 @@ class Translator:
         return [part.strip() for part in operand.strip("{} ").split(",")]
 
     def access(self, name: str, kind: str, others: set[str], operands: list[str]) -> str:
-        space = next(
-            (s for s in ("global", "shared", "param") if s in others or f"{s}::cta" in others), None
-        )
+        # A generic address of global memory is the same number; one of other memory would be
+        # reported, as outside of any tensor.
+        spaces = ("global", "shared", "param", "local", "const")
+        space = next((s for s in spaces if s in others or f"{s}::cta" in others), "global")
         count = next((int(m[1]) for m in others if re.fullmatch(r"v[248]", m)), 1)
-        if space is None or others - HINTS - {space, f"{space}::cta", f"v{count}"}:
+        if space in ("local", "const") or others - HINTS - {space, f"{space}::cta", f"v{count}"}:
             raise NotModelled(f"{name} {others}")
         place, target = (operands[1], operands[0]) if name == "ld" else operands[:2]
         if space == "param" and name == "st":  # an argument of __assertfail

@@ -23,16 +23,20 @@ enum class Dtype : int8_t { f32, bf16, f16, f64 };
 // Memory for partial sums, alive until everything on the stream that uses it was launched.
 using Allocate = std::function<void*(int64_t bytes)>;
 
-// y[r] = x[map[r]], and zeros where map[r] is -1 and that is allowed. Strides and len in bytes.
-// Reads and writes `rows` rows.
+// How CopyRows goes through its map: y[r] = x[map[r]]; the same, and zeros where map[r] is -1; the
+// same, and base[r] there; y[map[r]] = x[r].
+enum class Through : int8_t { gather, gather_or_zero, gather_or_base, scatter };
+
+// Rows copied through a map. Strides and len in bytes. Reads and writes `rows` rows (gather_or_zero
+// reads those that have a source only).
 struct CopyRows {
   void* y;
   const void* x;
+  const void* base;  // with gather_or_base
   const int64_t* map;
-  int64_t rows, x_rows;
-  bool zeros_allowed;
+  int64_t rows, mapped;  // length of map; rows of the tensor that it counts in
   int64_t lines, len;
-  Stride y_stride, x_stride;
+  Stride y_stride, x_stride, base_stride;
 };
 
 // y = residual, and y[kept] += scale * row_weight * layer_scale * out. Exactly one of slot and
@@ -159,7 +163,7 @@ struct CompactMask {
 
 // Dtypes go together as instantiated() says; the caller converts what does not. A value of index,
 // slot or map outside its range traps.
-cudaError_t launch_copy_rows(const CopyRows&, cudaStream_t);
+cudaError_t launch_copy_rows(const CopyRows&, Through, cudaStream_t);
 cudaError_t launch_scatter_add(const ScatterAdd&, Dtype y, Dtype residual, Dtype out, cudaStream_t);
 cudaError_t launch_scatter_add_backward(const ScatterAddBackward&, Dtype grad, Dtype out,
                                         const Allocate&, cudaStream_t);

@@ -22,6 +22,8 @@ from .row_ops import (
     scatter_add_rows,
     scatter_add_rows_,
     scatter_add_rows_backward,
+    scatter_rows,
+    scatter_rows_,
 )
 
 OPS: dict[str, Callable[..., object]] = {
@@ -29,6 +31,8 @@ OPS: dict[str, Callable[..., object]] = {
     for function in (
         compact_rows,
         expand_rows,
+        scatter_rows,
+        scatter_rows_,
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,

@@ -41,6 +41,7 @@ def rounded(value, dtype: tl.constexpr):
 def copy_rows_kernel(
     y,  # rows of integers of the element's size
     x,
+    base,  # [rows], or None: y's rows without a source are zero then
     source_of,  # [rows]: row of y -> row of x
     rows: tl.int64,
     sources: tl.int64,  # rows of x
@@ -52,19 +53,54 @@ def copy_rows_kernel(
     x_row,
     x_line,
     x_element,
-    NEGATIVE_IS_ZERO: tl.constexpr,  # a row without a source becomes zero
+    base_row,
+    base_line,
+    base_element,
+    NEGATIVE_ALLOWED: tl.constexpr,  # a row without a source
     BLOCK_LINES: tl.constexpr,
     BLOCK_LENGTH: tl.constexpr,
 ):
-    """y[r] = x[source_of[r]]."""
+    """y[r] = x[source_of[r]], and base[r] where that is -1."""
     row = row_number()
     line, element, inside = _tile(lines, length, BLOCK_LINES, BLOCK_LENGTH)
     inside = inside & (row < rows)
     source = tl.load(source_of + row, mask=row < rows, other=0)
     readable = inside & (source >= 0) & (source < sources)
     value = tl.load(x + source * x_row + line * x_line + element * x_element, readable, other=0)
+    if base is not None:
+        offset = row * base_row + line * base_line + element * base_element
+        value = tl.where(source < 0, tl.load(base + offset, inside & (source < 0), other=0), value)
     tl.store(y + row * y_row + line * y_line + element * y_element, value, inside)
-    valid = (source < sources) & (source >= (-1 if NEGATIVE_IS_ZERO else 0))
+    valid = (source < sources) & (source >= (-1 if NEGATIVE_ALLOWED else 0))
+    tl.device_assert(valid, "rows: not a row of the batch")
+
+
+@triton.jit(do_not_specialize=["target_of", "rows", "targets"])
+def place_rows_kernel(
+    y,  # rows of integers of the element's size
+    x,
+    target_of,  # [rows]: row of x -> row of y
+    rows: tl.int64,
+    targets: tl.int64,  # rows of y
+    lines: tl.int64,
+    length: tl.int64,
+    y_row,
+    y_line,
+    y_element,
+    x_row,
+    x_line,
+    x_element,
+    BLOCK_LINES: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+):
+    """y[target_of[r]] = x[r]."""
+    row = row_number()
+    line, element, inside = _tile(lines, length, BLOCK_LINES, BLOCK_LENGTH)
+    inside = inside & (row < rows)
+    target = tl.load(target_of + row, mask=row < rows, other=0)
+    valid = (target >= 0) & (target < targets)
+    value = tl.load(x + row * x_row + line * x_line + element * x_element, inside, other=0)
+    tl.store(y + target * y_row + line * y_line + element * y_element, value, inside & valid)
     tl.device_assert(valid, "rows: not a row of the batch")
 
 

@@ -1,4 +1,4 @@
-"""compact_rows, expand_rows, scatter_add_rows (also with a ReLU behind it) and its backward."""
+"""compact_rows, expand_rows, scatter_rows, scatter_add_rows (with a ReLU too) and its backward."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .geometry import Walk, walk_rows
 from .launching import ACC, launch
 from .row_kernels import (
     copy_rows_kernel,
+    place_rows_kernel,
     scatter_add_backward_kernel,
     scatter_add_kernel,
     scatter_add_relu_backward_kernel,
@@ -26,7 +27,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def compact_rows(x: Tensor, index: Tensor) -> Tensor:
     kept = empty_rows(x, index.shape[0], x.dtype)
     if kept.numel():
-        _copy_rows(_bits(kept), _bits(x), index, negative_is_zero=False)
+        _copy_rows(_bits(kept), _bits(x), index)
     return kept
 
 
@@ -34,8 +35,33 @@ def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     x = empty_rows(kept, slot.shape[0], kept.dtype)
     if not kept.numel():
         return x.zero_()
-    _copy_rows(_bits(x), _bits(kept), slot, negative_is_zero=True)
+    _copy_rows(_bits(x), _bits(kept), slot, negative_allowed=True)
     return x
+
+
+def scatter_rows(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    y = empty_rows(residual, residual.shape[0], residual.dtype)
+    if not out.numel():
+        return y.copy_(residual)
+    _copy_rows(_bits(y), _bits(out), slot, negative_allowed=True, base=_bits(residual))
+    return y
+
+
+def scatter_rows_(residual: Tensor, out: Tensor, index: Tensor, slot: Tensor) -> None:
+    if not out.numel():
+        return
+    y, x = _bits(residual), _bits(out)
+    walk = walk_rows((y, x))
+    if walk is None:
+        residual.index_copy_(0, index, out)
+        return
+    tile = row_tile(walk, torch.float32)
+    launch(
+        place_rows_kernel, _tiles(walk, tile), x.shape[0], tile, y.device,
+        y, x, index, x.shape[0], y.shape[0], walk.lines, walk.length,
+        *_strides((y, x), walk),
+        tile.lines, tile.length,
+    )  # fmt: skip
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -45,20 +71,29 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(_INTEGERS[x.element_size()])
 
 
-def _copy_rows(y: Tensor, x: Tensor, source_of: Tensor, negative_is_zero: bool) -> None:
-    walk = walk_rows((y, x))
+def _copy_rows(
+    y: Tensor,
+    x: Tensor,
+    source_of: Tensor,
+    negative_allowed: bool = False,
+    base: Tensor | None = None,
+) -> None:
+    tensors = (y, x) if base is None else (y, x, base)
+    walk = walk_rows(tensors)
     if walk is None:
         # x walks its rows in an order that y cannot follow in two levels.
         dense = y.new_empty(y.shape)
-        _copy_rows(dense, x.contiguous(), source_of, negative_is_zero)
+        base = None if base is None else base.contiguous()
+        _copy_rows(dense, x.contiguous(), source_of, negative_allowed, base)
         y.copy_(dense)
         return
+    strides = _strides(tensors, walk) + ([0, 0, 0] if base is None else [])
     tile = row_tile(walk, torch.float32)
     launch(
         copy_rows_kernel, _tiles(walk, tile), y.shape[0], tile, y.device,
-        y, x, source_of, y.shape[0], x.shape[0], walk.lines, walk.length,
-        *_strides((y, x), walk),
-        negative_is_zero, tile.lines, tile.length,
+        y, x, base, source_of, y.shape[0], x.shape[0], walk.lines, walk.length,
+        *strides,
+        negative_allowed, tile.lines, tile.length,
     )  # fmt: skip
 
 

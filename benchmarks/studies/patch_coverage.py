@@ -1,0 +1,394 @@
+"""How much of three libraries patch() reaches: ``python -m benchmarks patch-coverage``.
+
+Every architecture with a drop path is made on the meta device, with a drop rate of 0.2, and
+patched. The table counts architectures and drop path modules, those that the forward never calls
+left out (blocks without a skip connection hold one all the same), and says what is left and why.
+
+With ``--check`` each class and source that was written is also compared with its original, in the
+smallest architecture that has it, on real inputs; ``--write`` puts those that are equal into
+``sdkernels/models/comparing/verified.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import sdkernels
+from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
+from benchmarks.providers.zoo import TINY, Net, nets
+from sdkernels.models.comparing import verified
+from sdkernels.models.comparing.verified import VERIFIED
+from sdkernels.models.parts import drop_law, is_drop_path
+
+RATE = 0.2
+SMALL = 96  # height and width of images for models that take any
+UNSEEN = "it did not run on these inputs"
+UNUSED = "its forward does not call its drop path"
+FILE = Path(verified.__file__)
+
+
+class Architecture(NamedTuple):
+    """A model, on whatever device is the default one, and what to feed it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[nn.Module], dict[str, Any] | tuple[Any, ...]]
+
+
+# The libraries
+
+
+def timm_architectures() -> Iterator[Architecture]:
+    timm: Any = import_module("timm")
+
+    def image(model: Any, name: str) -> tuple[Any, ...]:
+        size = model.pretrained_cfg["input_size"]
+        if not model.pretrained_cfg.get("fixed_input_size") and "vit" not in name:
+            size = (size[0], SMALL, SMALL)
+        return (torch.randn(2, *size),)
+
+    for name in timm.list_models():
+
+        def make(name: str = name) -> nn.Module:
+            model: nn.Module = timm.create_model(name, drop_path_rate=RATE)
+            return model
+
+        yield Architecture(name, make, partial(image, name=name))
+
+
+def torchvision_architectures() -> Iterator[Architecture]:
+    models: Any = import_module("torchvision.models")
+    for name in models.list_models():
+        if name.startswith("quantized_"):
+            continue
+
+        def make(name: str = name) -> nn.Module:
+            model: nn.Module = (
+                models.get_model(name, weights=None, weights_backbone=None)
+                if (
+                    "backbone"
+                    in models.get_model_builder(name).__annotations__.get("weights_backbone", "")
+                )
+                else models.get_model(name, weights=None)
+            )
+            for module in model.modules():
+                if type(module).__name__ == "StochasticDepth":
+                    module.p = RATE  # type: ignore[assignment]
+            return model
+
+        def inputs(model: nn.Module, name: str = name) -> tuple[Any, ...]:
+            if name.startswith("mvit"):
+                return (torch.randn(2, 3, 16, 224, 224),)
+            if name.startswith("swin3d"):
+                return (torch.randn(2, 3, 4, 64, 64),)
+            size = 224 if name.startswith("maxvit") else SMALL
+            return (torch.randn(2, 3, size, size),)
+
+        yield Architecture(name, make, inputs)
+
+
+def _with_drop_path(config: Any) -> bool:
+    """Set every drop rate of a configuration; whether there is one."""
+    found = False
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            found |= _with_drop_path(value)
+        elif any(word in key for word in ("drop_path", "droppath", "stochastic_depth")):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                vars(config)[key] = RATE
+                found = True
+            elif isinstance(value, list) and value and isinstance(value[0], float):
+                vars(config)[key] = [RATE] * len(value)
+                found = True
+    return found
+
+
+def transformers_architectures() -> Iterator[Architecture]:
+    transformers: Any = import_module("transformers")
+    auto: Any = import_module("transformers.models.auto.modeling_auto")
+    for kind in sorted(transformers.CONFIG_MAPPING.values(), key=lambda kind: str(kind.model_type)):
+        chosen = None
+        for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_BACKBONE_MAPPING):
+            try:
+                chosen = mapping[kind]
+                break
+            except (KeyError, ValueError):  # not there, or not in this version
+                continue
+        if chosen is None:
+            continue
+        try:
+            config = kind()
+        except Exception:  # one that has no defaults
+            continue
+        if not _with_drop_path(config):
+            continue
+        if isinstance(chosen, (list, tuple)):
+            chosen = chosen[0]
+
+        def make(chosen: Any = chosen, config: Any = config) -> nn.Module:
+            model: nn.Module = chosen(config)
+            return model
+
+        def inputs(model: nn.Module, config: Any = config) -> dict[str, Any]:
+            size = getattr(config, "image_size", 224)
+            height, width = size if isinstance(size, (list, tuple)) else (size, size)
+            channels = getattr(config, "num_channels", 3)
+            return {"pixel_values": torch.randn(2, channels, height, width)}
+
+        yield Architecture(kind.model_type, make, inputs)
+
+
+SOURCES = {
+    "timm": timm_architectures,
+    "torchvision": torchvision_architectures,
+    "transformers": transformers_architectures,
+}
+
+
+# Counting
+
+
+class Counted(NamedTuple):
+    name: str
+    modules: int
+    patched: int
+    left: list[str]
+
+
+def _drops(model: nn.Module) -> dict[int, str]:
+    """The drop paths of a model that drop anything."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_drop_path(module):
+            law = drop_law(module)
+            if law is None or law.p > 0:
+                found[id(module)] = name
+    return found
+
+
+def count(name: str, model: nn.Module, report: sdkernels.models.PatchReport) -> Counted | None:
+    drops = _drops(model)
+    modules = dict(model.named_modules())
+    unused, reached = set[int](), set[int]()
+    reasons: list[str] = []
+    for entry in report.left:
+        kind = f"{entry.kind.__module__}.{entry.kind.__name__}"
+        if entry.reason.startswith(UNUSED):
+            own = {id(m) for m in modules[entry.name].children()} & drops.keys()
+            patched = {id(m) for e in report.patched if e.name == entry.name for m in _of(e)}
+            unused |= own - patched
+        else:
+            reasons.append(f"{kind}: {entry.reason}")
+    left = {
+        id(m) for e in report.left if not e.reason.startswith(UNUSED) for m in _left(e, modules)
+    }
+    for entry in report.patched:
+        reached |= {id(m) for m in _of(entry)} & drops.keys()
+    counted = drops.keys() - unused
+    if not counted:
+        return None
+    return Counted(name, len(counted), len((reached - left) & counted), sorted(set(reasons)))
+
+
+def _of(entry: Any) -> list[nn.Module]:
+    return _modules(entry.block, entry.branches)
+
+
+def _modules(block: nn.Module, branches: Sequence[Any]) -> list[nn.Module]:
+    """The drop path modules of branches that have one."""
+    found = [attrgetter(each.drop)(block) for each in branches if each.drop]
+    return [each for each in found if isinstance(each, nn.Module)]
+
+
+def _left(entry: Any, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """The drop paths that a reason is about."""
+    block: Any = modules[entry.name]
+    state = getattr(block, "_sdkernels", None)
+    if state is None:
+        return [m for m in block.children() if is_drop_path(m)]
+    return _modules(block, [e for e in state.rewriting.left if e.reason == entry.reason])
+
+
+def survey(
+    library: str, pattern: str = "", every: int = 1
+) -> tuple[list[Counted], dict[Any, tuple[int, Architecture]]]:
+    """Every architecture, and for each source that was written the smallest that has it."""
+    found: list[Counted] = []
+    smallest: dict[Any, tuple[int, Architecture]] = {}
+    for number, each in enumerate(SOURCES[library]()):
+        if pattern not in each.name or number % every:
+            continue
+        try:
+            with torch.device("meta"):
+                model = each.make()
+        except Exception as error:
+            if not isinstance(error, (TypeError, RuntimeError, ValueError)):
+                print(f"{each.name} was not made: {error!r}"[:200], file=sys.stderr)
+            continue
+        counted = count(each.name, model, sdkernels.patch(model))
+        if counted is None:
+            continue
+        found.append(counted)
+        size = sum(p.numel() for p in model.parameters())
+        for key in written_for(model):
+            if key not in smallest or size < smallest[key][0]:
+                smallest[key] = (size, each)
+    return found, smallest
+
+
+def written_for(model: nn.Module) -> Iterator[Any]:
+    """The classes of a patched model with the marks of what was written for them."""
+    for module in model.modules():
+        state = getattr(module, "_sdkernels", None)
+        if state is not None and state.rewriting.source:
+            yield state.rewriting.original, state.rewriting.mark
+
+
+def zoo(library: str) -> dict[Any, tuple[int, Architecture]]:
+    """What is written for the small models of the tests, of which each is quickly compared."""
+    found: dict[Any, tuple[int, Architecture]] = {}
+    for name, net in nets(TINY).items():
+        if name.partition("-")[0] == library:
+
+            def inputs(model: nn.Module, net: Net = net) -> tuple[Any, ...]:
+                return (net.inputs(4),)
+
+            model = net.model()
+            sdkernels.patch(model, drop_probs=net.drop_probs)
+            each = Architecture(name, net.model, inputs)
+            found.update(dict.fromkeys(written_for(model), (0, each)))
+    return found
+
+
+def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
+    """Why a source was not found equal to its original; empty where it was."""
+    found: dict[Any, str] = {}
+    wanted: dict[str, tuple[Architecture, list[Any]]] = {}
+    for key, (_, each) in smallest.items():
+        wanted.setdefault(each.name, (each, []))[1].append(key)
+    for name, (each, keys) in wanted.items():
+        try:
+            model = each.make()
+            report = sdkernels.patch(model, check="always")
+            given = each.inputs(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if isinstance(given, tuple):
+                    checked = report.check(*given)
+                else:
+                    checked = report.check(**given)
+        except Exception as error:
+            for key in keys:
+                found.setdefault(key, f"{name} did not run: {error!r}"[:200])
+            continue
+        for entry, result in zip(report.patched, checked, strict=True):
+            rewriting = entry.block._sdkernels.rewriting
+            key = (rewriting.original, rewriting.mark)
+            if result.holds and found.get(key, UNSEEN) == UNSEEN:
+                found[key] = ""
+            elif not result.holds and result.reason == UNSEEN:
+                found.setdefault(key, UNSEEN)
+            elif not result.holds:  # in one model is enough
+                found[key] = result.reason
+        print(f"checked {name}", file=sys.stderr, flush=True)
+    return found
+
+
+# The table
+
+
+def table(library: str, found: list[Counted]) -> str:
+    whole = sum(each.patched == each.modules for each in found)
+    partly = sum(0 < each.patched < each.modules for each in found)
+    modules, patched = sum(e.modules for e in found), sum(e.patched for e in found)
+    lines = [
+        f"| {library} {version(library)} | {len(found)} | {whole} ({whole / len(found):.1%}) | "
+        f"{partly} | {modules} | {patched} ({patched / modules:.1%}) |"
+    ]
+    return "\n".join(lines)
+
+
+HEADER = (
+    "| library | architectures | wholly patched | partly | drop path modules | patched |\n"
+    "| --- | --- | --- | --- | --- | --- |"
+)
+
+
+def reasons(found: list[Counted]) -> str:
+    counts: Counter[str] = Counter()
+    names: dict[str, list[str]] = defaultdict(list)
+    for each in found:
+        for reason in each.left:
+            counts[reason] += 1
+            names[reason].append(each.name)
+    return "\n".join(
+        f"- {reason} [{count}: {', '.join(names[reason][:3])}{', ...' if count > 3 else ''}]"
+        for reason, count in counts.most_common()
+    )
+
+
+def write(equal: Iterable[Any]) -> None:
+    """Put what was found equal into the package's table, beside the versions that are there."""
+    entries = {path: dict(marks) for path, marks in VERIFIED.items()}
+    for kind, mark in equal:
+        path = f"{kind.__module__}:{kind.__qualname__}"
+        library = version(kind.__module__.partition(".")[0])
+        entries.setdefault(path, {})[mark] = library
+    head = FILE.read_text().partition("VERIFIED: ")[0]
+    body = json.dumps({path: entries[path] for path in sorted(entries)}, indent=4)
+    FILE.write_text(f"{head}VERIFIED: dict[str, dict[str, str]] = {body}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks patch-coverage", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--library", choices=SOURCES, action="append")
+    parser.add_argument("--filter", default="", help="architectures whose names have this part")
+    parser.add_argument("--every", type=int, default=1, help="one in so many: a sample")
+    parser.add_argument("--zoo", action="store_true", help="the tests' small models only")
+    parser.add_argument("--check", action="store_true", help="compare with the originals")
+    parser.add_argument("--write", action="store_true", help="keep what was found equal")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    rows, details = [HEADER], []
+    equal: list[Any] = []
+    for library in filter(is_installed, options.library or LIBRARIES):
+        if options.zoo:
+            smallest = zoo(library)
+        else:
+            found, smallest = survey(library, options.filter, options.every)
+            if not found:
+                continue
+            rows.append(table(library, found))
+            details.append(f"{library}:\n{reasons(found)}")
+        if options.check or options.write:
+            results = check(smallest)
+            bad = {key: reason for key, reason in results.items() if reason}
+            details.append(
+                f"{len(results) - len(bad)} of {len(results)} sources equal their originals"
+            )
+            details += [f"- {kind.__module__}.{kind.__name__}: {r}" for (kind, _), r in bad.items()]
+            equal += [key for key, reason in results.items() if not reason]
+    if options.write:
+        write(equal)
+    print("\n".join([*rows, "", *details]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""When a rewritten forward is compared with the original, and what of it is remembered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ...sampling import at_trace_time
+from ..rewriting import Rewriting, is_to_drop
+from ..settings import Stamp, settings
+from .comparison import prove
+from .proof import TRUSTED, Leaf, Proof, leaves
+from .verified import VERIFIED
+
+__all__ = ["CHECKS", "proofs_of", "recall", "warn"]
+
+CHECKS = ("first", "always", "never")
+_KINDS = 32  # of calls, in each of which a block is compared
+_SETTINGS = 256  # to remember for each forward that was written
+
+
+def _named(rewriting: Rewriting, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by the names of the parameters, in their order."""
+    named = {**dict(zip(rewriting.positional, args, strict=False)), **kwargs}
+    own = {name: named[name] for name in rewriting.positional if name in named}
+    return own | {name: named[name] for name in sorted(named) if name not in own}
+
+
+def _crops(named: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments for each tensor of a list in the place of the stream."""
+    x = next(iter(named.values()), None)
+    if not isinstance(x, list):
+        return [named]
+    return [
+        {k: v[n] if isinstance(v, list) and len(v) == len(x) else v for k, v in named.items()}
+        for n in range(len(x))
+    ]
+
+
+def _doubtful(named: dict[str, Any]) -> tuple[Leaf, ...]:
+    """The tensors besides the stream that may belong to its samples, by their size."""
+    x = next(iter(named.values()), None)
+    if len(named) == 1 or not isinstance(x, Tensor) or x.dim() == 0:
+        return ()
+    return tuple(
+        (f"{name}{path}", leaf.dim())
+        for name, value in named.items()
+        for path, leaf in leaves(value)
+        if leaf is not x and leaf.dim() and leaf.shape[0] == x.shape[0]
+    )
+
+
+def _kind(value: Any, rows: int) -> Any:
+    """What of an argument may lead a forward another way. Sizes are trusted not to."""
+    if isinstance(value, Tensor):
+        floats = value.is_floating_point()
+        return value.dim(), floats, bool(value.dim() > 0 and value.shape[0] == rows)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)) and value in (0, 1):  # as flags are given, too
+        return type(value).__name__, value
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(_kind(each, rows) for each in value)
+    if isinstance(value, dict):
+        return type(value).__name__, tuple((k, _kind(v, rows)) for k, v in value.items())
+    return type(value).__qualname__
+
+
+def _kind_of_call(block: Any, rewriting: Rewriting, named: dict[str, Any]) -> Any:
+    x = next(iter(named.values()), None)
+    rows = x.shape[0] if isinstance(x, Tensor) and x.dim() else 1
+    kinds = tuple((name, _kind(value, rows)) for name, value in named.items())
+    attentions = _attentions(block) if rewriting.leaks or len(named) > 1 else ()
+    return kinds, _has_one_row(named), rewriting.asked(block, named), attentions
+
+
+def _has_one_row(named: dict[str, Any]) -> bool:
+    x = next(iter(named.values()), None)
+    return not isinstance(x, Tensor) or not x.dim() or bool(x.shape[0] == 1)
+
+
+def _attentions(block: Any) -> tuple[str, ...]:
+    """The kinds of attention of a block of transformers, which decide how a mask is read."""
+    configs = [getattr(module, "config", None) for module in block.modules()]
+    return tuple(str(getattr(each, "_attn_implementation", "")) for each in configs if each)
+
+
+def proofs_of(
+    block: Any, rewriting: Rewriting, check: str, args: Any, kwargs: Any
+) -> tuple[Proof, ...]:
+    """What is known of a rewriting for such arguments; compares where that is still to be done.
+
+    One for each tensor of a list, up to the first that does not hold.
+    """
+    if not rewriting.fits(block):
+        return (Proof(False, "its configuration is not the one that it was patched with"),)
+    if not rewriting.source:  # written by hand
+        return (TRUSTED,)
+    if check == "never":
+        return (Proof(True, of_samples=None),)
+    if not is_compiling():
+        stamp = block._sdkernels.stamp
+        if stamp is None or not stamp.holds():
+            recall(block, rewriting)
+    plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
+    if plain and check == "first" and block._sdkernels.is_known:
+        return (TRUSTED,)
+    found: list[Proof] = []
+    for named in _crops(_named(rewriting, args, kwargs)):
+        found.append(_proof_of_one(block, rewriting, check, named))
+        if not found[-1].holds:
+            break
+    return tuple(found)
+
+
+def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str, Any]) -> Proof:
+    state = block._sdkernels
+    doubtful = _doubtful(named)
+    derives = rewriting.derives or rewriting.leaks
+    if state.is_known and not (doubtful or derives) and check != "always":
+        return TRUSTED
+    kind = _kind_of_call(block, rewriting, named)
+    proofs = {} if state.proofs is None else state.proofs  # none known yet where it is compiled
+    found: Proof | None = proofs.get(kind)
+    if found is not None:
+        return found
+    if is_compiling():
+        _say_uncompared(rewriting.original.__module__, rewriting.original.__qualname__)
+    if is_compiling() or torch.is_inference_mode_enabled():
+        return Proof(False, "it was not compared with its original yet: report.check(*inputs) does")
+    if len(proofs) >= _KINDS:
+        return Proof(False, f"its arguments are of more than {_KINDS} kinds", lasts=False)
+    found = prove(block, rewriting, named, doubtful)
+    if _has_one_row(named):  # of others nothing is known
+        found = replace(found, lasts=False)
+    proofs[kind] = found
+    if not found.holds:
+        warn(rewriting, found)
+    return found
+
+
+def recall(block: Any, rewriting: Rewriting) -> None:
+    """Find what is known of blocks that are set to the same."""
+    own = tuple(each.p.partition(".")[0] for each in rewriting.branches if each.p)
+    state = block._sdkernels
+    if len(rewriting.proofs) > _SETTINGS:
+        rewriting.proofs.clear()
+    state.proofs = rewriting.proofs.setdefault(settings(block, is_to_drop, own), {})
+    kind = rewriting.original
+    marks = VERIFIED.get(f"{kind.__module__}:{kind.__qualname__}", {})
+    state.is_known = rewriting.mark in marks and _is_all_of_libraries(block, kind)
+    state.stamp = Stamp(m for path, m in block.named_modules() if not is_to_drop(path, m))
+
+
+def _is_all_of_libraries(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether everything in a block is torch's or its own library's, as it was when compared."""
+    own = ("torch", "sdkernels", kind.__module__.partition(".")[0])
+
+    def is_own(module: Any) -> bool:
+        names = type(module).__module__, getattr(type(module).forward, "__module__", None) or ""
+        return all(name.partition(".")[0] in own for name in names)
+
+    return all("forward" not in m.__dict__ and is_own(m) for m in block.modules())
+
+
+def warn(rewriting: Rewriting, proof: Proof) -> None:
+    kind = rewriting.original
+    warnings.warn(
+        f"{kind.__module__}.{kind.__qualname__} keeps its own forward, and computes what it drops: "
+        f"{proof.reason}",
+        stacklevel=2,
+    )
+
+
+@at_trace_time
+def _say_uncompared(module: str, name: str) -> None:
+    warnings.warn(
+        f"{module}.{name} is compiled with its own forward, which computes what it drops: the "
+        "other one was not compared with it yet; call report.check(*inputs) before you compile",
+        stacklevel=2,
+    )

@@ -1,0 +1,236 @@
+"""A forward with its branches handed to the op, as source and as a function.
+
+It runs with the globals and the closure of the forward that it was written from, and is found by
+tracebacks, debuggers and ``inspect.getsource``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+import linecache
+from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType
+
+from .flow import names_written
+from .peeling import Peeled, peel
+from .sites import Parts
+from .slicing import Slice
+from .source import Swapped, attribute_path
+
+__all__ = ["ADD", "compiled", "written"]
+
+ADD = "add_branch"  # the parameter that adds a branch: an instance of blocks.Add
+_numbers = itertools.count()
+
+
+def written(
+    statements: Sequence[ast.stmt],
+    slices: Sequence[tuple[int, Slice]],
+    definition: Callable[[str, int, set[int]], int],
+    dead: set[int],
+    parts: Parts,
+) -> tuple[list[ast.stmt], list[tuple[str, ...]]]:
+    """The statements with every branch as a function of its own.
+
+    Args:
+        slices: the branches, each with its number.
+        dead: statements that nobody needs.
+        definition: which definition of a name holds before a statement, if some are gone.
+
+    Returns:
+        The statements, and for each branch the attributes of the block that it uses.
+    """
+    gone = dead | {n for _, each in slices for n in (*each.members, *each.postponed)}
+    saved: dict[int, list[ast.stmt]] = {}  # by the statement that they follow
+    done: dict[int, list[ast.stmt]] = {}  # by the statement that they come before
+    after: dict[int, list[ast.stmt]] = {}
+    replaced: dict[int, ast.Call] = {}
+    used: list[tuple[str, ...]] = []
+    for number, each in slices:
+        at = each.addition.at
+
+        def value_of(name: str, own: int, at: int = at) -> str:
+            """The name that holds a definition where the branch is added."""
+            if definition(name, at, gone) == own:
+                return name
+            copied = f"{name}_before_{at}"
+            keep = ast.parse(f"{copied} = {name}").body
+            saved.setdefault(own, []).extend(keep)
+            return copied
+
+        peeled = peel(each, parts)
+        function, made = _function(number, each, peeled, value_of)
+        call = _call(number, each, peeled, function, value_of)
+        if isinstance(each.residual, (ast.Attribute, ast.Subscript)):
+            # Add counts who holds a sum: a container must not stand in a variable's place.
+            variable = ast.Name(f"residual_{number}", ast.Store())
+            made.append(ast.Assign([variable], each.residual))
+            (keyword,) = (each for each in call.keywords if each.arg == "residual")
+            keyword.value = ast.Name(variable.id, ast.Load())
+        done.setdefault(at, []).extend(made)
+        replaced[id(each.addition.node)] = call
+        for name, hidden in each.leaks.items():
+            text = f"{name} = {ADD}.aside.get({name!r})"
+            if hidden:
+                text = f"{name} = ({'None, ' * hidden}*{ADD}.aside.get({name!r}, ()))"
+            after.setdefault(at, []).extend(ast.parse(text).body)
+        after.setdefault(at, []).extend(statements[n] for n in sorted(each.postponed))
+        trees = [*each.body, each.result, *peeled.options.values()]
+        used.append(tuple(dict.fromkeys(p for t in trees for p in parts.used(t))))
+    result = list(saved.get(-1, []))
+    for number, statement in enumerate(statements):
+        if number in gone:
+            continue
+        added = [e for _, e in slices if e.addition.at == number]
+        result += done.get(number, [])
+        if added:
+            _Replaced(replaced).visit(statement)
+            if after.get(number):  # what the branch hands on is there once it has been added
+                total = added[-1].addition
+                name = f"sum_{number}"
+                call = replaced[id(total.node)]
+                hoisted = ast.Assign([ast.Name(name, ast.Store())], call)
+                Swapped(call, ast.Name(name, ast.Load())).visit(statement)
+                result += [hoisted, *after.pop(number)]
+        elif hasattr(statement, "in_place"):
+            statement = statement.in_place
+        result.append(statement)
+        result += saved.get(number, [])
+    return _with_activation(result, parts), used
+
+
+class _Replaced(ast.NodeTransformer):
+    def __init__(self, by: dict[int, ast.Call]) -> None:
+        self.by = by
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        call = self.by.get(id(node))
+        if call is None:
+            return node
+        for keyword in call.keywords:
+            if keyword.arg == "residual":  # may have been replaced in part itself
+                keyword.value = self.visit(keyword.value)
+        return call
+
+
+def _function(
+    number: int, branch: Slice, peeled: Peeled, value_of: Callable[[str, int], str]
+) -> tuple[ast.expr, list[ast.stmt]]:
+    """The branch as an expression, and the statement that defines it if there is one."""
+    match peeled:
+        case Peeled(body=[], result=ast.Call(func=called, args=[ast.Name(id=name)], keywords=[])):
+            if name == peeled.stream and attribute_path(called) and not branch.extras:
+                return called, []
+    inside = set().union(*map(names_written, peeled.body)) if peeled.body else set()
+    defaults: list[tuple[str, str]] = []
+    for name, own in branch.fixed.items():
+        value = value_of(name, own)
+        if value != name or name in inside:
+            defaults.append((name, value))
+    names = [peeled.stream, *branch.extras]
+    parameters = ", ".join([*names, *(f"{name}={value}" for name, value in defaults)])
+    definition = ast.parse(f"def branch_{number}({parameters}): pass").body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.body = list(peeled.body)
+    for name, hidden in branch.leaks.items():
+        text = f"{name}[{hidden}:]" if hidden else name
+        definition.body += ast.parse(f"{ADD}.put_aside({name!r}, {text})").body
+    definition.body.append(ast.Return(peeled.result))
+    return ast.Name(definition.name, ast.Load()), [definition]
+
+
+def _call(
+    number: int,
+    branch: Slice,
+    peeled: Peeled,
+    function: ast.expr,
+    value_of: Callable[[str, int], str],
+) -> ast.Call:
+    stream = value_of(*branch.stream)
+    keywords = [ast.keyword(name, value) for name, value in peeled.options.items()]
+    if branch.residual is not None:
+        keywords.append(ast.keyword("residual", branch.residual))
+    if branch.extras:
+        keys: list[ast.expr | None] = [ast.Constant(name) for name in branch.extras]
+        values: list[ast.expr] = [
+            ast.Name(value_of(name, own), ast.Load()) for name, own in branch.extras.items()
+        ]
+        keywords.append(ast.keyword("args", ast.Dict(keys, values)))
+    arguments: list[ast.expr] = [ast.Constant(number), ast.Name(stream, ast.Load()), function]
+    return ast.Call(ast.Name(ADD, ast.Load()), arguments, keywords)
+
+
+def _with_activation(statements: list[ast.stmt], parts: Parts) -> list[ast.stmt]:
+    """``relu(add(...))`` -> ``add(..., activation=relu)``, also in two statements."""
+    result: list[ast.stmt] = []
+    for statement in statements:
+        match (result[-1:], statement):
+            case (
+                [ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call)],
+                ast.Assign(value=ast.Call(args=[ast.Name(id=read)], keywords=[]) as outer)
+                | ast.Return(value=ast.Call(args=[ast.Name(id=read)], keywords=[]) as outer),
+            ) if name == read and _is_addition(call) and parts.is_relu(attribute_path(outer.func)):
+                target = isinstance(statement, ast.Return) or names_written(statement) == {name}
+                if target:
+                    result.pop()
+                    outer.args = [call]
+        result.append(_Activated(parts).visit(statement))
+    return result
+
+
+def _is_addition(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == ADD
+
+
+class _Activated(ast.NodeTransformer):
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=function, args=[ast.Call() as inner], keywords=[]):
+                if _is_addition(inner) and self.parts.is_relu(attribute_path(function)):
+                    inner.keywords.append(ast.keyword("activation", function))
+                    return inner
+        return node
+
+
+def compiled(
+    original: FunctionType, tree: ast.FunctionDef, body: list[ast.stmt], name: str
+) -> tuple[FunctionType, str]:
+    """The function of these statements, and its source.
+
+    It takes what adds a branch after ``self``.
+    """
+    definition = copy.copy(tree)
+    definition.args = copy.deepcopy(tree.args)
+    definition.args.args.insert(1, ast.arg(ADD))
+    definition.body = body or [ast.Pass()]
+    source = ast.unparse(ast.fix_missing_locations(definition)) + "\n"
+    file = f"<sdkernels {next(_numbers)}: {name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    free = [each for each in original.__code__.co_freevars if each.isidentifier()]
+    # Names of the closure are free in a function within one that has them.
+    inner = "".join(f"    {line}\n" for line in source.splitlines())
+    text = f"def closure({', '.join(free)}):\n{inner}" if free else source
+    code: CodeType = compile(text, file, "exec")
+    if free:
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        code = next(c for c in code.co_consts if isinstance(c, CodeType))
+    code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == tree.name)
+    cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
+    function = FunctionType(
+        code,
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        tuple(cells[each] for each in code.co_freevars),
+    )
+    function.__kwdefaults__ = original.__kwdefaults__
+    function.__qualname__ = original.__qualname__
+    function.__module__ = original.__module__
+    return function, source

@@ -1,0 +1,649 @@
+"""patch(model, rows="block"): layers of timm, transformers and one's own on their kept rows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import libraries
+import pytest
+import torch
+from compiling import compilation
+from torch import Tensor, nn
+
+from sdkernels import DepthPlan, KeptRows, linear_decay, patch, uniform, unpatch
+from sdkernels.models import LayerReport
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+BATCH, TOKENS = 6, 7
+
+
+@dataclass
+class Net:
+    """A small model, its input, and the submodules whose outputs a layer adds."""
+
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    parts: tuple[str, ...] = ()  # none: they cannot be told, and rescale="none" is all there is
+    tolerance: float = 1e-10  # of the largest value; some norms round to float32
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 50, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def padded() -> Tensor:
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+    mask[0, 5:] = mask[3, 2:] = 0
+    return mask
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def decoder(name: str, **sizes: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        library = libraries.load("transformers")
+        more = {"intermediate_size": 32, "num_key_value_heads": 1, "vocab_size": 50} | sizes
+        config = getattr(library, f"{name}Config")(**SIZES, head_dim=8, **more)
+        model = getattr(library, f"{name}ForCausalLM")(config)
+        return model, {"input_ids": ids(), "attention_mask": padded(), "labels": ids()}
+
+    return make
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Any]]:
+    library = libraries.load("transformers")
+    config = library.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=16,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    inputs = {"input_ids": ids(), "attention_mask": padded(), "labels": ids()}
+    return library.GPT2LMHeadModel(config), inputs
+
+
+def bert() -> tuple[nn.Module, dict[str, Any]]:
+    library = libraries.load("transformers")
+    config = library.BertConfig(
+        vocab_size=50, intermediate_size=32, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **SIZES,
+    )  # fmt: skip
+    inputs = {"input_ids": ids(), "attention_mask": padded(), "labels": ids()}
+    return library.BertForMaskedLM(config), inputs
+
+
+def vit() -> tuple[nn.Module, dict[str, Any]]:
+    library = libraries.load("transformers")
+    config = library.ViTConfig(intermediate_size=32, image_size=8, patch_size=4, **SIZES)
+    model = library.ViTForImageClassification(config)
+    return model, {"pixel_values": torch.randn(BATCH, 3, 8, 8), "labels": torch.tensor([0, 1] * 3)}
+
+
+def speech(name: str, stable: bool) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        library = libraries.load("transformers")
+        config = getattr(library, f"{name}Config")(
+            intermediate_size=32, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 4),
+            num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+            feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0, do_stable_layer_norm=stable,
+            feat_extract_norm="layer" if stable else "group", **SIZES,
+        )  # fmt: skip
+        model = getattr(library, f"{name}Model")(config)
+        mask = torch.ones(BATCH, 400, dtype=torch.int64)
+        mask[1, 200:] = 0
+        return model, {"input_values": torch.randn(BATCH, 400), "attention_mask": mask}
+
+    return make
+
+
+def timm_net(name: str, image: int = 32, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        model = libraries.load("timm").create_model(name, num_classes=4, **options)
+        return model, {"x": torch.randn(BATCH, 3, image, image)}
+
+    return make
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+NETS = {
+    "llama": Net(decoder("Llama"), ("self_attn", "mlp")),
+    "qwen3": Net(decoder("Qwen3"), ("self_attn", "mlp")),
+    "gemma": Net(decoder("Gemma"), ("self_attn", "mlp"), 1e-5),
+    "gemma2": Net(
+        decoder("Gemma2", query_pre_attn_scalar=8),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        1e-5,
+    ),
+    "gpt2": Net(gpt2, ("attn", "mlp")),
+    "bert": Net(bert),
+    "vit": Net(vit, ("attention", "mlp")),
+    "wav2vec2": Net(speech("Wav2Vec2", False)),
+    "wav2vec2-stable": Net(speech("Wav2Vec2", True), ("attention", "feed_forward")),
+    "hubert": Net(speech("Hubert", False)),
+    "timm-vit": Net(timm_net("vit_tiny_patch16_224", **SMALL), ("drop_path1", "drop_path2")),
+    "timm-vit-dropping": Net(
+        timm_net("vit_tiny_patch16_224", drop_path_rate=0.3, init_values=0.5, **SMALL),
+        ("drop_path1", "drop_path2"),
+    ),
+    "timm-eva": Net(
+        timm_net("eva02_tiny_patch14_224", drop_path_rate=0.3, **{**SMALL, "patch_size": 8}),
+        ("drop_path1", "drop_path2"),
+    ),
+    "timm-convnext": Net(
+        timm_net("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), drop_path_rate=0.3),
+        ("drop_path",),
+    ),
+    "timm-swin": Net(
+        timm_net(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8,
+            depths=(2, 1), num_heads=(2, 2), drop_path_rate=0.3,
+        ),
+        ("drop_path1", "drop_path2"),
+    ),
+}  # fmt: skip
+
+
+class MaskedPart(nn.Module):
+    """What a layer adds, on every row, times the mask of the rows and the scale."""
+
+    def __init__(self, part: nn.Module | None, rows: KeptRows) -> None:
+        super().__init__()
+        self.part, self.rows = part, rows
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = args[0] if self.part is None else self.part(*args, **kwargs)
+        first = out[0] if isinstance(out, tuple) else out
+        factor = (self.rows.slot >= 0).to(first.dtype) * self.rows.scale
+        masked = first * factor.view(-1, *[1] * (first.dim() - 1))
+        return (masked, *out[1:]) if isinstance(out, tuple) else masked
+
+
+class MaskedLayer(nn.Module):
+    def __init__(self, layer: nn.Module, rows: KeptRows) -> None:
+        super().__init__()
+        self.layer, self.rows = layer, rows
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = (self.rows.slot >= 0).view(-1, *[1] * (x.dim() - 1))
+        return torch.where(kept, self.layer(x, *args, **kwargs), x)
+
+
+def make_rows(layers: int, scale: float) -> list[KeptRows]:
+    generator = torch.Generator().manual_seed(0)
+    plan = []
+    for layer in range(layers):
+        mask = torch.rand(BATCH, generator=generator) < 0.6
+        mask[0] = layer != 1
+        mask[1:] &= layer != 1  # nothing kept in the second
+        plan.append(KeptRows.from_mask(mask, scale))
+    return plan
+
+
+def value_of(output: Any) -> Tensor:
+    for name in ("loss", "last_hidden_state", "logits"):
+        if getattr(output, name, None) is not None:
+            value: Tensor = getattr(output, name)
+            return value
+    assert isinstance(output, Tensor)
+    return output
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model, inputs = NETS[name].make()
+    model = model.double().train()
+    floating = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    return model, floating
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    value = value_of(model(**inputs))
+    weight = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(2))
+    (value * weight).sum().backward()
+    zero = torch.zeros(())
+    return [value.detach(), *(zero if p.grad is None else p.grad for p in model.parameters())]
+
+
+def compare(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        largest = float(b.abs().max())
+        torch.testing.assert_close(a, b.expand(a.shape), rtol=0, atol=tolerance * largest + 1e-15)
+
+
+def options_of(net: Net) -> dict[str, Any]:
+    return {"rescale": "train" if net.parts else "none"}
+
+
+@pytest.mark.parametrize("rescale", ["train", "none"])
+@pytest.mark.parametrize("name", NETS)
+def test_equals_masking(name, rescale):
+    net = NETS[name]
+    if not net.parts and rescale == "train":
+        pytest.skip("its branches are not told apart")
+    model, inputs = made(name)
+    masked = copy.deepcopy(model)
+    report = patch(model, rows="block", drop_probs=0.5, rescale=rescale)
+    assert isinstance(report, LayerReport)
+    assert len(report.patched) >= 3
+    assert not report.left
+    scale = 1.6 if rescale == "train" else 1.0
+    plan = make_rows(len(report.patched), scale)
+    with report.use(plan):
+        actual = run(model, inputs)
+    for entry, rows in zip(report.patched, plan, strict=True):
+        layer = masked.get_submodule(entry.name)
+        for part in net.parts:
+            own = layer.get_submodule(part)
+            drops = "drop_path" in part
+            layer.set_submodule(part, MaskedPart(None if drops else own, rows))
+        if not net.parts:
+            masked.set_submodule(entry.name, MaskedLayer(layer, rows))
+    compare(actual, run(masked, inputs), net.tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "wav2vec2", "timm-vit"])
+def test_gradient_checkpointing(name):
+    """As the library does it; the rows are the same when a layer runs again."""
+    results = []
+    for checkpointed in (False, True):
+        model, inputs = made(name)
+        patch(model, rows="block", drop_probs=0.5, **options_of(NETS[name]))
+        if checkpointed and name.startswith("timm"):
+            model.set_grad_checkpointing()
+        elif checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        results.append(run(model, inputs))
+    compare(*results)
+
+
+def test_checkpointing_with_a_plan():
+    model, inputs = made("llama")
+    report = patch(model, rows="block", drop_probs=0.5)
+    model.gradient_checkpointing_enable()
+    plan = report.plan_for_step(seed=1, step=3, batch=BATCH)
+    with report.use(plan):
+        actual = run(model, inputs)
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    with report.use(plan):
+        compare(actual, run(model, inputs))
+    model.gradient_checkpointing_enable()
+    with report.use(plan):
+        loss = model(**inputs).loss
+    refused = pytest.raises(RuntimeError, match="run again in the backward with other rows")
+    with report.use(report.plan(BATCH)), refused:
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation_and_evaluation_are_untouched(name):
+    model, inputs = made(name)
+    plain = copy.deepcopy(model).eval()
+    patch(model, rows="block", drop_probs=0.5)
+    run(model, inputs)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    prompt = {"input_ids": ids(), "attention_mask": torch.ones_like(ids())}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = plain.generate(**prompt, **options)
+    assert torch.equal(model.generate(**prompt, **options), expected)
+
+
+def test_copies_and_pickles():
+    model, inputs = made("llama")
+    kind = type(model.model.layers[0])
+    keys = list(model.state_dict())
+    report = patch(model, rows="block", drop_probs=0.5)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    plan = make_rows(3, 2.0)
+    with report.use(plan):
+        expected = run(model, inputs)
+    for other in others:
+        assert isinstance(other.model.layers[1], kind)
+        assert list(other.state_dict()) == keys
+        assert other.model.layers[1]._sdkernels.rows == [None]
+        from sdkernels.models import use
+
+        with use(other, plan):
+            compare(run(other, inputs), expected)
+    assert type(unpatch(model).model.layers[0]) is kind
+
+
+def test_compiled():
+    """After report.check(), one graph for the step; counts change without another."""
+    model, inputs = made("timm-vit-dropping")
+    report = patch(model, rows="block", drop_probs=0.5)
+    with pytest.raises(Exception, match=r"report\.check"), compilation():
+        torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
+    report.check(**inputs)
+    assert model.training
+    plans = [DepthPlan.sample(BATCH, report.drop_probs) for _ in range(3)]
+    expected = []
+    for plan in plans:
+        model.zero_grad()
+        with report.use(plan):
+            expected.append(run(model, inputs))
+    expected = [[value.clone() for value in values] for values in expected]
+    with compilation():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        for plan, values in zip(plans, expected, strict=True):
+            model.zero_grad()
+            with report.use(plan):
+                compare(run(compiled, inputs), values)
+
+
+# Probabilities
+
+
+def test_schedules():
+    model, _ = made("llama")
+    report = patch(model, rows="block", drop_probs=0.3)
+    assert report.drop_probs == linear_decay(3, 0.3)
+    report.drop_probs = uniform(3, 0.2)
+    assert report.drop_probs == [0.2] * 3
+    report.drop_probs = lambda progress: 0.6 * (1 - progress)
+    assert report.drop_probs == pytest.approx(linear_decay(3, 0.6))
+    report.progress = 0.5
+    assert report.drop_probs == pytest.approx(linear_decay(3, 0.3))
+    assert len(report.plan(4)) == 3
+    report.progress = 1.0
+    assert report.drop_probs == [0.0] * 3
+    assert "p == 0" in str(report)
+
+
+def test_a_run_goes_on_exactly():
+    def start() -> tuple[nn.Module, LayerReport, torch.optim.Optimizer, Any]:
+        model, inputs = made("llama")
+        schedule = lambda progress: [0.5 * (1 - progress)] * 3  # noqa: E731
+        report = patch(model, rows="block", drop_probs=schedule)
+        return model, report, torch.optim.SGD(model.parameters(), 0.1), inputs
+
+    def step(number: int, model: Any, report: Any, optimizer: Any, inputs: Any) -> None:
+        report.progress = number / 8
+        optimizer.zero_grad()
+        with report.use(report.plan_for_step(seed=3, step=number, batch=BATCH)):
+            model(**inputs).loss.backward()
+        optimizer.step()
+
+    run_through = start()
+    for number in range(6):
+        step(number, *run_through)
+    first = start()
+    for number in range(3):
+        step(number, *first)
+    saved = copy.deepcopy([first[0].state_dict(), first[1].state_dict(), first[2].state_dict()])
+    resumed = start()
+    for part, state in zip(resumed, saved, strict=False):
+        part.load_state_dict(state)
+    assert resumed[1].progress == 2 / 8
+    assert resumed[1].drop_probs == first[1].drop_probs
+    for number in range(3, 6):
+        step(number, *resumed)
+    for a, b in zip(resumed[0].parameters(), run_through[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_own_probabilities_are_read_at_every_call():
+    model, _ = made("timm-vit-dropping")
+    for block in model.blocks:
+        block.drop_path1 = block.drop_path2 = libraries.load("timm.layers").DropPath(0.25)
+    report = patch(model, rows="block")
+    assert report.drop_probs == [0.25] * 3
+    model.blocks[1].drop_path1.drop_prob = 0.5
+    assert report.drop_probs == [0.25, 0.5, 0.25]
+
+
+def test_expected_saving():
+    model, inputs = made("llama")
+    report = patch(model, rows="block", drop_probs=[0.5] * 3)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert report.expected_saving() == pytest.approx(0.5 * layers / total)
+    del inputs["labels"]
+    assert 0.2 < report.expected_saving(**inputs) < 0.5
+
+
+# One's own layers
+
+
+class Attention(nn.Linear):
+    pass
+
+
+class Layer(nn.Module):
+    """Takes all sorts of inputs, and returns a tuple."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.attention = Attention(width, width)
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, mask: Any = None, *, cache: Any = None, **inputs: Any) -> Any:
+        self.seen = {"x": x, "mask": mask, "cache": cache, **inputs}
+        return (x + self.attention(x), None)
+
+
+class Block(Layer):
+    """Of two branches, whose names are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.attention(x)
+        return (x + self.mlp(x), None)
+
+
+class Model(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for layer in self.layers:
+            x, *_ = layer(x, *args, **kwargs)
+        return x
+
+
+def patched(**options: Any) -> tuple[Model, LayerReport]:
+    model = Model(Layer())
+    return model, patch(model, rows="block", **{"drop_probs": [0.5], "rescale": "none"} | options)
+
+
+def test_what_belongs_to_samples():
+    model, report = patched()
+    x = torch.randn(4, 3, 4)
+    inputs = {
+        "of_samples": torch.arange(4.0).view(4, 1, 1, 1),
+        "shared": torch.arange(9.0).view(1, 1, 3, 3),
+        "position_embeddings": (torch.randn(1, 3, 2), torch.randn(4, 3, 2)),
+        "table": torch.randn(3, 2),
+        "number": torch.tensor(5.0),
+        "flag": True,
+    }
+    rows = KeptRows.from_index(torch.tensor([1, 3]), 4)
+    with report.use([rows]):
+        y = model(x, torch.ones(4, 1, 1, 3), **inputs)
+    seen = model.layers[0].seen
+    assert y.shape == x.shape
+    assert torch.equal(seen["x"], x[[1, 3]])
+    assert seen["mask"].shape == (2, 1, 1, 3)
+    assert seen["of_samples"].flatten().tolist() == [1, 3]
+    assert seen["shared"] is inputs["shared"]
+    assert seen["table"] is inputs["table"]
+    assert seen["number"] is inputs["number"]
+    assert seen["flag"] is True
+    cos, sin = seen["position_embeddings"]
+    assert cos is inputs["position_embeddings"][0]
+    assert torch.equal(sin, inputs["position_embeddings"][1][[1, 3]])
+
+
+class Cache:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+def test_a_new_cache_stays_empty():
+    model, _ = patched()
+    model(torch.randn(4, 3, 4), cache=Cache(0), use_cache=True)
+    assert model.layers[0].seen["cache"] is None
+    assert model.layers[0].seen["use_cache"] is False
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "packed": ({"cu_seq_lens_q": torch.tensor([0, 5])}, "documents packed into one sequence"),
+    "cache": ({"cache": Cache(3)}, "train with use_cache=False"),
+    "unknown": ({"memory": torch.zeros(7, 2)}, r"memory: a Layer got a tensor of shape \(7, 2\)"),
+    "both": ({"table": torch.zeros(4, 2)}, "it could be both"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_inputs_that_are_refused(name):
+    inputs, message = REFUSED[name]
+    model, _ = patched()
+    tokens = 4 if name == "both" else 3
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(4, tokens, 4), **inputs)
+
+
+class Maps(Layer):
+    def forward(self, x: Tensor) -> Any:
+        return x + self.attention(x), x.mean(-1)
+
+
+class Shorter(Layer):
+    def forward(self, x: Tensor) -> Any:
+        return (x + self.attention(x))[:, 1:]
+
+
+class Normed(Layer):
+    """A norm behind the sum, and a drop path inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path = libraries.load("timm.layers").DropPath(0.5)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(x + self.drop_path(self.attention(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (Maps, {}, ValueError, "returned more than its hidden states"),
+        (Shorter, {}, ValueError, "expected to return the shape that it was given"),
+        (Normed, {}, RuntimeError, "a Normed changes it"),
+        (Layer, {"rescale": "train"}, RuntimeError, 'patch with rescale="none"'),
+    ],
+)
+def test_layers_that_are_refused(kind, options, error, message):
+    model = Model(kind())
+    patch(model, rows="block", **{"drop_probs": [0.5], "rescale": "none"} | options)
+    x = torch.randn(8, 3, 4)
+    torch.manual_seed(0)
+    with pytest.raises(error, match=message):
+        model(x)
+
+
+def test_the_look_at_a_layer_leaves_no_trace():
+    """No gradient, no statistics, no random numbers; the model is in training afterwards."""
+    model, inputs = made("timm-convnext")
+    report = patch(model, rows="block", drop_probs=0.5)
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    report.check(**inputs)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_forward_in_the_place_of_a_submodules_own():
+    """As accelerate's hooks put one there: it is called, and stays."""
+    calls = []
+    model = Model(Block())
+    attention = model.layers[0].attention
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(x.shape[0])
+        return type(attention).forward(attention, x)
+
+    attention.forward = forward
+    report = patch(model, rows="block", drop_probs=[0.5])
+    for k in ([1, 3], [0]):
+        with report.use([KeptRows.from_index(torch.tensor(k), 4, 2.0)]):
+            model(torch.randn(4, 3, 4))
+        assert calls[-1] == len(k)
+        assert attention.__dict__["forward"] is forward
+
+
+def test_tracing_records_the_layer_as_it_was():
+    model, _ = patched()
+    x = torch.randn(4, 3, 4)
+    with pytest.warns(UserWarning, match="is its original forward"):
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+    assert torch.equal(traced(x), copy.deepcopy(unpatch(model))(x))
+
+
+def test_bad_arguments():
+    model = Model(Layer(), Layer())
+    bad = [
+        ({"rows": "layer"}, ValueError, "rows: expected one of 'branch', 'block'"),
+        ({"drop_probs": [0.5]}, ValueError, "drop_probs: expected 2 entries, one for each layer"),
+        ({"drop_probs": "0.5"}, TypeError, "drop_probs: expected a number, a sequence"),
+        ({"drop_probs": lambda t: 2.0}, ValueError, r"drop_probs: expected a drop probability in"),
+        ({"drop_probs": None}, ValueError, "model: expected layers to drop"),
+        ({"rescale": "eval", "drop_probs": 0.5}, ValueError, "which has no drop path"),
+    ]
+    for options, error, message in bad:
+        with pytest.raises(error, match=message):
+            patch(model, **{"rows": "block", **options})
+        assert type(model.layers[0]) is Layer
+    with pytest.raises(TypeError, match="got a function"):
+        patch(model, drop_probs=lambda t: 0.5)
+    report = patch(model, rows="block", drop_probs=0.5, rescale="none")
+    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1"):
+        report.progress = 1.5
+    with pytest.raises(ValueError, match="drop_probs: expected 2 entries"):
+        report.drop_probs = [0.1]
+    with pytest.raises(ValueError, match="plan: expected 2 branches"), report.use([]):
+        pass
+    other = DepthPlan.sample(4, [0.1, 0.1], rescale="none")
+    with pytest.raises(ValueError, match="drop probability of"), report.use(other):
+        pass
+
+
+def test_branches_of_several_probabilities():
+    model, _ = made("timm-vit-dropping")
+    model.blocks[2].drop_path2 = libraries.load("timm.layers").DropPath(0.1)
+    with pytest.raises(ValueError, match="expected one drop probability for all branches"):
+        patch(model, rows="block")
+    assert patch(model, rows="block", drop_probs=uniform(3, 0.2)).drop_probs == [0.2] * 3
+
+
+def test_a_layer_drop_of_its_own():
+    model, _ = made("wav2vec2")
+    model.config.layerdrop = 0.1
+    with pytest.raises(ValueError, match="drops layers for the whole batch itself"):
+        patch(model, rows="block", drop_probs=0.1, rescale="none")
+
+
+def test_a_drop_path_that_draws_itself():
+    model, _ = made("timm-vit-dropping")
+    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
+    report = patch(model, rows="block")
+    assert [each.name for each in report.left] == ["blocks.1"]
+    assert "has hooks" in report.left[0].reason

@@ -14,6 +14,7 @@ try:
     )
     from .functional import fused_stochastic_depth
     from .layer_dropout import fused_layer_dropout
+    from .measure import measure
     from .models import compacted, patch, unpatch
     from .modules import StochasticDepth
     from .plan import DepthPlan
@@ -42,6 +43,7 @@ __all__ = [
     "fused_layer_dropout",
     "fused_stochastic_depth",
     "linear_decay",
+    "measure",
     "patch",
     "scatter_add_rows",
     "scatter_rows",

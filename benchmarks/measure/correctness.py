@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from benchmarks.measure.workload import Case
+from sdkernels.measure.comparing import full_precision
 
 # Largest error allowed, relative to the largest entry of the expected tensor: a few roundings of
 # the dtype, with room for the other order of summation in weight gradients over thousands of rows.
@@ -27,19 +25,6 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     difference = (got - expected).abs().max()
     magnitude = expected.abs().max()
     return (difference / magnitude).item() if magnitude > 0 else difference.item()
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Convolutions in fp32: by default cuDNN rounds their inputs to the 10 bits of TF32, and may
-    choose other algorithms for B rows than for k.
-    """
-    cudnn = torch.backends.cudnn
-    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = allowed
 
 
 @full_precision()

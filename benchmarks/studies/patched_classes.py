@@ -31,7 +31,6 @@ from torch import Tensor, nn
 import sdkernels
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
-from benchmarks.measure.memory import saved_activation_bytes
 from benchmarks.providers.libraries import LIBRARIES, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
@@ -46,21 +45,22 @@ from benchmarks.studies.patched_subjects import (
     subjects,
 )
 from sdkernels import KeptRows
+from sdkernels.measure.comparing import Differs, compare
+from sdkernels.measure.memory import saved_activation_bytes
+from sdkernels.measure.turns import quartiles, time_in_turns
 from sdkernels.models import PatchReport
 
 BATCH = 20
-# Of float32 through a whole model, relative to the largest entry of a tensor; a gradient that is
-# zero but for rounding (of a key's bias, say) is held against the largest of all.
-TOLERANCE, FLOOR = 1e-3, 1e-6
 
 
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """Output and gradients of a step, those of parameters that take part in it."""
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """Output and gradients of a step."""
     torch.manual_seed(5)  # relative position MLPs have dropout
     y = output_of(model(x))
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(y.square().mean(), parameters, allow_unused=True)
-    return [y.detach(), *found]
+    named = {f"gradient of parameter {number}": grad for number, grad in enumerate(found)}
+    return {"output": y.detach(), **named}
 
 
 def check(subject: Subject, x: Tensor) -> None:
@@ -79,21 +79,15 @@ def check(subject: Subject, x: Tensor) -> None:
     report = sdkernels.patch(patched, drop_probs=probs, sampler="fixed")
     plan = report.plan(len(x), generator=torch.Generator().manual_seed(1))
     expected = gradients(masked(model(), subject, list(plan)), x)
-    largest = max(g.abs().max() for g in expected[1:] if g is not None and g.numel())
     with report.use(plan):
         found = {"fused": gradients(patched, x)}
         with in_place_of_the_op(index_add):
             found["index_add"] = gradients(patched, x)
     for provider, tensors in found.items():
-        for number, (got, wanted) in enumerate(zip(tensors, expected, strict=True)):
-            if got is None or wanted is None or not wanted.numel():
-                right = (got is None) == (wanted is None)
-            else:
-                allowed = TOLERANCE * wanted.abs().max() + (FLOOR * largest if number else 0.0)
-                right = bool((got - wanted).abs().max() <= allowed)
-            if not right:
-                what = f"the gradient of parameter {number - 1}" if number else "its output"
-                sys.exit(f"{subject.name} ({subject.label}): {provider!r} differs in {what}")
+        try:
+            compare(tensors, expected)
+        except Differs as error:
+            sys.exit(f"{subject.name} ({subject.label}): {provider!r} differs in its {error}")
 
 
 @dataclass(frozen=True)
@@ -142,32 +136,6 @@ def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport
     return steps, report
 
 
-def time_in_turns(
-    steps: dict[str, Step], device: torch.device, turns: int
-) -> dict[str, list[float]]:
-    """Seconds of every call; each turn starts with another provider."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for turn in range(turns + 1):  # the first one warms up
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> dict[str, Any]:
     """A line of the table, ready for JSON."""
     torch.manual_seed(0)
@@ -178,7 +146,7 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
         name: saved_activation_bytes(steps[name].forward, steps[name].parameters())
         for name in ("naive", "fused")
     }
-    seconds = time_in_turns(steps, device, turns)
+    seconds = time_in_turns(steps, device, turns).seconds
     speedups = [n / f for n, f in zip(seconds["naive"], seconds["fused"], strict=True)]
     low, speedup, high = quartiles(speedups)
     saving = report.expected_saving(x[:1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,25 +18,12 @@ from benchmarks.providers.libraries import import_module, is_installed
 from benchmarks.providers.residuals import activated, dense
 from benchmarks.providers.zoo import Net
 from sdkernels import KeptRows, PerSample, Shared, reference
+from sdkernels.measure import masking
 from sdkernels.models import PatchedEntry, PatchReport
 from sdkernels.models.parts import looks_like_drop_path
 from sdkernels.models.registry import original_class
 
 DROP = 0.4
-
-
-class Masked(nn.Module):
-    """In the place of a library's drop path: the same, with given rows, call after call."""
-
-    def __init__(self, rows: list[KeptRows]) -> None:
-        super().__init__()
-        self.rows = rows
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows[self.calls % len(self.rows)]
-        self.calls += 1
-        return reference.naive_masking(torch.zeros_like(x), lambda _: x, 0.0, rows=rows)
 
 
 @activated
@@ -112,37 +98,17 @@ def drop_path_of(model: nn.Module) -> nn.Module:
 def give_drop_paths(
     model: nn.Module, subject: Subject, make: Callable[[int], nn.Module | None]
 ) -> nn.Module:
-    """`make(i)` for branch i of the classes that drop, nothing for the others and where it is None.
-
-    A module that serves several branches is replaced once, with the first one's.
-    """
+    """`make(i)` for branch i of the classes that drop, nothing for the others and where it is
+    None."""
     entries = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP).patched
-    number = 0
-    for entry in entries:
-        block = model.get_submodule(entry.name)
-        done: set[str] = set()
-        for branch in entry.branches:
-            drop = (make(number) if subject.drops(entry) else None) or nn.Identity()
-            number += 1
-            if branch.drop is None:  # after the last norm of the branch
-                name = "bn3" if hasattr(block, "bn3") else "bn2"
-                setattr(block, name, nn.Sequential(getattr(block, name), drop))
-            elif branch.drop not in done:
-                done.add(branch.drop)
-                owner, _, last = branch.drop.rpartition(".")
-                setattr(attrgetter(owner)(block) if owner else block, last, drop)
-    return model
+    drops = [subject.drops(entry) for entry in entries for _ in entry.branches]
+    return masking.give_drop_paths(
+        model, entries, lambda number: make(number) if drops[number] else None
+    )
 
 
 def masked(model: nn.Module, subject: Subject, plan: Sequence[KeptRows]) -> nn.Module:
     """The model with masks of these rows."""
-    report = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP)
-    of_branch: list[list[KeptRows]] = []  # by the branches that share a drop path module
-    rows = iter(plan)
-    for entry in report.patched:
-        shared: dict[str | None, list[KeptRows]] = {}
-        for branch in entry.branches:
-            each = shared.setdefault(branch.drop, [])
-            each.append(next(rows))
-            of_branch.append(each)
-    return give_drop_paths(model, subject, lambda number: Masked(of_branch[number]))
+    entries = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP).patched
+    of_branch = masking.together(entries, plan)
+    return give_drop_paths(model, subject, lambda number: masking.Masked(of_branch[number]))

@@ -16,6 +16,7 @@ try:
     from .layer_dropout import fused_layer_dropout
     from .models import patch, unpatch
     from .modules import StochasticDepth
+    from .packed import Packed
     from .plan import DepthPlan
     from .rows import KeptRows
     from .schedules import linear_decay, uniform
@@ -32,6 +33,7 @@ except PackageNotFoundError:  # a source tree that was built in place and never 
 __all__ = [
     "DepthPlan",
     "KeptRows",
+    "Packed",
     "PerSample",
     "Shared",
     "StochasticDepth",

@@ -17,6 +17,7 @@ try:
     from .measure import measure
     from .models import compacted, patch, unpatch
     from .modules import StochasticDepth
+    from .packed import Packed
     from .plan import DepthPlan
     from .rows import KeptRows
     from .schedules import linear_decay, uniform
@@ -33,6 +34,7 @@ except PackageNotFoundError:  # a source tree that was built in place and never 
 __all__ = [
     "DepthPlan",
     "KeptRows",
+    "Packed",
     "PerSample",
     "Shared",
     "StochasticDepth",

@@ -17,6 +17,7 @@ from .statistics import no_statistics
 
 __all__ = [
     "EMPTY",
+    "add_note",
     "has_no_rows",
     "run_list_on_ones",
     "run_on_kept",
@@ -49,7 +50,7 @@ def run_on_kept(branch: Callable[..., Any], kept: Tensor, args: Sequence[Any], b
     except Exception as error:
         rows = kept.shape[0]
         if rows != batch and re.search(rf"(?<![\d.]){batch}(?!\d|\.\d)", str(error)):
-            _add_note(error, _ON_KEPT_ROWS.format(rows, batch))
+            add_note(error, _ON_KEPT_ROWS.format(rows, batch))
         raise
 
 
@@ -116,11 +117,11 @@ def _said(note: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _add_note(error, note)
+        add_note(error, note)
         raise
 
 
-def _add_note(error: Exception, note: str) -> None:
+def add_note(error: Exception, note: str) -> None:
     if sys.version_info >= (3, 11):
         error.add_note(note)
     elif error.args and isinstance(error.args[0], str):

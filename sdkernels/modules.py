@@ -12,6 +12,7 @@ from .break_even import check_min_saving
 from .building_blocks import Activation, check_activation
 from .empty import EMPTY, Empty
 from .functional import X, check_branch, check_norm, fused_stochastic_depth
+from .packed import check_multiple_of
 from .rows import KeptRows
 from .sampling import Mode, Rescale, Sampler, check_choice, check_law
 from .schedules import check_probability
@@ -33,7 +34,7 @@ class StochasticDepth(nn.Module):
         norm: nn.LayerNorm or nn.RMSNorm on the branch's input, fused with the compaction.
         layer_scale: factor on the branch's output; an nn.Parameter is trained, a tensor becomes a
             buffer.
-        sampler, rescale, empty, inplace, min_saving, activation: as in
+        sampler, rescale, empty, inplace, min_saving, activation, packed, multiple_of: as in
             :func:`sdkernels.fused_stochastic_depth`.
 
     Raises:
@@ -63,6 +64,8 @@ class StochasticDepth(nn.Module):
         inplace: bool = False,
         min_saving: float | Literal["auto"] = 0.0,
         activation: Activation | None = None,
+        packed: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         super().__init__()
         check_branch(branch)
@@ -84,6 +87,8 @@ class StochasticDepth(nn.Module):
         self.inplace = inplace
         self.min_saving = check_min_saving(min_saving)
         self.activation = activation
+        self.packed = packed
+        self.multiple_of = check_multiple_of(multiple_of)
 
     def forward(
         self,
@@ -112,6 +117,8 @@ class StochasticDepth(nn.Module):
             inplace=self.inplace,
             min_saving=self.min_saving,
             activation=self.activation,
+            packed=self.packed,
+            multiple_of=self.multiple_of,
         )
 
     if TYPE_CHECKING:  # what nn.Module says of it is Any
@@ -135,4 +142,6 @@ class StochasticDepth(nn.Module):
         )
         if self.min_saving:
             text += f", min_saving={self.min_saving!r}"
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        return f"{text}, packed=True, multiple_of={self.multiple_of}" if self.packed else text

@@ -220,6 +220,19 @@ def test_a_verified_class_with_a_forward_of_somebody_else(monkeypatch):
         assert not known(monkeypatch, Known()).is_known
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_part_that_is_compiled_after_patch(monkeypatch):
+    """What is compiled is the same module: a verified class stays one, another is compared."""
+    block = Known().train()
+    block.f = torch.compile(block.f, backend="eager")  # type: ignore[assignment]
+    assert known(monkeypatch, block).is_known
+    plain = Plain().train()
+    report = sdkernels.patch(plain)
+    plain.f = torch.compile(plain.f, backend="eager")  # type: ignore[assignment]
+    plain(tokens())
+    assert not report.whole
+
+
 class Flagged(Block):
     def forward(self, x, mixes=0):
         y = self.f(x)

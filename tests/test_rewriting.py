@@ -1,7 +1,9 @@
 """Forwards of anybody's blocks: what is cut out, what is refused, and what the proof catches."""
 
 import copy
+import importlib
 import inspect
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -703,3 +705,34 @@ def test_compiled_before_it_was_compared():
         torch.compile(block, backend="aot_eager", fullgraph=True)(x)
         assert sizes == [2]
     assert seen.breaks == 0
+
+
+EDITED = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, drop_path):
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), drop_path
+
+    {first}(self, x):
+        return x + self.drop_path(self.f(x))
+
+    {second}(self, x):
+        return x - self.f(x) + self.drop_path(self.f(x))
+"""
+
+
+def test_a_file_that_was_edited_since(tmp_path, monkeypatch):
+    """At the lines of the forward that runs stands another method now."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_since.py"
+    file.write_text(EDITED.format(first="def forward", second="def other"))
+    block = importlib.import_module("edited_since").Block(Drop())
+    monkeypatch.delitem(sys.modules, "edited_since")
+    file.write_text(EDITED.format(first="def other", second="def forward"))
+    report = sdkernels.patch(block)
+    assert not report.patched
+    assert [each.reason for each in report.left] == ["its source has changed since it was imported"]

@@ -154,6 +154,7 @@ CORE = [
     "test_norm_hooks.py",
     "test_ops.py",
     "test_options.py",
+    "test_packed.py",
     "test_patch_inplace.py",
     "test_plan.py",
     "test_plan_of_lists.py",

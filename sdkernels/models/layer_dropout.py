@@ -72,13 +72,15 @@ class LayerState(BlockState):
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        self.drops: Any = (None,)
         self.branches: Any = (Layer(),)
-        self.rows = [None]
-        self.user = None
-        self.pending = []
-        self.recomputed = False
+        self.rewriting = None
+        super().__post_init__()
         self.looks = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        made = LayerState(self.options, self.p[0], self.drop_paths)
+        made.parts, made.proven = self.parts, self.proven
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("options", "p", "drop_paths", "parts", "proven")

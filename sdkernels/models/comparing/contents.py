@@ -38,8 +38,8 @@ def contents(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterat
         inside = enumerate(sorted(map(repr, value)))
     elif hasattr(value, "tobytes"):  # of NumPy
         inside = [("bytes", value.tobytes())]
-    elif hasattr(value, "__dict__"):
-        inside = list(vars(value).items())
+    elif hasattr(value, "__dict__") and not type(value).__module__.startswith("torch."):
+        inside = list(vars(value).items())  # PyTorch's own keep no samples' values
     for key, each in inside:
         yield from contents(each, f"{path}.{key}", within)
 

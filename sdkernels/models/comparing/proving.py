@@ -163,10 +163,14 @@ def _is_all_of_libraries(block: nn.Module, kind: type[nn.Module]) -> bool:
     own = ("torch", "sdkernels", kind.__module__.partition(".")[0])
 
     def is_own(module: Any) -> bool:
-        names = type(module).__module__, getattr(type(module).forward, "__module__", None) or ""
-        return all(name.partition(".")[0] in own for name in names)
+        kind = type(module)
+        names = kind.__module__, getattr(kind.forward, "__module__", None) or ""
+        # What torch.compile makes of a module holds it, and is not imported for this.
+        is_compiled = kind.__module__ == "torch._dynamo.eval_frame"
+        replaced = "forward" in module.__dict__ and not is_compiled
+        return not replaced and all(name.partition(".")[0] in own for name in names)
 
-    return all("forward" not in m.__dict__ and is_own(m) for m in block.modules())
+    return all(map(is_own, block.modules()))
 
 
 def warn(rewriting: Rewriting, proof: Proof) -> None:

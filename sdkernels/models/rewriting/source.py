@@ -12,6 +12,7 @@ import ast
 import builtins
 import copy
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -52,6 +53,33 @@ class Refusal(Exception):
         self.line: int | None = getattr(node, "lineno", None)
 
 
+_IDENTIFIERS = ("id", "attr", "arg", "name", "asname", "module", "rest")  # fields of nodes
+
+
+def _is_of(code: CodeType, tree: ast.FunctionDef) -> bool:
+    """Whether this may be the source of what runs: the file may have been edited since.
+
+    By the names that the code uses. The bytecode of one function compiled by itself would be
+    another, as it depends on what its module imports.
+    """
+    found: set[str] = {"__class__"}  # of super()
+    for node in ast.walk(tree):
+        found.update(getattr(node, "names", ()) if isinstance(node, ast.Global) else ())
+        for field in _IDENTIFIERS:
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                found |= {value, *value.split(".")}
+    waiting, used = [code], set[str]()
+    while waiting:
+        each = waiting.pop()
+        used.update(each.co_names, each.co_varnames, each.co_freevars, each.co_cellvars)
+        waiting += [inner for inner in each.co_consts if isinstance(inner, CodeType)]
+    # Names of the compiler's, and of pytest's assertions, are no identifiers; private ones get the
+    # class in front.
+    own = {re.sub(r"^_\w+?(__\w+)$", r"\1", name) for name in used if name.isidentifier()}
+    return code.co_name == tree.name and own <= found
+
+
 @cache
 def _parsed(code: CodeType) -> ast.FunctionDef:
     # The code object: of a function, getsource would show what a decorator wrapped.
@@ -61,6 +89,8 @@ def _parsed(code: CodeType) -> ast.FunctionDef:
         raise Refusal("its source cannot be read") from None
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         raise Refusal("it is not a plain function")
+    if not _is_of(code, tree.body[0]):
+        raise Refusal("its source has changed since it was imported")
     ast.increment_lineno(tree, code.co_firstlineno - 1)
     return tree.body[0]
 

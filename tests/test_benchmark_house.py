@@ -85,6 +85,7 @@ def test_commands_that_are_named_exist():
             assert command in COMMANDS, f"{text}: python -m benchmarks {command}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help(command):
     done = subprocess.run(

@@ -152,6 +152,7 @@ def test_batches_losses_and_autocast(sampler):
         assert "bfloat16" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo, which instantiates functions
 def test_compiled(monkeypatch):
     compiled = torch.compile
@@ -349,6 +350,7 @@ def command(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_the_command(command):
     libraries.load("timm")
     process = command("--seconds", "0")
@@ -360,6 +362,7 @@ def test_the_command(command):
     assert "Warning" not in error
 
 
+@pytest.mark.slow
 def test_an_interrupted_command(command):
     libraries.load("timm")
     process = command("--seconds", "1000")

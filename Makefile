@@ -59,6 +59,7 @@ build: $(BUILT)
 SIDE_BY_SIDE := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(BUILT) $(FOR_TEST)
+	@echo 'The whole suite takes 20 to 40 minutes on two cores; make test-quick runs a part of it'
 	$(SIDE_BY_SIDE) --durations 25
 
 test-quick: $(BUILT) $(FOR_TEST)

@@ -25,7 +25,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command, or a preset where none is named; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler talks, as soon as it is loaded
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
     try:
         import sdkernels  # noqa: F401
     except ImportError as error:

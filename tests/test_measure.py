@@ -212,6 +212,10 @@ def test_out_of_memory(error, step):
     assert ("comparing" in text) == (step == 1)
 
 
+def test_a_frozen_model():
+    assert "none of its parameters requires grad" in refusal(vit().requires_grad_(False))
+
+
 def test_another_error_is_not_hidden():
     def loss(output):
         raise RuntimeError("own")

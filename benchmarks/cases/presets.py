@@ -152,6 +152,7 @@ HEADLINE_BLOCKS = _blocks((blocks.VIT_S,), 32, (0.5, 0.75))
 OTHER_BLOCKS = _blocks(
     _library(blocks.CONVNEXT_LATE, blocks.SWIN_LATE, blocks.RESNET_LATE), 32, (0.5, 0.75)
 )
+TINY_VIT = ModelCase("timm", "vit_tiny_patch16_224", "tiny", image=32, batch=8, depth=2)
 SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", batch=10, depth=3)
 VIT_S = ModelCase("timm", "vit_small_patch16_224", "ViT-S")
 RESNET_50 = ModelCase("torchvision", "resnet50", "ResNet-50", image=128)
@@ -179,7 +180,7 @@ BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
 # Seconds of a case in a quick run on two cores; of an epoch on the digits.
 _SHARES = {
-    **{"op": 1, "kernel": 0.5, "block": 15, "model": 40, "depth": 6, "host": 4},
+    **{"op": 1, "kernel": 0.5, "block": 15, "model": 25, "depth": 6, "host": 4},
     **{"compile": 160, "break_even": 7, "train": 6.5},
 }
 _QUICK_ROUNDS = {
@@ -209,15 +210,14 @@ PRESETS = {
                 KernelCase("scatter_add_relu", "fp16", (8, 16, 8, 8), threads=2),
                 BlockCase(TINY, 8, 0.5),
                 *_blocks(TINY_NETS, 8, (0.5,)),
-                *_models(
-                    ModelCase("timm", "vit_tiny_patch16_224", "tiny", image=32, batch=8, depth=2)
-                ),
+                *_models(TINY_VIT),
                 DepthCase(4, batch=8, tokens=4, width=16),
                 HostCase(),
                 *_break_even((TINY,), (8,)),
             ),
             rounds={kind: Rounds(2, 2) for kind in _QUICK_ROUNDS},
             training=TrainingCase(width=16, depth=2, heads=2, epochs=1, learning_rate=3e-3),
+            timeline=TINY_VIT.name if HAS_LIBRARIES else None,
         ),
         Preset(
             name="quick",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.measure.ending import BadFolder, in_one_sentence, out_folder
 from benchmarks.measure.environment import environment
-from benchmarks.measure.store import write_json
+from benchmarks.measure.store import read_json, write_json
 from benchmarks.paper import report
 from benchmarks.paper.claims import CLAIMS, EFFORTS, Lab
 from benchmarks.paper.data import SETS, DataError, load
@@ -177,7 +176,7 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
 
 def _report(directory: Path) -> int:
     path = directory / "claims.json"
-    result = json.loads(path.read_text())
+    result = read_json(path)
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {result.get('schema')!r}")
     for written in report.write(result, directory):

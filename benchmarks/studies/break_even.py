@@ -10,12 +10,13 @@ every row. Where the line crosses 1 is the break-even. What it prints is the ent
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure.store import read_json
 
 Points = tuple[tuple[float, float], ...]
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="results.json of a run of the preset")
     options = parser.parse_args(arguments)
     try:
-        print(entry(json.loads(options.results.read_text())))
+        print(entry(read_json(options.results)))
     except (OSError, ValueError, KeyError) as error:
         print(f"{options.results}: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ Opaque white with dark ink: the same picture reads on light and dark pages.
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-RUN = HERE.parents[1] / "benchmarks/results/cpu-epyc-2-cores/standard/results.json"
+RUN = HERE.parents[1] / "benchmarks/results/cpu-epyc-2-cores/standard/results.json.gz"
 BLOCK = "vit-D192-N197"
 BATCH = 20
 # Below this keep, DINOv2's `max(int(B * keep), 1)` keeps another number of samples than the others.
@@ -34,7 +35,7 @@ def sweep() -> list[dict[str, Any]]:
     """The recorded cases of one block at every keep, by falling keep."""
     cases = [
         case
-        for case in json.loads(RUN.read_text())["cases"]
+        for case in json.loads(gzip.decompress(RUN.read_bytes()))["cases"]
         if case["name"].startswith(f"block-{BLOCK}-B{BATCH}-keep")
         and case["name"].endswith("-fp32")
         and case["keep"] >= LOWEST_KEEP

@@ -78,7 +78,7 @@ def _prepared(options: argparse.Namespace) -> tuple[nn.Module, list[float] | flo
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; returns the exit code."""
-    doing = "making the model"
+    doing = "making the model and its inputs"
     try:
         model, probabilities = _prepared(options)
         batch = make_inputs(model, options.batch, options.image, options.tokens, options.device)

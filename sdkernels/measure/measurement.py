@@ -130,7 +130,10 @@ class _Setting:
         self, model: nn.Module, names: Sequence[str], seed: int = 0
     ) -> dict[str, Tensor | None]:
         """Output and gradients; `names` are those of the parameters, in their order."""
-        torch.manual_seed(seed)
+        # torch.manual_seed would reach devices whose state is not kept.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         output = self.output(model)
         grads = torch.autograd.grad(self.loss(output), parameters, allow_unused=True)
@@ -318,6 +321,10 @@ def _measure(
     budget: float,
     doing: Progress,
 ) -> Measurement:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise MeasureError(
+            "model: none of its parameters requires grad, so that nothing is trained"
+        )
     doing.say("patching a copy")
     report = _patched(model, drop_probs, sampler, "run")
     probabilities = tuple(report.drop_probs)

@@ -106,6 +106,6 @@ def lines_of(found: Measurement) -> list[str]:
         ),
         ("elsewhere", f"{100 * found.outside:.0f} % of the step's {by} is not in branches"),
         ("host", _host(found)),
-        ("to gain more", "; ".join(found.advice) or "nothing in particular"),
+        ("to gain more", "; ".join(found.advice[:2]) or "nothing in particular"),
     ]
     return [f"{name:12} {text}" for name, text in named]

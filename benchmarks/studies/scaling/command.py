@@ -23,6 +23,7 @@ import torch
 from benchmarks.measure.correctness import ProviderMismatch
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
+from benchmarks.measure.store import read_json
 from benchmarks.report.table import printed, window
 from benchmarks.studies.scaling.model import (
     KIND_NAMES,
@@ -323,9 +324,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     written = options.out / "scaling.json"
     if options.rebuild:
-        if not written.exists():
+        try:
+            results = read_json(written)
+        except OSError:
             parser.error(f"--rebuild: expected a run in --out, got no {written}")
-        results = json.loads(written.read_text())
     else:
         try:
             device = torch.device(options.device)

@@ -14,7 +14,7 @@ from zoo import NETS, Net, maxxvit, output_of
 
 import sdkernels
 from sdkernels import KeptRows, Shared, reference
-from sdkernels.models import blocks
+from sdkernels.models import adding
 
 each_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 batch_norm_nets = {name: net for name, net in NETS.items() if net.batch_norm}
@@ -102,7 +102,7 @@ def test_batch_statistics_are_of_the_kept_rows(net, monkeypatch):
         return total.relu() if options["activation"] else total
 
     with monkeypatch.context() as patcher, report.use(plan):
-        patcher.setattr(blocks, "fused_stochastic_depth", plain)
+        patcher.setattr(adding, "fused_stochastic_depth", plain)
         expected, expected_gradients = train_step(patched, x)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     for name, gradient in gradients.items():

@@ -12,7 +12,7 @@ from patched_models import freeze_norms, make_rows, patched_copy, train_step
 from zoo import NETS, output_of
 
 import sdkernels
-from sdkernels.models import blocks
+from sdkernels.models import adding
 
 BATCH = 4
 each_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
@@ -61,14 +61,14 @@ def test_what_is_added_in_place(name, expected, inplace, monkeypatch):
     report = sdkernels.patch(model, **({} if inplace is None else {"inplace": inplace}))
     model(net.inputs(BATCH))  # compares what the tests have not
     seen = []
-    op = blocks.fused_stochastic_depth
+    op = adding.fused_stochastic_depth
 
     def watch(x: Any, *args: Any, **options: Any) -> Any:
         total = op(x, *args, **options)
         seen.append(total is (x if options["residual"] is None else options["residual"]))
         return total
 
-    monkeypatch.setattr(blocks, "fused_stochastic_depth", watch)
+    monkeypatch.setattr(adding, "fused_stochastic_depth", watch)
     with report.use(make_rows(len(report.drop_probs))):
         model(net.inputs(BATCH))
     assert seen == [inplace is not False and own for own in expected] * (len(seen) // len(expected))

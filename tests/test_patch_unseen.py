@@ -22,8 +22,8 @@ from zoo import NETS
 
 import sdkernels
 from sdkernels import KeptRows
-from sdkernels.models import blocks
-from sdkernels.models.blocks import Add, BlockState, Options
+from sdkernels.models import adding
+from sdkernels.models.adding import Add, BlockState, Options
 from sdkernels.models.by_hand import BY_HAND
 from sdkernels.models.parts import Law
 from sdkernels.models.rewriting import Branch, Rewriting
@@ -39,7 +39,7 @@ SCALE = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
 @pytest.fixture
 def run(monkeypatch):
     """Runs a forward as a patched block would; what it returns, and which sums were written to."""
-    op = blocks.fused_stochastic_depth
+    op = adding.fused_stochastic_depth
     written: list[bool] = []
 
     def watch(x: Any, *args: Any, **options: Any) -> Any:
@@ -48,7 +48,7 @@ def run(monkeypatch):
         written.append(total is stream)
         return total
 
-    monkeypatch.setattr(blocks, "fused_stochastic_depth", watch)
+    monkeypatch.setattr(adding, "fused_stochastic_depth", watch)
 
     def run(forward, x, laws=None, rows=ROWS, **options):
         written.clear()
@@ -191,9 +191,9 @@ def test_subclass():
     class Own(Tensor):
         pass
 
-    assert blocks._permitted(stream()) is None
-    assert blocks._permitted(stream().detach().as_subclass(Own)) is False
-    assert blocks._permitted(nn.Parameter(stream().detach())) is False
+    assert adding._permitted(stream()) is None
+    assert adding._permitted(stream().detach().as_subclass(Own)) is False
+    assert adding._permitted(nn.Parameter(stream().detach())) is False
 
 
 def test_list(run):

@@ -10,9 +10,9 @@ from libraries import LIBRARIES, is_installed
 from benchmarks.providers.zoo import TINY, nets
 from benchmarks.report import table
 from benchmarks.studies import patched_classes
-from sdkernels.models import blocks
+from sdkernels.models import adding
 from sdkernels.models.comparing import proving
-from sdkernels.models.comparing.proof import Proof
+from sdkernels.models.proof import Proof
 
 pytestmark = pytest.mark.skipif(
     not all(map(is_installed, LIBRARIES)), reason=f"needs {', '.join(LIBRARIES)}"
@@ -69,14 +69,14 @@ def test_a_wrong_provider_ends_the_run(name, monkeypatch):
     (subject,) = patched_classes.subjects({name: NETS[name]})
     x = subject.net.inputs(10, torch.float32)
     patched_classes.check(subject, x)
-    op = blocks.fused_stochastic_depth
+    op = adding.fused_stochastic_depth
 
     def wrong(*args: Any, **options: Any) -> Any:
         return op(*args, **options) * 1.01
 
     # What the comparison would find and keep from running is to reach the benchmark.
     monkeypatch.setattr(proving, "prove", lambda *args: Proof(True, of_samples=None))
-    monkeypatch.setattr(blocks, "fused_stochastic_depth", wrong)
+    monkeypatch.setattr(adding, "fused_stochastic_depth", wrong)
     with pytest.raises(SystemExit, match=rf"{name} .*: 'fused' differs in its output"):
         patched_classes.check(subject, x)
 

@@ -20,7 +20,7 @@ import sdkernels
 from benchmarks.providers.libraries import import_module, is_installed
 from benchmarks.providers.residuals import Rule
 from sdkernels import KeptRows
-from sdkernels.models import blocks
+from sdkernels.models import adding
 
 HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
 
@@ -28,12 +28,12 @@ HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
 @contextmanager
 def in_place_of_the_op(rule: Rule) -> Iterator[None]:
     """Patched blocks add by this rule."""
-    op = blocks.fused_stochastic_depth
-    blocks.fused_stochastic_depth = rule  # type: ignore[assignment]
+    op = adding.fused_stochastic_depth
+    adding.fused_stochastic_depth = rule  # type: ignore[assignment]
     try:
         yield
     finally:
-        blocks.fused_stochastic_depth = op
+        adding.fused_stochastic_depth = op
 
 
 class Ruled(nn.Module):

@@ -2,9 +2,9 @@
 
 from .comparing.checking import Checked
 from .layer_dropout import LayerReport
-from .patching import patch, unpatch
+from .patching import compacted, patch, unpatch
 from .plans import drop_probs, plan_for_step, sample_plan, use
-from .registry import compacted, register
+from .registry import register
 from .report import LeftAlone, PatchedEntry, PatchReport
 
 __all__ = [

@@ -1,163 +1,27 @@
-"""What a patched block is made of: its state, and the residual addition that its forward calls."""
+"""The class of a patched block: when its rewriting runs, and when its own forward."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-import operator
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..arguments import PerSample, Shared
-from ..empty import Empty
-from ..functional import fused_stochastic_depth, per_tensor
-from ..rows import KeptRows
-from ..sampling import Mode, Rescale, Sampler
 from ..tracing import is_recorded, refuse_script
-from .branches import Composed, entries
-from .comparing.proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
+from .adding import Add, BlockState
+from .branches import entries
 from .comparing.proving import proofs_of, warn
-from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
-from .rewriting import Branch, Rewriting
-from .settings import Stamp
+from .proof import Asked, Proof
+from .rewriting import Rewriting
 
-__all__ = ["Add", "BlockState", "Options", "PatchedBlock", "make_patched"]
-
-Rows = KeptRows | list[KeptRows]
-Token = tuple[tuple[KeptRows, int], ...]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the op that hold for every branch of a model."""
-
-    mode: Mode | None = None  # None: as the drop path module says
-    sampler: Sampler = "bernoulli"
-    rescale: Rescale = "train"
-    empty: Empty = "run"
-    inplace: bool | None = None  # None: where nobody can see it
-    min_saving: float | str = 0.0
-    check: str = "first"
-
-    def rescale_of(self, law: Law) -> str:
-        """The rule for a branch: one that a library does not scale is not scaled in training."""
-        return self.rescale if law.scaled or self.rescale != "train" else "none"
-
-
-@dataclass
-class BlockState:
-    """What patch() leaves in a block, under the name ``_sdkernels``."""
-
-    options: Options
-    branches: tuple[Branch, ...]
-    p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
-    rewriting: Rewriting | None = None  # None in a copy that has not run yet
-    rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
-    user: int | None = field(init=False)  # the thread whose `use` that is
-    # The forwards whose backward may still come: what they returned, and the rows they ran with.
-    pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
-    recomputed: bool = field(init=False)  # in a backward since the last forward
-    refused: Proof | None = field(init=False)  # why the block keeps its own forward from now on
-    proofs: dict[Any, Proof] | None = field(init=False)  # by kinds of calls
-    is_known: bool = field(init=False)  # whether it was compared before a release
-    stamp: Stamp | None = field(init=False)  # of what both are about
-
-    def __post_init__(self) -> None:
-        self.rows = [None] * len(self.branches)
-        self.user = None
-        self.pending = []
-        self.recomputed = False
-        self.refused = None
-        self.proofs = None
-        self.is_known = False
-        self.stamp = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
-        # What is known of a block holds for its copy, which may be compiled before it runs.
-        made = BlockState(self.options, self.branches, list(self.p), self.rewriting)
-        made.refused, made.proofs, made.is_known = self.refused, self.proofs, self.is_known
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to no `use`, and has run no forward.
-        return {"options": self.options, "branches": self.branches, "p": self.p}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.rewriting = None
-        self.__dict__.update(state)
-        self.__post_init__()
-
-    def token(self) -> Token:
-        """The rows that a forward runs with now: the same objects, not written to since."""
-        rows: list[KeptRows] = []
-        for each in self.rows:
-            rows += each if isinstance(each, list) else [] if each is None else [each]
-        return tuple(
-            (each, 0 if each.index.is_inference() else each.index._version) for each in rows
-        )
-
-    def remember(self, y: Any) -> None:
-        """A forward has returned `y`."""
-        if self.recomputed:  # the forwards before have had their backward
-            self.pending, self.recomputed = [], False
-        # Those whose result is gone have been given up.
-        self.pending = [entry for entry in self.pending if entry[0]() is not None]
-        first = y[0] if isinstance(y, (list, tuple)) and y else y
-        if isinstance(first, Tensor):
-            self.pending.append((weakref.ref(first), self.token()))
-
-    def check_recomputation(self) -> None:
-        """Refuse a recomputation in the backward that may run with other rows than its forward.
-
-        Which of the forwards it belongs to cannot be told, so all of them must have had these rows.
-        Rows that a block draws itself are the same again: checkpoint restores the generator.
-        """
-        token = self.token()
-        if any(rows != token for _, rows in self.pending):
-            raise RuntimeError(
-                "plan: a checkpointed block is run again in the backward with other rows than a "
-                "forward before it had; call backward() inside the with statement of its forward, "
-                "before the next forward and before the plan is resampled"
-            )
-        self.recomputed = True
-
-    def law(self, block: nn.Module, branch: int) -> Law | None:
-        """How the branch draws now; None where only its own drop path module can tell."""
-        p, drop, function_p = self.p[branch], self.drop_path(block, branch), self.branches[branch].p
-        if function_p is not None:
-            own_p = attrgetter(function_p)(block) if p is None else p
-            return Law(float(own_p or 0.0), "row", True, block.training)
-        if drop is None or (type(drop) is nn.Identity and is_bare(drop)):
-            return Law(p or 0.0, "row", True, block.training)
-        own = drop_law(drop)
-        if p is None or own is None:
-            return own
-        return own._replace(p=p)
-
-    def drop_path(self, block: nn.Module, branch: int) -> nn.Module | None:
-        name = self.branches[branch].drop
-        return None if name is None else attrgetter(name)(block)
-
-    def why_whole(self, block: nn.Module) -> str | None:
-        """Why the block runs as before, whatever its probabilities; None if it does not."""
-        if self.refused is not None:
-            return self.refused.reason
-        for branch in range(len(self.branches)):
-            drop = self.drop_path(block, branch)
-            if drop is not None and self.law(block, branch) is None:
-                return why_it_draws_itself(drop)
-        return None
+__all__ = ["PatchedBlock", "make_patched", "say_what_is_left_out"]
 
 
 class PatchedBlock:
@@ -174,7 +38,7 @@ class PatchedBlock:
                 'a block patched with rescale="eval"',
                 "script the model before patch or after unpatch",
             )
-        _say_what_is_left_out(self)
+        say_what_is_left_out(self)
         return self
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -190,181 +54,7 @@ class PatchedBlock:
         return replica
 
 
-def _is_everything(rows: KeptRows) -> bool:
-    """Whether these are all the rows, as they are."""
-    return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
-
-
-class Add:
-    """``add(i, x, branch)`` is ``x + drop_path_i(branch(x))`` of a patched block, in one call.
-
-    In place it writes into sums that it has made itself. What came into the block may be somebody
-    else's too: saved by the activation before, kept among intermediate features. A sum is seen by
-    nobody where the forward hands it to the next `add` and to nothing else (which `sums.py` reads
-    from its source), and branches, with what hooks their modules, get a copy of the kept rows.
-    Where a branch runs on all rows, it gets the sum itself; into that the op does not write by
-    default.
-    """
-
-    def __init__(
-        self,
-        block: Any,
-        laws: list[Law],
-        rewriting: Rewriting,
-        proofs: Sequence[Proof] = (TRUSTED,),
-        asked: bool = True,
-    ) -> None:
-        self.block = block
-        self.laws = laws
-        self.rewriting = rewriting
-        self.proofs = proofs  # one for each tensor of a list, or for all
-        self.asked = asked
-        self.sums: list[Tensor] = []  # what it has made itself last, of every tensor of a list
-        self.taken: list[tuple[int, Leaf]] = []  # inputs of which the kept rows were taken
-        self.aside: dict[str, Any] = {}
-
-    def __call__(
-        self,
-        index: int,
-        x: Any,
-        branch: Callable[..., Any],
-        *,
-        norm: nn.Module | None = None,
-        layer_scale: Any = None,
-        residual: Any = None,
-        activation: nn.Module | None = None,
-        args: Mapping[str, Any] | Sequence[Any] = (),
-    ) -> Any:
-        """``activation(residual + drop_path(layer_scale(branch(norm(x), *args))))``.
-
-        A norm, a layer scale and a ReLU that the op knows are fused; others are called, norms and
-        layer scales on the kept rows. `residual` is `x` by default. Inputs in a dict are compacted
-        as the proof of the block says; those in a list, as the op does. The tensors of a list go
-        one after the other.
-        """
-        before: list[Callable[..., Any]] = []
-        after: list[Callable[..., Any]] = []
-        fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
-        if norm is not None and fused_norm is None:
-            before.append(norm)
-        factor = layer_scale
-        if isinstance(layer_scale, nn.Module):
-            factor = layer_scale_of(layer_scale)
-            if factor is None:
-                after.append(layer_scale)
-        if factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
-            after.append(functools.partial(operator.mul, factor))
-            factor = None
-        composed = Composed([*before, branch, *after], len(before), self.block)
-        rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
-
-        def one(x: Tensor, residual: Any, rows: Any, args: Sequence[Any]) -> Tensor:
-            return self._one(
-                index, composed, x, residual, rows, args, fused_norm, factor, activation
-            )
-
-        several = isinstance(x, list)
-        xs = x if several else [x]
-        residuals = per_tensor(residual, len(xs), "residual") if several else [residual]
-        each_rows = per_tensor(rows, len(xs), "rows") if several else [rows]
-        each_args: list[Any] = [args]
-        if several:
-            each_args = [entries(args, crop, len(xs)) for crop in range(len(xs))]
-        if isinstance(args, Mapping):
-            proofs = self.proofs if len(self.proofs) == len(xs) else [self.proofs[0]] * len(xs)
-            each_args = list(map(functools.partial(self._inputs, index), proofs, xs, each_args))
-        totals = list(map(one, xs, residuals, each_rows, each_args))
-        given = [*xs, *residuals]
-        own = [total for total in totals if not any(total is each for each in given)]
-        if own:  # with empty="skip" the sum may be what came in
-            self.sums = own
-        return totals if several else totals[0]
-
-    def _one(
-        self,
-        index: int,
-        branch: Composed,
-        x: Tensor,
-        residual: Tensor | None,
-        rows: Any,
-        args: Sequence[Any],
-        norm: nn.LayerNorm | nn.RMSNorm | None,
-        layer_scale: Tensor | None,
-        activation: nn.Module | None,
-    ) -> Tensor:
-        law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
-        if isinstance(rows, KeptRows) and _is_everything(rows):
-            rows, p = None, 0.0
-        is_shared = residual is x  # the first of several branches of the same x
-        stream = x if residual is None else residual
-        of_rows = layer_scale is not None and layer_scale.dim() == stream.dim()
-        if layer_scale is not None and of_rows and layer_scale.shape[0] == 1:
-            layer_scale = layer_scale[0]
-        is_relu = type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook()
-        is_own = self.rewriting.hides_sums and any(stream is each for each in self.sums)
-        inplace: bool | None = False
-        if options.inplace is not False and is_own and not is_shared:
-            inplace = True if options.inplace else _permitted(stream)
-        total: Tensor = fused_stochastic_depth(
-            x,
-            branch,
-            p,
-            options.mode or law.mode,
-            law.training,
-            args=args,
-            norm=norm,
-            layer_scale=layer_scale,
-            residual=None if is_shared else residual,
-            rows=rows,
-            sampler=options.sampler,
-            rescale=options.rescale_of(law),
-            empty="ones" if options.empty == "run" else options.empty,
-            inplace=inplace,
-            min_saving=options.min_saving,
-            activation="relu" if is_relu else None,
-        )
-        if activation is not None and not is_relu:
-            # It may write in place. With empty="skip" the sum may be `x` itself, which others read.
-            total = activation(total.clone() if total is stream else total)
-        return total
-
-    def _inputs(self, index: int, proof: Proof, x: Any, args: Mapping[str, Any]) -> list[Any]:
-        """Further inputs for the op, with what belongs to samples marked, and what does not.
-
-        Whose rows they have by chance is not asked: in the comparison nothing had by chance.
-        """
-        of_samples, stream = proof.of_samples, self.rewriting.positional[0]
-
-        def mark(path: str, leaf: Tensor) -> Any:
-            if leaf.dim() and leaf.shape[0] == x.shape[0]:
-                where = (index, (path, leaf.dim()))
-                trusted = proof is TRUSTED and path == stream
-                if trusted or of_samples is None or where in of_samples:
-                    self.taken.append(where)
-                    return PerSample(leaf)
-            return Shared(leaf)
-
-        return [mapped(value, mark, name) for name, value in args.items()]
-
-    def put_aside(self, name: str, value: Any) -> None:
-        """What a branch computes and the forward hands on: nothing that is of some rows only."""
-        if self.asked and any(True for _ in leaves(value)):
-            raise Asked(name)
-        self.aside[name] = mapped(value, lambda path, leaf: None)
-
-
-def _permitted(total: Tensor) -> bool | None:
-    """The op's `inplace` by default: None, which permits it, or False where a mode may keep sums.
-
-    Selective checkpointing does: its dispatch mode gives them out of a cache later.
-    """
-    if is_compiling() or type(total) is not Tensor:  # a compiler cannot look at the stacks
-        return False
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return False if watched else None
-
-
-def _say_what_is_left_out(block: Any) -> None:
+def say_what_is_left_out(block: Any) -> None:
     """Of what patch() was told, where the original forward is recorded instead."""
     state: BlockState = block._sdkernels
     if state.rows[0] is not None:
@@ -382,11 +72,13 @@ def _say_what_is_left_out(block: Any) -> None:
         )
 
 
-def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.Module]:
+def make_patched(
+    original: type[nn.Module], name: str, module: str, find_rewriting: Callable[..., Any]
+) -> type[nn.Module]:
     """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
 
     The class keeps the name of the original: what looks for blocks by name (wrapping policies)
-    finds them.
+    finds them. A block that was copied or unpickled has its rewriting found again.
     """
     own_forward = original.forward
     _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
@@ -416,7 +108,7 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
             for law, p in zip(laws, state.p, strict=True)
             if law.training or scaled_later
         ):
-            rewriting = state.rewriting or _found_again(self, state)
+            rewriting = state.rewriting or _found_again(self, state, find_rewriting)
             proof = state.refused
             if proof is None:
                 try:
@@ -443,7 +135,7 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
         """Rows cannot be drawn in the graphs of torch.jit.trace and torch.fx."""
         if not self.training:
             return run(self, state, args, kwargs)
-        _say_what_is_left_out(self)
+        say_what_is_left_out(self)
         return run_original(self, args, kwargs)
 
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
@@ -469,10 +161,7 @@ def make_patched(original: type[nn.Module], name: str, module: str) -> type[nn.M
     return type(original.__name__, (PatchedBlock, original), members)
 
 
-def _found_again(block: Any, state: BlockState) -> Rewriting:
-    """The rewriting of a block that was copied or unpickled."""
-    from .registry import find_rewriting
-
+def _found_again(block: Any, state: BlockState, find_rewriting: Callable[..., Any]) -> Rewriting:
     found = find_rewriting(block)
     if not isinstance(found, Rewriting) or len(found.branches) != len(state.branches):
         raise RuntimeError(

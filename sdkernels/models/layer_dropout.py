@@ -21,7 +21,8 @@ from ..rows import KeptRows
 from ..sampling import Rescale
 from ..schedules import check_probability, linear_decay
 from ..tracing import is_recorded
-from .blocks import BlockState, Options, PatchedBlock, _say_what_is_left_out
+from .adding import BlockState, Options
+from .blocks import PatchedBlock, say_what_is_left_out
 from .comparing.checking import Checked
 from .parts import Law, drop_law, looks_like_drop_path, why_it_draws_itself
 from .report import LeftAlone, PatchedEntry, PatchReport, _flops
@@ -403,7 +404,7 @@ def _made(original: Any) -> type[nn.Module]:
             return own_forward(self, *args, **kwargs)
         if not is_compiling() and is_recorded(args, [*kwargs.values()]):
             if law.training:
-                _say_what_is_left_out(self)
+                say_what_is_left_out(self)
             return own_forward(self, *args, **kwargs)
         if is_compiling() or not self.training:
             return _run(self, state, own_forward, law, args, kwargs)

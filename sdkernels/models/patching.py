@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from numbers import Real
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from ..empty import Empty
 from ..functional import fused_stochastic_depth
 from ..sampling import Mode, Rescale, Sampler, check_choice
 from ..schedules import check_probability, linear_decay
-from .blocks import BlockState, Options
+from .adding import BlockState, Options
 from .comparing.proving import CHECKS, recall
 from .layer_dropout import Schedule, patch_layers
 from .parts import is_drop_path, learn, looks_like_drop_path
@@ -24,7 +24,9 @@ from .registry import find_rewriting, obstacle, original_class, patched_class
 from .report import LeftAlone, PatchedEntry, PatchReport
 from .rewriting import Branch, Rewriting
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["compacted", "patch", "unpatch"]
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def patch(
@@ -162,7 +164,41 @@ def patch(
     return PatchReport(model, blocks, left)
 
 
-def patch_block(block: nn.Module) -> None:
+def compacted(kind: Kind) -> Kind:
+    """Decorator: blocks of this class compact their branches as if :func:`patch` had been called.
+
+    ``@compacted`` on a class whose forward adds the results of drop paths. Each instance is patched
+    as it is made, with the defaults of :func:`sdkernels.patch`; calling that on the model later
+    gives it other options.
+
+    Raises:
+        TypeError: what is decorated is not a class of modules.
+
+    Example:
+        >>> @compacted
+        ... class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mlp, self.drop_path = nn.Linear(4, 4), nn.Identity()
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.drop_path(self.mlp(x))
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"compacted: expected a class of modules, got {kind!r}")
+    made = kind.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if type(self) is kind:
+            _patch_block(self)
+
+    __init__.__wrapped__ = made  # type: ignore[attr-defined]
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+def _patch_block(block: nn.Module) -> None:
     """Patch one block with the defaults, if that can be done."""
     rewriting = find_rewriting(block)
     if isinstance(rewriting, Rewriting) and obstacle(block) is None:

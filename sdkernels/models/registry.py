@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,6 @@ from .rewriting.source import Refusal, function_tree
 from .rewriting.sums import hides_sums
 
 __all__ = [
-    "compacted",
     "find_rewriting",
     "obstacle",
     "original_class",
@@ -28,8 +27,6 @@ __all__ = [
 
 # Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
 NORMS = {"timm": "timm.layers.norm:LayerNorm"}
-
-Kind = TypeVar("Kind", bound=type[nn.Module])
 
 _REGISTERED: dict[type[nn.Module], ByHand] = {}
 _PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
@@ -83,42 +80,6 @@ def _hides_sums(forward: Callable[..., Any]) -> bool:
     return len(tree.args.args) > 1 and hides_sums(tree.body, tree.args.args[1].arg)
 
 
-def compacted(kind: Kind) -> Kind:
-    """Decorator: blocks of this class compact their branches as if :func:`patch` had been called.
-
-    ``@compacted`` on a class whose forward adds the results of drop paths. Each instance is patched
-    as it is made, with the defaults of :func:`sdkernels.patch`; calling that on the model later
-    gives it other options.
-
-    Raises:
-        TypeError: what is decorated is not a class of modules.
-
-    Example:
-        >>> @compacted
-        ... class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.mlp, self.drop_path = nn.Linear(4, 4), nn.Identity()
-        ...
-        ...     def forward(self, x):
-        ...         return x + self.drop_path(self.mlp(x))
-    """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"compacted: expected a class of modules, got {kind!r}")
-    made = kind.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        if type(self) is kind:
-            from .patching import patch_block
-
-            patch_block(self)
-
-    __init__.__wrapped__ = made  # type: ignore[attr-defined]
-    kind.__init__ = __init__  # type: ignore[method-assign]
-    return kind
-
-
 def original_class(block: nn.Module) -> type[nn.Module]:
     """The class of a block before it was patched."""
     kind = type(block)
@@ -154,7 +115,7 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
             module, _, name = norm.partition(":")
             trust_norm(getattr(importlib.import_module(module), name))
         name = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
-        _PATCHED[original] = make_patched(original, name, __name__)
+        _PATCHED[original] = make_patched(original, name, __name__, find_rewriting)
     return _PATCHED[original]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..proof import Leaf, leaves
 from .clones import uncopied
 from .contents import contents
-from .proof import Leaf, leaves
 
 __all__ = ["all_leaves", "cloned", "doubled", "held_by", "is_list_of", "varied", "with_tensors"]
 

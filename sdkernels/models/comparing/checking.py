@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..proof import Asked, Proof
 from ..undisturbed import random_state_kept
-from .proof import Asked, Proof
 from .proving import proofs_of
 
 __all__ = ["Checked", "check_blocks"]

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from ...rows import KeptRows
 from ..parts import Law
+from ..proof import Asked, Leaf, Proof, leaves
 from ..rewriting import Rewriting
 from .arguments import all_leaves, cloned, doubled, held_by, is_list_of, varied, with_tensors
 from .aside import aside
 from .clones import Forced, Unequal, clone_of, copied, train
 from .contents import State, state_of
-from .proof import Asked, Leaf, Proof, leaves
 from .results import CHANGED, distance_between, largest_entry, of_unchanged, outputs_of
 
 if TYPE_CHECKING:
-    from ..blocks import Add
+    from ..adding import Add
 
 __all__ = ["prove"]
 
@@ -174,7 +174,7 @@ class _Comparison:
         return result
 
     def _rewritten(self, clone: Any, rows: Sequence[KeptRows], changed: bool = False) -> Any:
-        from ..blocks import Add, BlockState, Options
+        from ..adding import Add, BlockState, Options
 
         functions = self._force(clone, rows, True)
         named = self._arguments(rows[0].batch, self.of_samples, changed)

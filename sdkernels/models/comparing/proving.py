@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...sampling import at_trace_time
+from ..proof import TRUSTED, Leaf, Proof, leaves
 from ..rewriting import Rewriting, is_to_drop
 from ..settings import Stamp, settings
 from .comparison import prove
-from .proof import TRUSTED, Leaf, Proof, leaves
 from .verified import VERIFIED
 
 __all__ = ["CHECKS", "proofs_of", "recall", "warn"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..proof import leaves
 from .clones import Unequal
-from .proof import leaves
 
 __all__ = ["CHANGED", "distance_between", "largest_entry", "of_unchanged", "outputs_of"]
 

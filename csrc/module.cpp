@@ -38,6 +38,9 @@ TORCH_LIBRARY(sdkernels, m) {
   // Functional, and without autograd: autograd.cpp stands above them. A zero-sized tensor takes the
   // place of a result that was not asked for.
   m.def("compact_rows(Tensor x, Tensor index) -> Tensor");
+  // Where a name ends in _into, the first result is written into a contiguous tensor of the
+  // caller's: a part of a larger one.
+  m.def("compact_rows_into(Tensor(a!) kept, Tensor x, Tensor index) -> ()");
   m.def("expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor");
   // residual, with `out` in place of its kept rows.
   m.def("scatter_rows(Tensor residual, Tensor out, Tensor index, Tensor slot) -> Tensor");
@@ -52,6 +55,10 @@ TORCH_LIBRARY(sdkernels, m) {
       "scatter_add_rows_backward(Tensor grad, Tensor? out, Tensor index, Tensor? layer_scale, "
       "Tensor? row_weight, float scale, ScalarType dtype, bool[2] wanted) "
       "-> (Tensor d_out, Tensor d_layer_scale, Tensor d_row_weight)");
+  m.def(
+      "scatter_add_rows_backward_into(Tensor(a!) d_out, Tensor grad, Tensor? out, Tensor index, "
+      "Tensor? layer_scale, Tensor? row_weight, float scale, bool[2] wanted) "
+      "-> (Tensor d_layer_scale, Tensor d_row_weight)");
   // `positive` has a bit for every element of y, set where the ReLU passes the gradient (also that
   // of a NaN): uint8 [B, ceil(elements of a row / 8)], element e at bit e % 8 of byte e / 8,
   // counted in y's memory format (that of row_format()); bits past the last element are zero.
@@ -67,6 +74,10 @@ TORCH_LIBRARY(sdkernels, m) {
       "compact_norm(Tensor x, Tensor index, int[] normalized_shape, Tensor? weight, Tensor? bias, "
       "float eps, bool rms, ScalarType dtype, bool keep_rows) "
       "-> (Tensor normed, Tensor kept, Tensor mean, Tensor rstd)");
+  m.def(
+      "compact_norm_into(Tensor(a!) normed, Tensor x, Tensor index, int[] normalized_shape, "
+      "Tensor? weight, Tensor? bias, float eps, bool rms, bool keep_rows) "
+      "-> (Tensor kept, Tensor mean, Tensor rstd)");
   m.def(
       "compact_norm_backward(Tensor? d_stream, Tensor d_normed, Tensor kept, Tensor mean, "
       "Tensor rstd, Tensor index, Tensor slot, int[] normalized_shape, Tensor? weight, bool rms, "

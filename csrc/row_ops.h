@@ -83,6 +83,14 @@ inline void check_scatter_rows(const at::Tensor& residual, const at::Tensor& out
                    residual.scalar_type(), ", got ", out.scalar_type());
 }
 
+// A tensor of the caller's that is written to: all of it, in order of its dimensions.
+inline void check_written(const at::Tensor& y, const char* name, at::IntArrayRef sizes,
+                          const at::Device& device) {
+  check_same_device(y, name, device, "x");
+  TORCH_CHECK_VALUE(y.sizes() == sizes && y.is_contiguous(), name,
+                    ": expected a contiguous tensor of shape ", sizes, ", got ", y.sizes());
+}
+
 // layer_scale must broadcast against one row without enlarging it.
 inline void check_layer_scale(const at::Tensor& layer_scale, at::IntArrayRef row,
                               const at::Device& device) {

@@ -1,6 +1,7 @@
 """DINO-style multi-crop: crops of two sizes go through one network as a list.
 
     python examples/multi_crop.py
+    python examples/multi_crop.py --packed  # linear layers run once on the tokens of both sizes
 
 Two large and four small crops of every image go through the same blocks, each size as one tensor.
 Every tensor of every block has kept samples of its own, drawn for the whole list at once. (The loss
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from digits import Attention, digits
 from torch import Tensor, nn
 
-from sdkernels import DepthPlan, StochasticDepth, uniform
+from sdkernels import DepthPlan, Packed, StochasticDepth, uniform
 
 LARGE, SMALL = 2, 4  # crops of an image
 
@@ -34,10 +35,39 @@ class EachTensor(nn.Module):
         return [self.module(x) for x in xs]
 
 
+class OnTokens(nn.Module):
+    """Applies a module to the tokens of all crops at once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, packed: Packed) -> Tensor:
+        return self.module(packed.values)
+
+
+class PackedAttention(Attention):
+    """Its linear layers run on the tokens of all crops at once, attention on one size at a time."""
+
+    def forward(self, packed: Packed) -> Tensor:
+        outs = []
+        for qkv in packed.split(self.qkv(packed.values)):  # [k, N, 3 * width], a size each
+            q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            outs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(packed.join(outs))
+
+
 class Encoder(nn.Module):
     """Lists of crops [B, 1, s, s] to lists of logits [B, outputs]."""
 
-    def __init__(self, width: int = 64, depth: int = 4, p: float = 0.4, outputs: int = 10) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        depth: int = 4,
+        p: float = 0.4,
+        outputs: int = 10,
+        packed: bool = False,
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=2, stride=2)
         self.position = nn.Parameter(0.5 * torch.randn(1, width, 4, 4))
@@ -45,8 +75,12 @@ class Encoder(nn.Module):
         self.branches = nn.ModuleList()
         for i, drop in enumerate(self.drop_probs):
             mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-            branch = EachTensor(Attention(width, 4) if i % 2 == 0 else mlp)
-            self.branches.append(StochasticDepth(branch, drop, norm=nn.LayerNorm(width)))
+            if packed:
+                branch = PackedAttention(width, 4) if i % 2 == 0 else OnTokens(mlp)
+            else:
+                branch = EachTensor(Attention(width, 4) if i % 2 == 0 else mlp)
+            norm = nn.LayerNorm(width)
+            self.branches.append(StochasticDepth(branch, drop, norm=norm, packed=packed))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
     def forward(self, crops: list[Tensor], plan: DepthPlan | None = None) -> list[Tensor]:
@@ -83,11 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--drop-path", type=float, default=0.4)
+    parser.add_argument("--packed", action="store_true", help="all crops in one tensor of tokens")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     train_x, train_y, val_x, val_y = digits()
-    model = Encoder(p=options.drop_path)
+    model = Encoder(p=options.drop_path, packed=options.packed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     ran = total = 0
     start = time.perf_counter()

@@ -250,15 +250,22 @@ def compact_norm(
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     if eps is None:
         eps = torch.finfo(acc_type(x.dtype)).eps
-    dtype = x.dtype
-    # What follows a norm under autocast casts its output at once: write that dtype directly.
-    device = x.device.type
-    if dtype != torch.float64 and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = norm_dtype(x)
     opened: tuple[Tensor, Tensor] = kernels().compact_norm(
         x, rows.index, rows.slot, shape, weight, bias, eps, rms, dtype, with_stream, inplace
     )
     return opened
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a norm of x is written.
+
+    What follows a norm under autocast casts its output at once: that dtype, directly.
+    """
+    dtype, device = x.dtype, x.device.type
+    if dtype != torch.float64 and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return dtype
 
 
 def check_activation(activation: object) -> bool:

@@ -20,8 +20,9 @@ from .arguments import (
     take_args_of_list,
     unmarked,
 )
-from .backends.checks import check_layer_scale
-from .backends.ops import is_compiling, kernels
+from .backends.checks import acc_type, check_layer_scale
+from .backends.ops import compiled, is_compiling, kernels
+from .backends.packed import Norm, close_packed, open_packed
 from .backends.traceable import scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
@@ -35,6 +36,7 @@ from .building_blocks import (
     check_rows,
     check_tensor,
     compact_norm,
+    norm_dtype,
     scatter_add,
 )
 from .empty import (
@@ -46,7 +48,7 @@ from .empty import (
     run_on_nothing,
     run_on_ones,
 )
-from .packed import PackedBranch, check_multiple_of
+from .packed import Packed, PackedBranch, check_crops, check_multiple_of, padding_of
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
 from .schedules import check_probability
@@ -570,6 +572,12 @@ def _fused_list(
     on_ones = [each and empty == "ones" for each in nothing]
     hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
     ops = kernels()
+    one_tensor = isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones))
+    if inplace and any(base._is_view() for base in bases):
+        one_tensor = False  # PyTorch lets a function of one result alone write into a view
+    if isinstance(branch, PackedBranch) and one_tensor and _packs_at_once(ops, norm):
+        given = take_args_of_list(args, batches, hows)
+        return _fused_packed(xs, plan, branch, given, norm, layer_scale, residuals, inplace)
     kept_inputs: list[Tensor] = []
     streams: list[Tensor] = []
     for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
@@ -595,3 +603,50 @@ def _fused_list(
         scatter_add(stream, out, each, layer_scale, inplace, relu)
         for stream, out, each in zip(streams, outs, plan, strict=True)
     ]
+
+
+def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:
+    """Whether the crops are compacted straight into one tensor; a graph makes that of itself."""
+    if ops is compiled:
+        return False
+    return norm is None or (_is_plain(norm) and len(norm.normalized_shape) == 1)  # type: ignore[arg-type]
+
+
+def _fused_packed(
+    xs: list[Tensor],
+    plan: list[KeptRows],
+    branch: PackedBranch,
+    given: list[Any],
+    norm: nn.LayerNorm | nn.RMSNorm | None,
+    layer_scale: Tensor | None,
+    residuals: list[Tensor | None],
+    inplace: bool,
+) -> list[Tensor]:
+    """The branch on the kept tokens of all crops, which are never there one by one."""
+    check_crops(xs)
+    shapes = [(each.k, *x.shape[1:-1]) for x, each in zip(xs, plan, strict=True)]
+    padding = padding_of(shapes, branch.multiple_of)
+    fields = None
+    if norm is not None:
+        rms, bias = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None)
+        eps = torch.finfo(acc_type(xs[0].dtype)).eps if norm.eps is None else norm.eps
+        fields = Norm(norm.weight, bias, eps, rms, norm_dtype(xs[0]))
+    values, streams = open_packed(
+        xs,
+        [(each.index, each.slot) for each in plan],
+        fields,
+        padding or 0,
+        [residual is None for residual in residuals],
+        inplace,
+    )
+    pairs = zip(streams, residuals, strict=True)
+    streams = [stream if base is None else base for stream, base in pairs]
+    out = branch.run(Packed(values, shapes, padding), given)
+    if out.dim() != 2:
+        raise ValueError(f"branch output: expected [T, C], got shape {tuple(out.shape)}")
+    parts = Packed(out, shapes, padding).split(out.detach())
+    for stream, part, each in zip(streams, parts, plan, strict=True):
+        kernels().check_scatter_add(stream, part, each.index, each.slot, layer_scale, each.weight)
+    rows = [(each.index, each.slot, each.scale) for each in plan]
+    weights = [each.weight for each in plan]
+    return close_packed(streams, out, rows, layer_scale, weights, inplace)

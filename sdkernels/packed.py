@@ -14,7 +14,7 @@ from .backends.ops import is_compiling
 from .building_blocks import STRIDED, check_tensor
 from .empty import add_note
 
-__all__ = ["Packed", "PackedBranch", "check_multiple_of"]
+__all__ = ["Packed", "PackedBranch", "check_crops", "check_multiple_of", "padding_of"]
 
 
 class Packed:
@@ -62,9 +62,9 @@ class Packed:
         Raises:
             TypeError, ValueError: the crops do not go together.
         """
-        _check_crops(crops)
+        check_crops(crops)
         shapes = [tuple(crop.shape[:-1]) for crop in crops]
-        return cls(_joined(crops, multiple_of), shapes, _padding(shapes, multiple_of))
+        return cls(_joined(crops, multiple_of), shapes, padding_of(shapes, multiple_of))
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -153,7 +153,7 @@ def check_multiple_of(multiple_of: object) -> int:
     return int(multiple_of)
 
 
-def _padding(shapes: Sequence[tuple[int, ...]], multiple_of: int) -> int | None:
+def padding_of(shapes: Sequence[tuple[int, ...]], multiple_of: int) -> int | None:
     if multiple_of == 1:
         return None
     return -sum(prod(shape) for shape in shapes) % multiple_of
@@ -161,13 +161,13 @@ def _padding(shapes: Sequence[tuple[int, ...]], multiple_of: int) -> int | None:
 
 def _joined(crops: Sequence[Tensor], multiple_of: int) -> Tensor:
     flat = [crop.flatten(0, -2) for crop in crops]
-    padding = _padding([tuple(crop.shape[:-1]) for crop in crops], multiple_of)
+    padding = padding_of([tuple(crop.shape[:-1]) for crop in crops], multiple_of)
     if padding is not None:
         flat.append(flat[0].new_zeros((padding, flat[0].shape[1])))
     return torch.cat(flat)
 
 
-def _check_crops(crops: Sequence[Tensor]) -> None:
+def check_crops(crops: Sequence[Tensor]) -> None:
     first = crops[0]
     for crop in crops:
         if crop.dim() < 2:
@@ -212,6 +212,10 @@ class PackedBranch:
 
     def __call__(self, crops: list[Tensor], *args: Any) -> list[Tensor]:
         packed = Packed.of(crops, self.multiple_of)
+        return packed.split(self.run(packed, args))
+
+    def run(self, packed: Packed, args: Sequence[Any]) -> Tensor:
+        """The branch's output, [T, C]."""
         try:
             out = self.branch(packed, *args)
         except Exception as error:
@@ -221,7 +225,7 @@ class PackedBranch:
         if isinstance(out, Packed):
             out = out.values
         _check_tokens(out, packed.values.shape[0], "branch output")
-        return packed.split(out)
+        return out  # type: ignore[no-any-return]
 
 
 _ON_PACKED = (

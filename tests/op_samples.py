@@ -50,6 +50,8 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
     out = _rows_like(case, case.kept, case.branch_dtype, case.grad_layout).to(device)
     if op == "compact_rows":
         return x, index
+    if op == "compact_rows_into":
+        return torch.full_like(kept, 7.0, memory_format=torch.contiguous_format), x, index
     if op == "expand_rows":
         return kept, index, slot
     if op in ("scatter_rows", "scatter_rows_"):
@@ -64,6 +66,11 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
         given = out if any(wanted) else None
         dtype = case.branch_dtype
         return inputs.grad, given, index, layer_scale, row_weight, rows.scale, dtype, wanted
+    if op == "scatter_add_rows_backward_into":
+        _, given, *options = arguments("scatter_add_rows_backward", case, device)
+        *options, dtype, wanted = options
+        written = torch.full((case.kept, *x.shape[1:]), 7.0, dtype=dtype, device=device)
+        return written, inputs.grad, given, *options, wanted
     if op == "scatter_add_relu_rows":
         return x, out, index, slot, layer_scale, row_weight, rows.scale
     if op == "scatter_add_relu_rows_backward":
@@ -81,6 +88,9 @@ def arguments(op: str, case: Case, device: torch.device | str = "cpu") -> Argume
     dtype = case.dtype if torch.float64 in (case.dtype, case.branch_dtype) else case.branch_dtype
     if op == "compact_norm":
         return x, index, shape, weight, bias, eps, rms, dtype, True
+    if op == "compact_norm_into":
+        normed = torch.full((case.kept, *x.shape[1:]), 7.0, dtype=dtype, device=device)
+        return normed, x, index, shape, weight, bias, eps, rms, True
     d_stream = None if case.scale == 1.0 else inputs.grad.to(case.dtype)
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
     dims = list(range(-len(shape), 0))
@@ -260,6 +270,7 @@ def _compact_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 # What each op computes, in float64.
 EXPECTED: dict[str, Callable[..., Any]] = {
     "compact_rows": lambda x, index: x.double()[index],
+    "compact_rows_into": lambda kept, x, index: x.double()[index],
     "expand_rows": lambda kept, index, slot: kept.new_zeros(
         (slot.shape[0], *kept.shape[1:]), dtype=torch.float64
     ).index_copy(0, index, kept.double()),
@@ -268,9 +279,13 @@ EXPECTED: dict[str, Callable[..., Any]] = {
     "scatter_add_rows": _scatter_add,
     "scatter_add_rows_": _scatter_add,
     "scatter_add_rows_backward": _scatter_add_backward,
+    "scatter_add_rows_backward_into": lambda d_out, *args: _scatter_add_backward(
+        *args[:-1], d_out.dtype, args[-1]
+    ),
     "scatter_add_relu_rows": _scatter_add_relu,
     "scatter_add_relu_rows_backward": _scatter_add_relu_backward,
     "compact_norm": _compact_norm,
+    "compact_norm_into": lambda normed, *args: _compact_norm(*args[:-1], normed.dtype, args[-1]),
     "compact_norm_backward": _compact_norm_backward,
     "compact_mask": lambda mask, k: _compact_mask(mask),
 }
@@ -282,6 +297,10 @@ def call(function: Callable[..., Any], op: str, args: Arguments) -> tuple[Tensor
         written = args[0].clone()
         assert function(written, *args[1:]) is None
         return (written,)
+    if op.endswith("_into"):
+        written = args[0].clone()
+        results = function(written, *args[1:])
+        return (written, *(results or ()))
     results = function(*args)
     if op == "scatter_add_relu_rows":
         # The bits follow from y: rounding may change the sign of a sum close to zero.

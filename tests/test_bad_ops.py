@@ -22,6 +22,7 @@ ADD = {
 NORMALIZE = {"normalized_shape": [3], "weight": torch.ones(3), "rms": False}
 OPS = {
     "compact_rows": {"x": X, "index": INDEX},
+    "compact_rows_into": {"kept": OUT, "x": X, "index": INDEX},
     "expand_rows": {"kept": OUT, "index": INDEX, "slot": SLOT},
     "scatter_rows": {"residual": X, "out": OUT, "index": INDEX, "slot": SLOT},
     "scatter_rows_": {"residual": X, "out": OUT, "index": INDEX, "slot": SLOT},
@@ -35,6 +36,16 @@ OPS = {
         "row_weight": torch.ones(2),
         "scale": 1.0,
         "dtype": torch.float32,
+        "wanted": [True, True],
+    },
+    "scatter_add_rows_backward_into": {
+        "d_out": OUT.clone(),
+        "grad": X,
+        "out": OUT,
+        "index": INDEX,
+        "layer_scale": torch.ones(3),
+        "row_weight": torch.ones(2),
+        "scale": 1.0,
         "wanted": [True, True],
     },
     "scatter_add_relu_rows": ADD,
@@ -58,6 +69,15 @@ OPS = {
         "bias": torch.ones(3),
         "eps": 1e-5,
         "dtype": torch.float32,
+        "keep_rows": True,
+    },
+    "compact_norm_into": {
+        **NORMALIZE,
+        "normed": OUT.clone(),
+        "x": X,
+        "index": INDEX,
+        "bias": torch.ones(3),
+        "eps": 1e-5,
         "keep_rows": True,
     },
     "compact_norm_backward": {
@@ -111,6 +131,8 @@ WRONG = {
         "int": OUT.int(),
         "float8": OUT.to(FLOAT8),
     },
+    "normed": {"width": OUT[:, :2], "strided": torch.ones(3, 2).T, "int": OUT.int()},
+    "d_out": {"width": OUT[:, :2], "strided": torch.ones(3, 2).T, "int": OUT.int()},
     "positive": {
         "bool": X > 0,
         "few-rows": torch.zeros(3, 1, dtype=torch.uint8),

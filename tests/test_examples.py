@@ -146,10 +146,17 @@ def test_resnet_schedule(example, capsys):
 
 
 def test_multi_crop(example, capsys):
-    example("multi_crop").main(["--epochs", "2", "--batch-size", "128"])
+    script = example("multi_crop")
+    script.main(["--epochs", "2", "--batch-size", "128"])
     output = capsys.readouterr().out
-    assert set(epochs_of(output)) == {1, 2}
+    epochs = epochs_of(output)
+    assert set(epochs) == {1, 2}
     assert 38 <= saved(output) <= 42
+    script.main(["--epochs", "2", "--batch-size", "128", "--packed"])
+    packed = epochs_of(capsys.readouterr().out)
+    for epoch, (loss, right) in epochs.items():  # the same numbers, but for rounding
+        assert packed[epoch][0] == pytest.approx(loss, abs=0.01)
+        assert packed[epoch][1] == pytest.approx(right, abs=0.05)
 
 
 def test_layer_dropout(example, capsys, tmp_path):

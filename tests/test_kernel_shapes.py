@@ -191,6 +191,39 @@ def test_misaligned_rows(offset, device):
         check_arguments("scatter_rows_", forward[:4], 0.0)
 
 
+@pytest.mark.parametrize("offset", [1, 3, 4])
+def test_results_in_a_part_of_a_larger_tensor(offset, device):
+    """Its start is aligned to an element and no more; what is around it stays as it is."""
+    for dtype in (torch.float32, torch.bfloat16):
+        forward, backward = scatter_arguments("tokens-of-4", (dtype, dtype), device)
+        x, out, index = forward[0], forward[1], forward[2]
+        around = torch.full((out.numel() + 2 * offset,), 7.0, dtype=dtype, device=device)
+        part = around[offset:-offset].view(out.shape)
+        ops = torch.ops.sdkernels
+        grad, given, *options = backward
+        *options, _, wanted = options
+        width = [x.shape[-1]]
+        calls = (
+            (ops.compact_rows_into, (x, index), ops.compact_rows(x, index)),
+            (
+                ops.compact_norm_into,
+                (x, index, width, None, None, 0.1, False, False),
+                ops.compact_norm(x, index, width, None, None, 0.1, False, dtype, False)[0],
+            ),
+            (
+                ops.scatter_add_rows_backward_into,
+                (grad, given, *options, wanted),
+                ops.scatter_add_rows_backward(*backward)[0],
+            ),
+        )
+        for op, args, expected in calls:
+            op(part, *args)
+            # Other vectors, and sums in another order.
+            assert_close(part, expected.double(), TOLERANCE[dtype])
+            assert (around[:offset] == 7).all()
+            assert (around[-offset:] == 7).all()
+
+
 def relu_arguments(forward: Arguments, wants_out: bool = True) -> tuple[Arguments, Arguments]:
     """Of scatter_add_relu_rows, and of its backward, for rows like those of scatter_add_rows."""
     residual, out, index, slot, *factors = forward

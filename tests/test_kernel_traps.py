@@ -23,6 +23,7 @@ def rows(*numbers): return torch.tensor(numbers, device=device)
 CALLS = {
     "compact_rows": "ops.compact_rows(x, rows(0, 4))",
     "compact_rows-negative": "ops.compact_rows(x, rows(-1, 2))",
+    "compact_rows_into": "ops.compact_rows_into(kept.clone(), x, rows(0, 4))",
     "expand_rows": "ops.expand_rows(kept, rows(0, 1), rows(0, 2, -1, -1))",
     "expand_rows-below": "ops.expand_rows(kept, rows(0, 1), rows(0, 1, -2, -1))",
     "scatter_rows": "ops.scatter_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1))",
@@ -36,6 +37,8 @@ CALLS = {
     " 1.0, torch.float32, [False, False])",
     "scatter_add_rows_backward-sums": "ops.scatter_add_rows_backward(x, kept, rows(0, 9),"
     " torch.ones(40, device=device), None, 1.0, torch.float32, [True, False])",
+    "scatter_add_rows_backward_into": "ops.scatter_add_rows_backward_into(kept.clone(), x, None,"
+    " rows(0, 9), None, None, 1.0, [False, False])",
     "scatter_add_relu_rows": "ops.scatter_add_relu_rows(x, kept, rows(0, 1), rows(2, 1, -1, -1),"
     " None, None, 1.0)",
     "scatter_add_relu_rows-below": "ops.scatter_add_relu_rows(x, kept, rows(0, 1),"
@@ -43,6 +46,8 @@ CALLS = {
     "scatter_add_relu_rows_backward": "ops.scatter_add_relu_rows_backward(x, bits, rows(0, 1),"
     " rows(0, -1, -1, 2), None, None, 1.0, x.dtype, torch.contiguous_format, True)",
     "compact_norm": "ops.compact_norm(x, rows(0, 4), [40], None, None, 0.1, False, x.dtype, True)",
+    "compact_norm_into": "ops.compact_norm_into(kept.clone(), x, rows(0, 4), [40], None, None, 0.1,"
+    " False, True)",
     "compact_norm_backward": "ops.compact_norm_backward(None, kept, kept, kept[:, 0].contiguous(),"
     " kept[:, 1].contiguous(), rows(0, 1), rows(0, 2, -1, -1), [40], None, False,"
     " [True, False, False])",

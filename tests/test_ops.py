@@ -18,7 +18,8 @@ from sdkernels.backends import traceable
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 OPS = torch.ops.sdkernels
-NORM_OPS = ("compact_norm", "compact_norm_backward")
+NORM_OPS = ("compact_norm", "compact_norm_into", "compact_norm_backward")
+COPIES = ("compact_rows", "compact_rows_into", "expand_rows", "scatter_rows", "scatter_rows_")
 INDEX, SLOT = torch.tensor([0, 2]), torch.tensor([0, -1, 1])
 
 
@@ -33,6 +34,27 @@ def test_compact_rows_of_other_dtypes(dtype):
     kept = OPS.compact_rows(x, INDEX)
     assert kept.dtype == dtype
     assert torch.equal(kept, torch.tensor([[1, 0], [1, 1]]).to(dtype))
+
+
+def test_written_into_a_part_of_a_larger_tensor():
+    """What lies before and behind stays as it is."""
+    x = torch.tensor([[1.0, 3.0], [0.0, 0.0], [3.0, 4.0]])
+    values = torch.full((4, 2), 9.0)
+    OPS.compact_rows_into(values[1:3], x, INDEX)
+    assert values.tolist() == [[9, 9], [1, 3], [3, 4], [9, 9]]
+    weight, bias = torch.tensor([2.0, 3.0]), torch.tensor([10.0, 20.0])
+    rest = INDEX, [2], weight, bias, 0.0, False, True
+    kept, mean, rstd = OPS.compact_norm_into(values[1:3], x, *rest)
+    assert values.tolist() == [[9, 9], [8, 23], [8, 23], [9, 9]]
+    assert kept.tolist() == [[1, 3], [3, 4]]
+    assert mean.tolist() == [2, 3.5]
+    assert rstd.tolist() == [1, 2]
+    out = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    rest = INDEX, torch.tensor([1.0, 0.5]), None, 2.0, [True, False]
+    d_layer_scale, nothing = OPS.scatter_add_rows_backward_into(values[:2], x, out, *rest)
+    assert values.tolist() == [[2, 3], [6, 4], [8, 23], [9, 9]]
+    assert d_layer_scale.tolist() == [2 * (1 * 10 + 3 * 30), 2 * (3 * 20 + 4 * 40)]
+    assert nothing.shape == (0,)
 
 
 def test_expand_rows():
@@ -164,7 +186,7 @@ def check_arguments(op: str, args: Arguments, tolerance: float) -> None:
         assert_same_layout(a, b)
         assert_close(a, c, tolerance, f"result {i}")
         assert_close(b, c, tolerance, f"result {i} of traceable")
-        if op in ("compact_rows", "expand_rows", "scatter_rows", "scatter_rows_"):
+        if op in COPIES:
             assert torch.equal(a.double(), c)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from backends import native
 from cases import TOLERANCE
 from checkpointing import each_variant
 from comparison import assert_close
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sdkernels import KeptRows, Packed, StochasticDepth, fused_stochastic_depth
@@ -222,6 +225,69 @@ def test_padding_is_zero_and_sends_nothing_back():
     torch.cat([y.flatten() for y in ys]).sum().backward()
     assert bias.grad.tolist() == [tokens] * C
     assert norm.bias.grad.tolist() == [tokens] * C
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@native
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_is_concatenated(norm):
+    """Forward and backward: every crop's part is written where it belongs, and read there."""
+    setting, rows = Setting("mlp", norm), rows_of(KEPT["some"])
+    with Calls() as calls:
+        setting.collect(setting.packed(rows, multiple_of=16))
+    names = calls.names
+    assert not any(name in names for name in ("aten::cat", "aten::clone", "aten::index_select"))
+    opened = "compact_rows_into" if norm == "none" else "compact_norm_into"
+    assert names[f"sdkernels::{opened}"] == 3
+    assert names["sdkernels::scatter_add_rows"] == (6 if norm == "none" else 3)
+    assert names["sdkernels::scatter_add_rows_backward_into"] == 3
+    assert names["aten::addmm"] == 2
+
+
+def test_a_crop_that_nobody_uses():
+    """Its part of the gradient is zero, and not what was in memory."""
+    setting, rows = Setting("mlp", "layer"), rows_of(KEPT["some"])
+    ys = setting.packed(rows)
+    leaves = [setting.xs[0], *setting.branch.parameters()]
+    actual = torch.autograd.grad(ys[0], leaves, setting.grads[0])
+    expected = torch.autograd.grad(setting.masked(rows)[0], leaves, setting.grads[0])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("which", ["view", "residual", "no_grad", "strided"])
+def test_streams_of_all_sorts(which):
+    setting, rows = Setting("mlp", "layer"), rows_of(KEPT["some"])
+    expected = setting.collect(setting.packed(rows))
+    options: dict[str, Any] = {}
+    given = list(setting.xs)
+    if which == "view":  # in place, which is written to without a node of its own
+        given = [x.clone()[:] for x in setting.xs]
+        options["inplace"] = True
+    elif which == "residual":
+        options["residual"] = [x * 1 for x in setting.xs]
+    elif which == "strided":
+        given = [torch.stack([x, x], -1)[..., 0] for x in setting.xs]
+    if which == "no_grad":
+        with torch.no_grad():
+            ys = setting.packed(rows)
+        assert not any(y.requires_grad for y in ys)
+        for y, value in zip(ys, expected, strict=False):
+            torch.testing.assert_close(y, value)
+        return
+    for a, b in zip(setting.collect(setting.packed(rows, given, **options)), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_under_autocast():

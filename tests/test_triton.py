@@ -95,17 +95,22 @@ for far in (3, -1, 2**40, -2**40):
     in_slot = torch.tensor([-1, max(far, 1), -1])
     calls = {
         "compact_rows": (x, bad),
+        "compact_rows_into": (out.clone(), x, bad),
         "expand_rows": (out, bad, in_slot),
         "scatter_rows": (x, out, bad, in_slot),
         "scatter_rows_": (x, out, bad, slot),
         "scatter_add_rows": (x, out, bad, in_slot, None, None, 1.0),
         "scatter_add_rows_": (x, out, bad, slot, None, None, 1.0),
         "scatter_add_rows_backward": (x, None, bad, None, None, 1.0, x.dtype, [False, False]),
+        "scatter_add_rows_backward_into": (
+            out.clone(), x, None, bad, None, None, 1.0, [False, False]
+        ),
         "scatter_add_relu_rows": (x, out, bad, in_slot, None, one, 1.0),
         "scatter_add_relu_rows_backward": (
             x, bits, bad, in_slot, None, one, 1.0, x.dtype, torch.contiguous_format, True
         ),
         "compact_norm": (x, bad, [4], None, None, 1e-5, False, x.dtype, True),
+        "compact_norm_into": (out.clone(), x, bad, [4], None, None, 1e-5, False, True),
         "compact_norm_backward": (
             None, out, out, one, one, bad, in_slot, [4], None, False, [True, True, True]
         ),

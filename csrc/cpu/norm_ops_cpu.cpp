@@ -1,4 +1,5 @@
 // compact_norm (LayerNorm and RMSNorm of the kept rows) and its backward on the CPU.
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include "../norm_ops.h"
@@ -12,15 +13,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 const void* data_of(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-// normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
-                                                        at::IntArrayRef normalized_shape,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, double eps,
-                                                        bool rms, at::ScalarType dtype,
-                                                        bool keep_rows) {
-  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
-  check_index_values(index, x.size(0));
+// Writes normed; kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
+std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor& x,
+                                             const Tensor& index, at::IntArrayRef normalized_shape,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& bias, double eps, bool rms,
+                                             bool keep_rows) {
   const auto acc = acc_type(x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes[0] = index.size(0);
@@ -28,11 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   const auto stat_sizes = x.sizes().slice(0, x.dim() - normalized_shape.size()).vec();
   const int64_t lines = c10::multiply_integers(stat_sizes.begin() + 1, stat_sizes.end());
   const auto acc_options = x.options().dtype(acc);
-  Tensor normed = at::empty(sizes, x.options().dtype(dtype));
   Tensor kept = keep_rows ? at::empty(sizes, x.options()) : at::empty({0}, x.options());
   Tensor mean = at::empty({rms ? 0 : index.size(0) * lines}, acc_options);
   Tensor rstd = at::empty({index.size(0) * lines}, acc_options);
-  if (normed.numel() == 0) return {normed, kept, mean.zero_(), rstd.zero_()};
+  if (normed.numel() == 0) return {kept, mean.zero_(), rstd.zero_()};
 
   const Tensor lines_of_x = in_lines(x, normalized_shape.size());
   const auto gamma = in_acc(weight, acc);
@@ -54,7 +51,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   p.x_stride = *line_stride(lines_of_x, normalized_shape.size());
   parallel_for(0, rstd.numel(), at::divup(kSumGrain, len),
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {kept, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
+                                                        at::IntArrayRef normalized_shape,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps,
+                                                        bool rms, at::ScalarType dtype,
+                                                        bool keep_rows) {
+  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
+  check_index_values(index, x.size(0));
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  Tensor normed = at::empty(sizes, x.options().dtype(dtype));
+  auto [kept, mean, rstd] =
+      norm_into(normed, x, index, normalized_shape, weight, bias, eps, rms, keep_rows);
   return {normed, kept, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> compact_norm_into(Tensor normed, const Tensor& x,
+                                                     const Tensor& index,
+                                                     at::IntArrayRef normalized_shape,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& bias, double eps,
+                                                     bool rms, bool keep_rows) {
+  check_compact_norm(x, index, normalized_shape, weight, bias, normed.scalar_type());
+  check_index_values(index, x.size(0));
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(normed, "normed", sizes, x.device());
+  at::assert_no_overlap(normed, x);
+  return norm_into(normed, x, index, normalized_shape, weight, bias, eps, rms, keep_rows);
 }
 
 // d_x, d_weight, d_bias; an empty tensor for each that `wanted` leaves out.
@@ -124,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
 
 TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
   m.impl("compact_norm", compact_norm);
+  m.impl("compact_norm_into", compact_norm_into);
   m.impl("compact_norm_backward", compact_norm_backward);
 }
 

@@ -59,6 +59,19 @@ Tensor compact_rows(const Tensor& x, const Tensor& index) {
   return kept;
 }
 
+void compact_rows_into(Tensor kept, const Tensor& x, const Tensor& index) {
+  check_rows_tensor(x, "x");
+  check_index_tensor(index, "rows.index", x.device());
+  check_index_values(index, x.size(0));
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(kept, "kept", sizes, x.device());
+  TORCH_CHECK_TYPE(kept.scalar_type() == x.scalar_type(), "kept: expected ", x.scalar_type(),
+                   ", got ", kept.scalar_type());
+  at::assert_no_overlap(kept, x);
+  if (kept.numel() > 0) map_rows(kept, x, index);
+}
+
 Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) {
   check_rows_tensor(kept, "kept");
   check_index_tensor(index, "rows.index", kept.device());
@@ -170,28 +183,29 @@ void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, 
 
 // wanted: the gradients of layer_scale and row_weight; an empty tensor takes the place of one that
 // is not.
-std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
-    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
-    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
-    at::ScalarType dtype, std::array<bool, 2> wanted) {
-  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
-  check_index_values(index, grad.size(0));
+std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& grad,
+                                          const OptionalTensor& out, const Tensor& index,
+                                          const OptionalTensor& layer_scale,
+                                          const OptionalTensor& row_weight, double scale,
+                                          std::array<bool, 2> wanted) {
+  const auto dtype = d_out.scalar_type();
   const auto acc =
       grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
   if (acc == at::kDouble && (grad.scalar_type() != acc || dtype != acc)) {
     const OptionalTensor wide_out = out ? OptionalTensor(out->to(acc)) : out;
-    auto [d_out, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
-        grad.to(acc), wide_out, index, layer_scale, row_weight, scale, acc, wanted);
-    return {d_out.to(dtype), d_layer_scale, d_row_weight};
+    const Tensor wide = at::empty_like(d_out, d_out.options().dtype(acc));
+    auto sums =
+        gradients_into(wide, grad.to(acc), wide_out, index, layer_scale, row_weight, scale, wanted);
+    d_out.copy_(wide);
+    return sums;
   }
 
   // Not a structured binding: clang before 16 does not let a lambda capture one.
   const bool wants_layer_scale = wanted[0], wants_row_weight = wanted[1];
   const int64_t k = index.size(0);
-  Tensor d_out = empty_rows(out ? *out : grad, k, dtype);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   if (d_out.numel() == 0)
-    return {d_out, wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
+    return {wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
             wants_row_weight ? at::zeros_like(*row_weight) : none()};
 
   c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
@@ -199,9 +213,11 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
-    auto [dense, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
-        grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted);
-    return {d_out.copy_(dense), d_layer_scale, d_row_weight};
+    const Tensor dense = at::empty(d_out.sizes(), d_out.options());
+    auto sums = gradients_into(dense, grad.contiguous(), dense_out, index, layer_scale, row_weight,
+                               scale, wanted);
+    d_out.copy_(dense);
+    return sums;
   }
   const auto weight = weight_of_rows(row_weight, acc);
   const auto kernel = kernels().scatter_add_backward(dtype_of(grad), dtype_of(d_out));
@@ -225,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
   if (!out) {
     parallel_for(0, elements, kGrain,
                  [&](int64_t begin, int64_t end) { kernel(p, begin, end, nullptr, nullptr); });
-    return {d_out, none(), none()};
+    return {none(), none()};
   }
   const ChunkedSum sum(wants_layer_scale ? gamma->numel() : 0, elements, 1, acc);
   // The sum of a row that several chunks share is put together from theirs.
@@ -256,7 +272,34 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
         totals[j] += scale * row_sums[chunk * rows_of_chunk + j - sum.begin(chunk) / row];
     d_row_weight = total.to(row_weight->scalar_type());
   }
+  return {d_layer_scale, d_row_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
+    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
+  check_index_values(index, grad.size(0));
+  Tensor d_out = empty_rows(out ? *out : grad, index.size(0), dtype);
+  auto [d_layer_scale, d_row_weight] =
+      gradients_into(d_out, grad, out, index, layer_scale, row_weight, scale, wanted);
   return {d_out, d_layer_scale, d_row_weight};
+}
+
+std::tuple<Tensor, Tensor> scatter_add_rows_backward_into(
+    Tensor d_out, const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, d_out.scalar_type(),
+                             wanted);
+  check_index_values(index, grad.size(0));
+  auto sizes = grad.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(d_out, "d_out", sizes, grad.device());
+  at::assert_no_overlap(d_out, grad);
+  if (out) at::assert_no_overlap(d_out, *out);
+  return gradients_into(d_out, grad, out, index, layer_scale, row_weight, scale, wanted);
 }
 
 void scatter_add_relu_into(const Tensor& y, const Tensor& positive, const Tensor& residual,
@@ -382,12 +425,14 @@ std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_
 
 TORCH_LIBRARY_IMPL(sdkernels, CPU, m) {
   m.impl("compact_rows", compact_rows);
+  m.impl("compact_rows_into", compact_rows_into);
   m.impl("expand_rows", expand_rows);
   m.impl("scatter_rows", scatter_rows);
   m.impl("scatter_rows_", scatter_rows_);
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("scatter_add_rows_backward_into", scatter_add_rows_backward_into);
   m.impl("scatter_add_relu_rows", scatter_add_relu_rows);
   m.impl("scatter_add_relu_rows_backward", scatter_add_relu_rows_backward);
   m.impl("compact_mask", compact_mask);

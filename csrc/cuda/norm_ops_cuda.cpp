@@ -1,4 +1,5 @@
 // compact_norm (LayerNorm and RMSNorm of the kept rows) and its backward on CUDA.
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include "../norm_ops.h"
@@ -10,33 +11,32 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// normed, kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
-                                                        at::IntArrayRef normalized_shape,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, double eps,
-                                                        bool rms, at::ScalarType dtype,
-                                                        bool keep_rows) {
-  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
+// Writes normed; kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
+std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor& x,
+                                             const Tensor& index, at::IntArrayRef normalized_shape,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& bias, double eps, bool rms,
+                                             bool keep_rows) {
   const auto acc = acc_type(x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes[0] = index.size(0);
   const auto dims = static_cast<int64_t>(normalized_shape.size());
   const int64_t lines = c10::multiply_integers(sizes.begin() + 1, sizes.end() - dims);
   const auto acc_options = x.options().dtype(acc);
-  // Written in float32 and rounded afterwards where no kernel writes `dtype` itself.
-  const bool writes_dtype = instantiated(dtype_of(x), dtype_of(dtype));
-  Tensor normed = at::empty(sizes, x.options().dtype(writes_dtype ? dtype : at::kFloat));
+  // Written in float32 and rounded afterwards where no kernel writes the dtype itself.
+  const Tensor y = instantiated(dtype_of(x), dtype_of(normed))
+                       ? normed
+                       : at::empty(sizes, x.options().dtype(at::kFloat));
   Tensor kept = keep_rows ? at::empty(sizes, x.options()) : at::empty({0}, x.options());
   Tensor mean = at::empty({rms ? 0 : index.size(0) * lines}, acc_options);
   Tensor rstd = at::empty({index.size(0) * lines}, acc_options);
-  if (normed.numel() == 0) return {normed.to(dtype), kept, mean.zero_(), rstd.zero_()};
+  if (normed.numel() == 0) return {kept, mean.zero_(), rstd.zero_()};
 
   const Tensor lines_of_x = in_lines(x, dims);
   const auto gamma = in_acc(weight, acc);
   const auto beta = in_acc(bias, acc);
   CompactNorm p{};
-  p.normed = normed.mutable_data_ptr();
+  p.normed = y.mutable_data_ptr();
   p.copy = keep_rows ? kept.mutable_data_ptr() : nullptr;
   p.mean = rms ? nullptr : mean.mutable_data_ptr();
   p.rstd = rstd.mutable_data_ptr();
@@ -51,9 +51,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const T
   p.len = line_length(normalized_shape);
   p.x_stride = *line_stride(lines_of_x, dims);
   const OnDevice device(x);
-  check_launch(launch_compact_norm(p, dtype_of(x), dtype_of(normed), device.stream()),
-               "compact_norm");
-  return {normed.to(dtype), kept, mean, rstd};
+  check_launch(launch_compact_norm(p, dtype_of(x), dtype_of(y), device.stream()), "compact_norm");
+  if (!y.is_same(normed)) normed.copy_(y);
+  return {kept, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm(const Tensor& x, const Tensor& index,
+                                                        at::IntArrayRef normalized_shape,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps,
+                                                        bool rms, at::ScalarType dtype,
+                                                        bool keep_rows) {
+  check_compact_norm(x, index, normalized_shape, weight, bias, dtype);
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  Tensor normed = at::empty(sizes, x.options().dtype(dtype));
+  auto [kept, mean, rstd] =
+      norm_into(normed, x, index, normalized_shape, weight, bias, eps, rms, keep_rows);
+  return {normed, kept, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> compact_norm_into(Tensor normed, const Tensor& x,
+                                                     const Tensor& index,
+                                                     at::IntArrayRef normalized_shape,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& bias, double eps,
+                                                     bool rms, bool keep_rows) {
+  check_compact_norm(x, index, normalized_shape, weight, bias, normed.scalar_type());
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(normed, "normed", sizes, x.device());
+  at::assert_no_overlap(normed, x);
+  return norm_into(normed, x, index, normalized_shape, weight, bias, eps, rms, keep_rows);
 }
 
 // d_x, d_weight, d_bias; an empty tensor for each that `wanted` leaves out.
@@ -111,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
 
 TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
   m.impl("compact_norm", compact_norm);
+  m.impl("compact_norm_into", compact_norm_into);
   m.impl("compact_norm_backward", compact_norm_backward);
 }
 

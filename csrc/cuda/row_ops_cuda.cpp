@@ -61,6 +61,18 @@ Tensor compact_rows(const Tensor& x, const Tensor& index) {
   return kept;
 }
 
+void compact_rows_into(Tensor kept, const Tensor& x, const Tensor& index) {
+  check_rows_tensor(x, "x");
+  check_index_tensor(index, "rows.index", x.device());
+  auto sizes = x.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(kept, "kept", sizes, x.device());
+  TORCH_CHECK_TYPE(kept.scalar_type() == x.scalar_type(), "kept: expected ", x.scalar_type(),
+                   ", got ", kept.scalar_type());
+  at::assert_no_overlap(kept, x);
+  if (kept.numel() > 0) map_rows(kept, x, index, Through::gather, "compact_rows_into");
+}
+
 Tensor expand_rows(const Tensor& kept, const Tensor& index, const Tensor& slot) {
   check_rows_tensor(kept, "kept");
   check_index_tensor(index, "rows.index", kept.device());
@@ -169,27 +181,29 @@ void scatter_add_rows_(Tensor residual, const Tensor& out, const Tensor& index, 
 
 // wanted: the gradients of layer_scale and row_weight; an empty tensor takes the place of one that
 // is not.
-std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
-    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
-    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
-    at::ScalarType dtype, std::array<bool, 2> wanted) {
-  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
+std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& grad,
+                                          const OptionalTensor& out, const Tensor& index,
+                                          const OptionalTensor& layer_scale,
+                                          const OptionalTensor& row_weight, double scale,
+                                          std::array<bool, 2> wanted) {
+  const auto dtype = d_out.scalar_type();
   const auto acc =
       grad.scalar_type() == at::kDouble || dtype == at::kDouble ? at::kDouble : at::kFloat;
   // What no kernel takes: double beside another type, and bfloat16 beside float16.
   if (!instantiated(dtype_of(grad), dtype_of(dtype))) {
     const OptionalTensor wide_out = out ? OptionalTensor(out->to(acc)) : out;
-    auto [d_out, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
-        grad.to(acc), wide_out, index, layer_scale, row_weight, scale, acc, wanted);
-    return {d_out.to(dtype), d_layer_scale, d_row_weight};
+    const Tensor wide = at::empty_like(d_out, d_out.options().dtype(acc));
+    auto sums =
+        gradients_into(wide, grad.to(acc), wide_out, index, layer_scale, row_weight, scale, wanted);
+    d_out.copy_(wide);
+    return sums;
   }
 
   const auto [wants_layer_scale, wants_row_weight] = wanted;
   const int64_t k = index.size(0);
-  Tensor d_out = empty_rows(out ? *out : grad, k, dtype);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   if (d_out.numel() == 0)
-    return {d_out, wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
+    return {wants_layer_scale ? at::zeros_like(*layer_scale) : none(),
             wants_row_weight ? at::zeros_like(*row_weight) : none()};
 
   c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
@@ -197,9 +211,11 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc, kLeastLine);
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
-    auto [dense, d_layer_scale, d_row_weight] = scatter_add_rows_backward(
-        grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted);
-    return {d_out.copy_(dense), d_layer_scale, d_row_weight};
+    const Tensor dense = at::empty(d_out.sizes(), d_out.options());
+    auto sums = gradients_into(dense, grad.contiguous(), dense_out, index, layer_scale, row_weight,
+                               scale, wanted);
+    d_out.copy_(dense);
+    return sums;
   }
   const auto weight = weight_of_rows(row_weight, acc);
   const auto sums = grad.options().dtype(acc);
@@ -240,8 +256,33 @@ std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
                         ? total
                         : at::empty_like(*layer_scale).copy_(total);
   }
-  return {d_out, d_layer_scale,
+  return {d_layer_scale,
           wants_row_weight ? row_weight_sum.to(row_weight->scalar_type()) : row_weight_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scatter_add_rows_backward(
+    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, dtype, wanted);
+  Tensor d_out = empty_rows(out ? *out : grad, index.size(0), dtype);
+  auto [d_layer_scale, d_row_weight] =
+      gradients_into(d_out, grad, out, index, layer_scale, row_weight, scale, wanted);
+  return {d_out, d_layer_scale, d_row_weight};
+}
+
+std::tuple<Tensor, Tensor> scatter_add_rows_backward_into(
+    Tensor d_out, const Tensor& grad, const OptionalTensor& out, const Tensor& index,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    std::array<bool, 2> wanted) {
+  check_scatter_add_backward(grad, out, index, layer_scale, row_weight, d_out.scalar_type(),
+                             wanted);
+  auto sizes = grad.sizes().vec();
+  sizes[0] = index.size(0);
+  check_written(d_out, "d_out", sizes, grad.device());
+  at::assert_no_overlap(d_out, grad);
+  if (out) at::assert_no_overlap(d_out, *out);
+  return gradients_into(d_out, grad, out, index, layer_scale, row_weight, scale, wanted);
 }
 
 void scatter_add_relu_into(const Tensor& y, const Tensor& positive, const Tensor& residual,
@@ -374,12 +415,14 @@ std::tuple<Tensor, Tensor> compact_mask(const Tensor& mask, std::optional<int64_
 
 TORCH_LIBRARY_IMPL(sdkernels, CUDA, m) {
   m.impl("compact_rows", compact_rows);
+  m.impl("compact_rows_into", compact_rows_into);
   m.impl("expand_rows", expand_rows);
   m.impl("scatter_rows", scatter_rows);
   m.impl("scatter_rows_", scatter_rows_);
   m.impl("scatter_add_rows", scatter_add_rows);
   m.impl("scatter_add_rows_", scatter_add_rows_);
   m.impl("scatter_add_rows_backward", scatter_add_rows_backward);
+  m.impl("scatter_add_rows_backward_into", scatter_add_rows_backward_into);
   m.impl("scatter_add_relu_rows", scatter_add_relu_rows);
   m.impl("scatter_add_relu_rows_backward", scatter_add_relu_rows_backward);
   m.impl("compact_mask", compact_mask);

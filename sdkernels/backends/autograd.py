@@ -229,6 +229,64 @@ class _AddKeptRows(torch.autograd.Function):
         return grad, grad.index_select(0, index).mul_(ctx.scale), None, None
 
 
+def gradients_of_kept(
+    kept: Tensor,
+    out: Tensor | None,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Gradient, Gradient]:
+    """What scatter_add_rows_backward gives for the kept rows of a gradient, differentiable."""
+    acc = acc_type(kept.dtype, dtype)
+    scaled = kept.to(acc) * scale
+    d_layer_scale = d_row_weight = None
+    column = (-1, *[1] * (scaled.dim() - 1))
+    if wanted[1]:
+        assert out is not None
+        assert row_weight is not None
+        product = scaled * out.to(acc)
+        if layer_scale is not None:
+            product = product * layer_scale.to(acc)
+        total = product.sum_to_size((scaled.shape[0], *column[1:]))
+        d_row_weight = total.flatten().to(row_weight.dtype)
+    if row_weight is not None:
+        scaled = scaled * row_weight.to(acc).view(column)
+    d_out = (scaled if layer_scale is None else scaled * layer_scale.to(acc)).to(dtype)
+    if wanted[0]:
+        assert out is not None
+        assert layer_scale is not None
+        total = (scaled * out.to(acc)).sum_to_size(layer_scale.shape)
+        d_layer_scale = total.to(layer_scale.dtype)
+    return d_out, d_layer_scale, d_row_weight
+
+
+def gradients_of_norm(
+    kept: Tensor,
+    d_normed: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Gradient, Gradient]:
+    """The gradients of a norm of the kept rows, differentiable."""
+    acc = acc_type(kept.dtype)
+    dims = list(range(-len(shape), 0))
+    x, d = kept.to(acc), d_normed.to(acc)
+    centered = x if rms else x - x.mean(dims, True)
+    rstd = (centered.square().mean(dims, True) + eps).rsqrt()
+    x_hat = centered * rstd
+    d_x_hat = d if weight is None else d * weight.to(acc)
+    through = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, True)
+    if not rms:
+        through = through - d_x_hat.mean(dims, True)
+    d_weight = None if weight is None else (d * x_hat).sum_to_size(shape).to(weight.dtype)
+    d_bias = None if bias_dtype is None else d.sum_to_size(shape).to(bias_dtype)
+    return (rstd * through).to(kept.dtype), d_weight, d_bias
+
+
 class _PassRelu(torch.autograd.Function):
     """The gradient that a ReLU passes, from the bits of its result; it is its own derivative."""
 
@@ -320,23 +378,9 @@ class _ScatterAddRows(torch.autograd.Function):
             d_layer_scale = d_layer_scale if wanted[0] else None
             return grad, d_out, d_layer_scale, d_row_weight if wanted[1] else None, *nothing
 
-        acc = acc_type(grad.dtype, dtype)
-        scaled = _compact_rows(grad, index, slot).to(acc) * scale
-        d_layer_scale = d_row_weight = None
-        column = (-1, *[1] * (scaled.dim() - 1))
-        if wanted[1]:
-            product = scaled * out.to(acc)
-            if layer_scale is not None:
-                product = product * layer_scale.to(acc)
-            total = product.sum_to_size((scaled.shape[0], *column[1:]))
-            d_row_weight = total.flatten().to(row_weight.dtype)
-        if row_weight is not None:
-            scaled = scaled * row_weight.to(acc).view(column)
-        d_out = (scaled if layer_scale is None else scaled * layer_scale.to(acc)).to(dtype)
-        if wanted[0]:
-            total = (scaled * out.to(acc)).sum_to_size(layer_scale.shape)
-            d_layer_scale = total.to(layer_scale.dtype)
-        return grad, d_out, d_layer_scale, d_row_weight, *nothing
+        kept = _compact_rows(grad, index, slot)
+        args = out, layer_scale, row_weight, scale, dtype, wanted
+        return grad, *gradients_of_kept(kept, *args), *nothing
 
 
 class _CompactNorm(torch.autograd.Function):
@@ -392,22 +436,10 @@ class _CompactNorm(torch.autograd.Function):
             )
         else:
             if d_normed is not None:
-                acc = acc_type(kept.dtype)
-                dims = list(range(-len(shape), 0))
-                x, d = kept.to(acc), d_normed.to(acc)
-                centered = x if rms else x - x.mean(dims, True)
-                rstd = (centered.square().mean(dims, True) + ctx.eps).rsqrt()
-                x_hat = centered * rstd
-                d_x_hat = d if weight is None else d * weight.to(acc)
-                through = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, True)
-                if not rms:
-                    through = through - d_x_hat.mean(dims, True)
-                through = (rstd * through).to(kept.dtype)
+                through, d_weight, d_bias = gradients_of_norm(
+                    kept, d_normed, shape, weight, ctx.bias_dtype, ctx.eps, rms
+                )
                 d_kept = through if d_kept is None else d_kept + through
-                if weight is not None:
-                    d_weight = (d * x_hat).sum_to_size(shape).to(weight.dtype)
-                if ctx.bias_dtype is not None:
-                    d_bias = d.sum_to_size(shape).to(ctx.bias_dtype)
             d_x = _merge_gradients(d_kept, d_stream, index, slot)
         return d_x, d_weight, d_bias, None, None, None, None, None, None, None
 

@@ -215,6 +215,24 @@ def _compact_rows(x: Tensor, index: Tensor) -> None:
     check_index_values(index, x.shape[0])
 
 
+def _check_written(y: Tensor, name: str, rows: int, x: Tensor) -> None:
+    """A tensor of the caller's that is written to: all of it, in order of its dimensions."""
+    check_same_device(y, name, x.device, "x")
+    shape = [rows, *x.shape[1:]]
+    if list(y.shape) != shape or not y.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor of shape {shape}, got {list(y.shape)}"
+        )
+
+
+def _compact_rows_into(kept: Tensor, x: Tensor, index: Tensor) -> None:
+    _compact_rows(x, index)
+    _check_written(kept, "kept", index.shape[0], x)
+    if kept.dtype is not x.dtype:
+        raise TypeError(f"kept: expected {_name(x.dtype)}, got {_name(kept.dtype)}")
+    check_no_overlap(kept, x)
+
+
 def _check_kept(kept: Tensor, index: Tensor) -> None:
     if kept.shape[0] != index.shape[0]:
         raise ValueError(f"kept: expected {index.shape[0]} rows, got {kept.shape[0]}")
@@ -299,6 +317,23 @@ def _scatter_add_rows_backward(
     check_index_values(index, grad.shape[0])
 
 
+def _scatter_add_rows_backward_into(
+    d_out: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> None:
+    args = out, index, layer_scale, row_weight, scale, d_out.dtype, wanted
+    _scatter_add_rows_backward(grad, *args)
+    _check_written(d_out, "d_out", index.shape[0], grad)
+    for read in (grad, out):
+        check_no_overlap(d_out, read)
+
+
 def _scatter_add_relu_rows_backward(
     grad: Tensor,
     positive: Tensor,
@@ -350,6 +385,23 @@ def _compact_norm(
     if dtype not in FLOATING or acc_type(dtype) is not acc_type(x.dtype):
         raise TypeError(f"dtype: cannot write {_name(dtype)} from x of {_name(x.dtype)}")
     check_index_values(index, x.shape[0])
+
+
+def _compact_norm_into(
+    normed: Tensor,
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    keep_rows: bool,
+) -> None:
+    args = normalized_shape, weight, bias, eps, rms, normed.dtype, keep_rows
+    _compact_norm(x, index, *args)
+    _check_written(normed, "normed", index.shape[0], x)
+    check_no_overlap(normed, x)
 
 
 def _compact_norm_backward(
@@ -406,15 +458,18 @@ def _compact_mask(mask: Tensor, k: int | None) -> None:
 
 CHECKS: dict[str, Callable[..., None]] = {
     "compact_rows": _compact_rows,
+    "compact_rows_into": _compact_rows_into,
     "expand_rows": _expand_rows,
     "scatter_rows": _scatter_rows,
     "scatter_rows_": _scatter_rows_,
     "scatter_add_rows": _scatter_add_rows,
     "scatter_add_rows_": _scatter_add_rows_,
     "scatter_add_rows_backward": _scatter_add_rows_backward,
+    "scatter_add_rows_backward_into": _scatter_add_rows_backward_into,
     "scatter_add_relu_rows": _scatter_add_rows,
     "scatter_add_relu_rows_backward": _scatter_add_relu_rows_backward,
     "compact_norm": _compact_norm,
+    "compact_norm_into": _compact_norm_into,
     "compact_norm_backward": _compact_norm_backward,
     "compact_mask": _compact_mask,
 }

@@ -19,6 +19,7 @@ from .traceable import empty_bits, empty_rows, scatter_add_dtype
 # As in ``csrc/module.cpp``, which says more about some of them.
 SCHEMAS = (
     "compact_rows(Tensor x, Tensor index) -> Tensor",
+    "compact_rows_into(Tensor(a!) kept, Tensor x, Tensor index) -> ()",
     "expand_rows(Tensor kept, Tensor index, Tensor slot) -> Tensor",
     "scatter_rows(Tensor residual, Tensor out, Tensor index, Tensor slot) -> Tensor",
     "scatter_rows_(Tensor(a!) residual, Tensor out, Tensor index, Tensor slot) -> ()",
@@ -29,6 +30,9 @@ SCHEMAS = (
     "scatter_add_rows_backward(Tensor grad, Tensor? out, Tensor index, Tensor? layer_scale, "
     "Tensor? row_weight, float scale, ScalarType dtype, bool[2] wanted) -> (Tensor d_out, "
     "Tensor d_layer_scale, Tensor d_row_weight)",
+    "scatter_add_rows_backward_into(Tensor(a!) d_out, Tensor grad, Tensor? out, Tensor index, "
+    "Tensor? layer_scale, Tensor? row_weight, float scale, bool[2] wanted) -> "
+    "(Tensor d_layer_scale, Tensor d_row_weight)",
     "scatter_add_relu_rows(Tensor residual, Tensor out, Tensor index, Tensor slot, Tensor? "
     "layer_scale, Tensor? row_weight, float scale) -> (Tensor y, Tensor positive)",
     "scatter_add_relu_rows_backward(Tensor grad, Tensor positive, Tensor index, Tensor slot, "
@@ -37,6 +41,9 @@ SCHEMAS = (
     "compact_norm(Tensor x, Tensor index, int[] normalized_shape, Tensor? weight, Tensor? "
     "bias, float eps, bool rms, ScalarType dtype, bool keep_rows) -> (Tensor normed, Tensor "
     "kept, Tensor mean, Tensor rstd)",
+    "compact_norm_into(Tensor(a!) normed, Tensor x, Tensor index, int[] normalized_shape, "
+    "Tensor? weight, Tensor? bias, float eps, bool rms, bool keep_rows) -> (Tensor kept, "
+    "Tensor mean, Tensor rstd)",
     "compact_norm_backward(Tensor? d_stream, Tensor d_normed, Tensor kept, Tensor mean, "
     "Tensor rstd, Tensor index, Tensor slot, int[] normalized_shape, Tensor? weight, bool "
     "rms, bool[3] wanted) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
@@ -58,6 +65,11 @@ def _fake(op: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
 @_fake("compact_rows")
 def _(x: Tensor, index: Tensor) -> Tensor:
     return empty_rows(x, index.shape[0], x.dtype)
+
+
+@_fake("compact_rows_into")
+def _(kept: Tensor, x: Tensor, index: Tensor) -> None:
+    return None
 
 
 @_fake("expand_rows")
@@ -102,8 +114,7 @@ def _(
     return None
 
 
-@_fake("scatter_add_rows_backward")
-def _(
+def _gradients(
     grad: Tensor,
     out: Tensor | None,
     index: Tensor,
@@ -119,6 +130,24 @@ def _(
         torch.empty_like(layer_scale) if wanted[0] and layer_scale is not None else nothing,
         torch.empty_like(row_weight) if wanted[1] and row_weight is not None else nothing.clone(),
     )
+
+
+_fake("scatter_add_rows_backward")(_gradients)
+
+
+@_fake("scatter_add_rows_backward_into")
+def _(
+    d_out: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    args = out, index, layer_scale, row_weight, scale, d_out.dtype, wanted
+    return _gradients(grad, *args)[1:]
 
 
 @_fake("scatter_add_relu_rows")
@@ -155,8 +184,7 @@ def _(
     return d_residual, empty_rows(d_residual, index.shape[0], dtype)
 
 
-@_fake("compact_norm")
-def _(
+def _normed(
     x: Tensor,
     index: Tensor,
     normalized_shape: Sequence[int],
@@ -178,6 +206,25 @@ def _(
         x.new_empty(0 if rms else lines, dtype=acc),
         x.new_empty(lines, dtype=acc),
     )
+
+
+_fake("compact_norm")(_normed)
+
+
+@_fake("compact_norm_into")
+def _(
+    normed: Tensor,
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    keep_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = x, index, normalized_shape, weight, bias, eps, rms, normed.dtype, keep_rows
+    return _normed(*args)[1:]
 
 
 @_fake("compact_norm_backward")

@@ -21,7 +21,7 @@ else:
     eager = extension.module or autograd
     host = extension.module or sampler
 
-__all__ = ["BackendChoice", "backend_table", "host", "is_compiling", "kernels"]
+__all__ = ["BackendChoice", "backend_table", "compiled", "host", "is_compiling", "kernels"]
 
 
 def kernels() -> Any:

@@ -38,6 +38,10 @@ def compact_rows(x: Tensor, index: Tensor) -> Tensor:
     return _in_order_of(x, x.index_select(0, index))
 
 
+def compact_rows_into(kept: Tensor, x: Tensor, index: Tensor) -> None:
+    kept.copy_(x.index_select(0, index))
+
+
 def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     rows = kept.new_zeros((slot.shape[0], *kept.shape[1:]))
     return _in_order_of(kept, rows.index_copy(0, index, kept))
@@ -193,6 +197,22 @@ def scatter_add_rows_backward(
     return _in_order_of(out, d_out), d_layer_scale, d_row_weight
 
 
+def scatter_add_rows_backward_into(
+    d_out: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    args = out, index, layer_scale, row_weight, scale, d_out.dtype, wanted
+    gradient, d_layer_scale, d_row_weight = scatter_add_rows_backward(grad, *args)
+    d_out.copy_(gradient)
+    return d_layer_scale, d_row_weight
+
+
 def row_format(x: Tensor) -> torch.memory_format:
     """The format that `x` has; contiguous where it has none (as in ``csrc/row_ops.h``)."""
     if not x.is_contiguous():
@@ -315,6 +335,23 @@ def compact_norm(
     return normed.to(dtype), kept if keep_rows else x.new_empty(0), mean, rstd.flatten()
 
 
+def compact_norm_into(
+    normed: Tensor,
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    keep_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = normalized_shape, weight, bias, eps, rms, normed.dtype, keep_rows
+    value, kept, mean, rstd = compact_norm(x, index, *args)
+    normed.copy_(value)
+    return kept, mean, rstd
+
+
 def compact_norm_backward(
     d_stream: Tensor | None,
     d_normed: Tensor,
@@ -358,15 +395,18 @@ OPS: dict[str, Callable[..., object]] = {
     function.__name__: function
     for function in (
         compact_rows,
+        compact_rows_into,
         expand_rows,
         scatter_rows,
         scatter_rows_,
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,
+        scatter_add_rows_backward_into,
         scatter_add_relu_rows,
         scatter_add_relu_rows_backward,
         compact_norm,
+        compact_norm_into,
         compact_norm_backward,
         compact_mask,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,14 +79,18 @@ class LayerState(BlockState):
         super().__post_init__()
         self.looks = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
-        made = LayerState(self.options, self.p[0], self.drop_paths)
-        made.parts, made.proven = self.parts, self.proven
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         names = ("options", "p", "drop_paths", "parts", "proven")
         return {name: self.__dict__[name] for name in names}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        made = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def law(self, block: Any, branch: int) -> Law | None:
         """How the layer draws now: as its drop paths say, which all say the same."""

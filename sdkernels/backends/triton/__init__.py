@@ -13,15 +13,17 @@ from collections.abc import Callable
 import torch
 import triton
 
-from .norm_ops import compact_norm, compact_norm_backward
+from .norm_ops import compact_norm, compact_norm_backward, compact_norm_into
 from .row_ops import (
     compact_rows,
+    compact_rows_into,
     expand_rows,
     scatter_add_relu_rows,
     scatter_add_relu_rows_backward,
     scatter_add_rows,
     scatter_add_rows_,
     scatter_add_rows_backward,
+    scatter_add_rows_backward_into,
     scatter_rows,
     scatter_rows_,
 )
@@ -30,15 +32,18 @@ OPS: dict[str, Callable[..., object]] = {
     function.__name__: function
     for function in (
         compact_rows,
+        compact_rows_into,
         expand_rows,
         scatter_rows,
         scatter_rows_,
         scatter_add_rows,
         scatter_add_rows_,
         scatter_add_rows_backward,
+        scatter_add_rows_backward_into,
         scatter_add_relu_rows,
         scatter_add_relu_rows_backward,
         compact_norm,
+        compact_norm_into,
         compact_norm_backward,
     )
 }

@@ -19,6 +19,39 @@ from .norm_kernels import (
 from .tiles import cdiv, norm_tile, rows_per_sum, sum_tile
 
 
+def compact_norm_into(
+    normed: Tensor,
+    x: Tensor,
+    index: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    keep_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = tuple(normalized_shape)
+    acc = acc_type(x.dtype)
+    k = index.shape[0]
+    row = x.shape[1:]
+    lines = prod(row[: len(row) - len(shape)])
+    kept = x.new_empty((k, *row) if keep_rows else 0)
+    mean = x.new_empty(0 if rms else k * lines, dtype=acc)
+    rstd = x.new_empty(k * lines, dtype=acc)
+    if not normed.numel():
+        return kept, mean.zero_(), rstd.zero_()
+    x, walk = in_lines(x, len(shape))
+    tile = norm_tile(walk.lines, walk.length, acc)
+    launch(
+        compact_norm_kernel, cdiv(walk.lines, tile.lines), k, tile, x.device,
+        normed, kept if keep_rows else None, None if rms else mean, rstd,
+        x, _dense(weight), _dense(bias), index, eps,
+        x.shape[0], k, walk.lines, walk.length, x.stride(0), walk.line_stride,
+        cdiv(walk.length, tile.length), tile.lines, tile.length, ACC[acc],
+    )  # fmt: skip
+    return kept, mean, rstd
+
+
 def compact_norm(
     x: Tensor,
     index: Tensor,
@@ -30,26 +63,9 @@ def compact_norm(
     dtype: torch.dtype,
     keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = tuple(normalized_shape)
-    acc = acc_type(x.dtype)
-    k = index.shape[0]
-    row = x.shape[1:]
-    lines = prod(row[: len(row) - len(shape)])
-    normed = x.new_empty((k, *row), dtype=dtype)
-    kept = x.new_empty((k, *row) if keep_rows else 0)
-    mean = x.new_empty(0 if rms else k * lines, dtype=acc)
-    rstd = x.new_empty(k * lines, dtype=acc)
-    if not normed.numel():
-        return normed, kept, mean.zero_(), rstd.zero_()
-    x, walk = in_lines(x, len(shape))
-    tile = norm_tile(walk.lines, walk.length, acc)
-    launch(
-        compact_norm_kernel, cdiv(walk.lines, tile.lines), k, tile, x.device,
-        normed, kept if keep_rows else None, None if rms else mean, rstd,
-        x, _dense(weight), _dense(bias), index, eps,
-        x.shape[0], k, walk.lines, walk.length, x.stride(0), walk.line_stride,
-        cdiv(walk.length, tile.length), tile.lines, tile.length, ACC[acc],
-    )  # fmt: skip
+    normed = x.new_empty((index.shape[0], *x.shape[1:]), dtype=dtype)
+    args = normalized_shape, weight, bias, eps, rms, keep_rows
+    kept, mean, rstd = compact_norm_into(normed, x, index, *args)
     return normed, kept, mean, rstd
 
 

@@ -31,6 +31,11 @@ def compact_rows(x: Tensor, index: Tensor) -> Tensor:
     return kept
 
 
+def compact_rows_into(kept: Tensor, x: Tensor, index: Tensor) -> None:
+    if kept.numel():
+        _copy_rows(_bits(kept), _bits(x), index)
+
+
 def expand_rows(kept: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     x = empty_rows(kept, slot.shape[0], kept.dtype)
     if not kept.numel():
@@ -225,27 +230,43 @@ def scatter_add_rows_backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    d_out = empty_rows(grad if out is None else out, index.shape[0], dtype)
+    args = out, index, layer_scale, row_weight, scale, wanted
+    return d_out, *scatter_add_rows_backward_into(d_out, grad, *args)
+
+
+def scatter_add_rows_backward_into(
+    d_out: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    index: Tensor,
+    layer_scale: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
     k = index.shape[0]
-    d_out = empty_rows(grad if out is None else out, k, dtype)
     d_layer_scale, d_row_weight = grad.new_empty(0), grad.new_empty(0)
     if not d_out.numel():
         if wanted[0] and layer_scale is not None:
             d_layer_scale = torch.zeros_like(layer_scale)
         if wanted[1] and row_weight is not None:
             d_row_weight = torch.zeros_like(row_weight)
-        return d_out, d_layer_scale, d_row_weight
+        return d_layer_scale, d_row_weight
     if layer_scale is not None and wanted[0]:
         layer_scale = layer_scale.contiguous()  # its sums are stored at its own offsets
     tensors = (d_out, grad) if out is None else (d_out, grad, out)
     walk, gamma = _walk_scaled(tensors, layer_scale)
     if walk is None:
         dense_out = None if out is None else out.contiguous()
-        dense, *sums = scatter_add_rows_backward(
-            grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, dtype, wanted
+        dense = d_out.new_empty(d_out.shape)
+        sums = scatter_add_rows_backward_into(
+            dense, grad.contiguous(), dense_out, index, layer_scale, row_weight, scale, wanted
         )
-        return d_out.copy_(dense), sums[0], sums[1]
+        d_out.copy_(dense)
+        return sums
 
-    acc = acc_type(grad.dtype, dtype)
+    acc = acc_type(grad.dtype, d_out.dtype)
     tile = row_tile(walk, acc)
     tiles = _tiles(walk, tile)
     scale_strides = _scale_strides(walk, gamma)
@@ -278,7 +299,7 @@ def scatter_add_rows_backward(
     if row_weight_sums is not None:
         assert row_weight is not None
         d_row_weight = row_weight_sums.sum(1).to(row_weight.dtype)
-    return d_out, d_layer_scale, d_row_weight
+    return d_layer_scale, d_row_weight
 
 
 def _of_one_line(x: Tensor, y: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_invalid_mode_stops_setup():
     result = run("setup.py", "--version", SDKERNELS_BUILD="gpu")
     assert result.returncode == 1
     message = "sdkernels: SDKERNELS_BUILD should be auto, none, cpu, cuda; got 'gpu'"
-    assert result.stderr.strip() == message
+    assert result.stderr.strip().splitlines()[-1] == message  # torch may speak before
 
 
 ARCH = "TORCH_CUDA_ARCH_LIST"

@@ -26,6 +26,7 @@ from sdkernels.models import adding
 from sdkernels.models.adding import Add, BlockState, Options
 from sdkernels.models.by_hand import BY_HAND
 from sdkernels.models.parts import Law
+from sdkernels.models.proof import TRUSTED
 from sdkernels.models.rewriting import Branch, Rewriting
 from sdkernels.models.rewriting.sums import hides_sums
 
@@ -58,7 +59,7 @@ def run(monkeypatch):
         block = SimpleNamespace(_sdkernels=state)
         laws = laws or [Law(0.5, "row", True, True)] * 3
         rewriting = Rewriting(nn.Module, forward, branches, hides_sums=True)
-        return forward(Add(block, laws, rewriting), x), list(written)
+        return forward(Add(block, laws, rewriting, (TRUSTED,)), x), list(written)
 
     return run
 

@@ -175,7 +175,7 @@ class Add:
         block: Any,
         laws: list[Law],
         rewriting: Rewriting,
-        proofs: Sequence[Proof] = (TRUSTED,),
+        proofs: Sequence[Proof],
         asked: bool = True,
     ) -> None:
         self.block = block

@@ -14,12 +14,13 @@ import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from operator import attrgetter
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...rows import KeptRows
+from ..adding import Add, BlockState, Options
 from ..parts import Law
 from ..proof import Asked, Leaf, Proof, leaves
 from ..rewriting import Rewriting
@@ -28,9 +29,6 @@ from .aside import aside
 from .clones import Forced, Unequal, clone_of, copied, train
 from .contents import State, state_of
 from .results import CHANGED, distance_between, largest_entry, of_unchanged, outputs_of
-
-if TYPE_CHECKING:
-    from ..adding import Add
 
 __all__ = ["prove"]
 
@@ -174,8 +172,6 @@ class _Comparison:
         return result
 
     def _rewritten(self, clone: Any, rows: Sequence[KeptRows], changed: bool = False) -> Any:
-        from ..adding import Add, BlockState, Options
-
         functions = self._force(clone, rows, True)
         named = self._arguments(rows[0].batch, self.of_samples, changed)
         branches = self.rewriting.branches
@@ -188,7 +184,7 @@ class _Comparison:
         try:
             # Nothing but what belongs to samples has as many rows here.
             trusted = (Proof(True, of_samples=None),)
-            add: Add = Add(clone, laws, self.rewriting, trusted, self.asked)
+            add = Add(clone, laws, self.rewriting, trusted, self.asked)
             self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)
             return self._call(forward, (clone, add), named)

@@ -645,8 +645,14 @@ def test_a_layer_drop_of_its_own():
 
 
 def test_a_drop_path_that_draws_itself():
-    model, _ = made("timm-vit-dropping")
-    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
-    report = patch(model, rows="block")
+    report = patch(made_with_hook(), rows="block")
     assert [each.name for each in report.left] == ["blocks.1"]
     assert "has hooks" in report.left[0].reason
+    with pytest.raises(ValueError, match=r"^model: strict=True, and 1 blocks are left .* hooks"):
+        patch(made_with_hook(), rows="block", strict=True)
+
+
+def made_with_hook() -> nn.Module:
+    model, _ = made("timm-vit-dropping")
+    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
+    return model

@@ -26,7 +26,7 @@ from .adding import BlockState, Options
 from .blocks import PatchedBlock, say_what_is_left_out
 from .comparing.checking import Checked
 from .parts import Law, drop_law, looks_like_drop_path, why_it_draws_itself
-from .report import LeftAlone, PatchedEntry, PatchReport, _flops
+from .report import LeftAlone, PatchedEntry, PatchReport, _flops, refuse_left
 
 __all__ = ["LayerReport", "patch_layers"]
 
@@ -506,10 +506,13 @@ def patch_layers(
     *,
     drop_probs: DropProbs | None,
     options: Options,
+    strict: bool,
     release: Callable[[nn.Module], Any],
 ) -> LayerReport:
     """patch(rows="block"); `release` undoes what an earlier patch did."""
     found, left = _find(model, drop_probs is not None)
+    if strict and left:
+        refuse_left(left)
     if not found:
         raise ValueError(
             'model: expected layers to drop with rows="block": blocks with a drop path, or with '

@@ -21,7 +21,7 @@ from .layer_dropout import Schedule, patch_layers
 from .parts import is_drop_path, learn, looks_like_drop_path
 from .plans import check_model, patched_blocks
 from .registry import find_rewriting, obstacle, original_class, patched_class
-from .report import LeftAlone, PatchedEntry, PatchReport
+from .report import LeftAlone, PatchedEntry, PatchReport, refuse_left
 from .rewriting import Branch, Rewriting
 
 __all__ = ["compacted", "patch", "unpatch"]
@@ -86,6 +86,8 @@ def patch(
             configuration: "first", in the first training step, unless the tests have done so for
             this very source; "always", for those too; "never". ``report.check(*inputs)`` does it
             ahead of time, which compiled and sharded models need.
+        strict: raise where blocks are left alone, or none was found. Default: they stay as they
+            are, and the report says why; one warning says that none was found.
 
     Returns:
         A report of the blocks that were patched and those that were not. It prints as a table. With
@@ -136,6 +138,7 @@ def patch(
             model,
             drop_probs=drop_probs,
             options=options,
+            strict=strict,
             release=unpatch,
         )
     if callable(drop_probs):
@@ -145,11 +148,7 @@ def patch(
         )
     found, left = _find(model, drop_probs is not None)
     if strict and (left or not found):
-        reasons = [
-            f"{each.name or 'the model'} ({each.kind.__name__}): {each.reason}" for each in left
-        ]
-        what = "; ".join(reasons) or "no block with a drop path was found"
-        raise ValueError(f"model: strict=True, and {len(left)} blocks are left alone: {what}")
+        refuse_left(left)
     if mode is None:
         _check_modes(found, sampler)
     overrides = iter(_overrides(drop_probs, [len(r.branches) for _, _, r in found]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -195,6 +195,13 @@ class PatchReport:
         for name, kind, rest in rows:
             lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {rest}")
         return "\n".join(lines)
+
+
+def refuse_left(left: Sequence[LeftAlone]) -> NoReturn:
+    """What patch(strict=True) says of blocks that it would leave alone."""
+    reasons = [f"{each.name or 'the model'} ({each.kind.__name__}): {each.reason}" for each in left]
+    what = "; ".join(reasons) or "no block with a drop path was found"
+    raise ValueError(f"model: strict=True, and {len(left)} blocks are left alone: {what}")
 
 
 def _why_whole(entry: PatchedEntry) -> str | None:

@@ -42,6 +42,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     kernels = json.loads(result.stdout)
     assert {kernel["kernel"] for kernel in kernels} == {
         "copy_rows_kernel",
+        "place_rows_kernel",
         "scatter_add_kernel",
         "scatter_add_backward_kernel",
         "scatter_add_relu_kernel",

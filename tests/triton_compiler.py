@@ -45,7 +45,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # What a program reads and writes of each tensor, one tile a mention; then parameters, a line each.
 READ = {
-    "copy_rows_kernel": ("x",),
+    "copy_rows_kernel": ("x", "base"),
+    "place_rows_kernel": ("x",),
     "scatter_add_kernel": ("residual", "out"),
     "scatter_add_backward_kernel": ("grad", "out"),
     "scatter_add_relu_kernel": ("residual", "out"),
@@ -56,6 +57,7 @@ READ = {
 }
 WRITTEN = {
     "copy_rows_kernel": ("y",),
+    "place_rows_kernel": ("y",),
     "scatter_add_kernel": ("y",),
     "scatter_add_backward_kernel": ("d_out",),
     "scatter_add_relu_kernel": ("y",),
@@ -65,7 +67,11 @@ WRITTEN = {
     "norm_parameter_sums_kernel": (),
 }
 # What is written as it was read, without a rounding.
-COPIED = {("copy_rows_kernel", "y"), ("scatter_add_relu_backward_kernel", "d_residual")}
+COPIED = {
+    ("copy_rows_kernel", "y"),
+    ("place_rows_kernel", "y"),
+    ("scatter_add_relu_backward_kernel", "d_residual"),
+}
 PARAMETERS = ("layer_scale", "weight", "bias")
 
 

@@ -322,6 +322,12 @@ def test_no_layer_scale(kind):
     assert_as_masked(block, KEPT["some"])
 
 
+def test_the_dropout_behind_the_projection():
+    block = made(Second)
+    block.attn.proj_drop = nn.Dropout(1.0)
+    assert_as_masked(block, KEPT["some"])
+
+
 def shapes_seen(*modules: nn.Module) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     for module in modules:
@@ -377,8 +383,10 @@ def test_rows_of_each_crop(kind):
     plan = report.plan([6, 8, 4])
     assert [[rows.k for rows in branch] for branch in plan] == [[3, 4, 2]] * 2
     xs = crops_of()
+    seen = shapes_seen(block.attn.qkv, block.mlp[0])
     torch.manual_seed(3)
     first = block(xs)
+    assert [shape[-2] for shape in seen] == [3 * 5 + 4 * 3 + 2 * 5] * 2
     torch.manual_seed(3)
     again = block(xs)
     other = block(xs)

@@ -522,6 +522,19 @@ def test_compiled(kind):
 
 
 @each_style
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_evaluation(kind):
+    block = made(kind).eval()
+    sdkernels.patch(block)
+    xs = crops_of()
+    ropes = (ropes_of("mixed"),) if kind is Third else ()
+    with compilation(), torch.no_grad():
+        actual = torch.compile(block, backend="aot_eager", fullgraph=True)(xs, *ropes)
+        for a, e in zip(actual, block(xs, *ropes), strict=True):
+            assert_close(a, e, 1e-12)
+
+
+@each_style
 def test_another_version_is_left_alone(kind, monkeypatch):
     path = f"{kind.__module__}:{kind.__qualname__}"
     hand = BY_HAND[path]

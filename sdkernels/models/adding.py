@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..arguments import PerSample, Shared
 from ..empty import Empty
 from ..functional import fused_stochastic_depth, per_tensor
+from ..packed import Packed
 from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
 from .branches import Composed, entries
@@ -206,20 +207,7 @@ class Add:
         as the proof of the block says; those in a list, as the op does. The tensors of a list go
         one after the other.
         """
-        before: list[Callable[..., Any]] = []
-        after: list[Callable[..., Any]] = []
-        fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
-        if norm is not None and fused_norm is None:
-            before.append(norm)
-        factor = layer_scale
-        if isinstance(layer_scale, nn.Module):
-            factor = layer_scale_of(layer_scale)
-            if factor is None:
-                after.append(layer_scale)
-        if factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
-            after.append(functools.partial(operator.mul, factor))
-            factor = None
-        composed = Composed([*before, branch, *after], len(before), self.block)
+        composed, fused_norm, factor = self._around(branch, norm, layer_scale)
         rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
 
         def one(x: Tensor, residual: Any, rows: Any, args: Sequence[Any]) -> Tensor:
@@ -243,6 +231,71 @@ class Add:
         if own:  # with empty="skip" the sum may be what came in
             self.sums = own
         return totals if several else totals[0]
+
+    def packed(
+        self,
+        index: int,
+        xs: list[Tensor],
+        branch: Callable[..., Any],
+        *,
+        norm: nn.Module | None = None,
+        layer_scale: Any = None,
+        args: Sequence[Any] = (),
+    ) -> list[Tensor]:
+        """The same for a list, where the branch gets the tokens of all its tensors at once.
+
+        As a :class:`sdkernels.Packed`; it returns [T, C].
+        """
+        called: Callable[..., Any] | None = norm
+        if norm is not None and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+            called = _OnTokens(norm)
+        composed, fused_norm, factor = self._around(branch, called, layer_scale)
+        law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
+        rows = self.block._sdkernels.rows[index] if law.training else None
+        if isinstance(rows, list) and all(map(_is_everything, rows)):
+            per_tensor(rows, len(xs), "rows")
+            rows, p = None, 0.0
+        is_own = self.rewriting.hides_sums and all(any(x is s for s in self.sums) for x in xs)
+        totals: list[Tensor] = fused_stochastic_depth(
+            xs,
+            composed,
+            p,
+            options.mode or law.mode,
+            law.training,
+            args=args,
+            norm=fused_norm,
+            layer_scale=factor,
+            rows=rows,
+            sampler=options.sampler,
+            rescale=options.rescale_of(law),
+            empty="ones" if options.empty == "run" else options.empty,
+            inplace=bool(options.inplace) and is_own,
+            min_saving=options.min_saving,
+            packed=True,
+        )
+        own = [total for total in totals if not any(total is x for x in xs)]
+        if own:
+            self.sums = own
+        return totals
+
+    def _around(
+        self, branch: Callable[..., Any], norm: Any, layer_scale: Any
+    ) -> tuple[Composed, nn.LayerNorm | nn.RMSNorm | None, Tensor | None]:
+        """The branch with what cannot be fused around it; the norm and the factor that can be."""
+        before: list[Callable[..., Any]] = []
+        after: list[Callable[..., Any]] = []
+        fused_norm = norm if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else None
+        if norm is not None and fused_norm is None:
+            before.append(norm)
+        factor = layer_scale
+        if isinstance(layer_scale, nn.Module):
+            factor = layer_scale_of(layer_scale)
+            if factor is None:
+                after.append(layer_scale)
+        if factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
+            after.append(functools.partial(operator.mul, factor))
+            factor = None
+        return Composed([*before, branch, *after], len(before), self.block), fused_norm, factor
 
     def _one(
         self,
@@ -315,6 +368,16 @@ class Add:
         if self.asked and any(True for _ in leaves(value)):
             raise Asked(name)
         self.aside[name] = mapped(value, lambda path, leaf: None)
+
+
+class _OnTokens:
+    """A module of tokens, such as a norm, on packed ones."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, packed: Packed) -> Packed:
+        return packed.with_values(self.module(packed.values))
 
 
 def _permitted(total: Tensor) -> bool | None:

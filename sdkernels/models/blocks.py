@@ -73,7 +73,11 @@ def say_what_is_left_out(block: Any) -> None:
 
 
 def make_patched(
-    original: type[nn.Module], name: str, module: str, find_rewriting: Callable[..., Any]
+    original: type[nn.Module],
+    name: str,
+    module: str,
+    find_rewriting: Callable[..., Any],
+    takes_lists: Callable[[], bool],
 ) -> type[nn.Module]:
     """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
 
@@ -140,7 +144,7 @@ def make_patched(
 
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(first)
-        if isinstance(x, list):
+        if isinstance(x, list) and not takes_lists():
             return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
 

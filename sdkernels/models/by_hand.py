@@ -1,7 +1,8 @@
 """Forwards written by hand, where an addition of a branch cannot be read from the source.
 
 torchvision's ResNet has no drop path, so that nothing says which addition is meant. timm's blocks
-of parallel branches stack what their branch modules return, and add the sum.
+of parallel branches stack what their branch modules return, and add the sum. Those of DINOv2 and
+DINOv3 take the samples themselves (``dino.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .branches import chain, per_sample
+from .dino import dinov2, dinov2_nested, dinov3, has_xformers, learn_dinov2, learn_dinov3
+from .fingerprint import fingerprint_of_all
 from .rewriting import Branch
 
 __all__ = ["BY_HAND", "ByHand"]
@@ -27,12 +30,31 @@ class ByHand(NamedTuple):
         fingerprints: those of the originals that it stands for, each with the versions that have
             it; None for any.
         hides_sums: whether it hands its sums to the next addition and to nothing else.
+        reads: what else a fingerprint is of: names in the class, or in the module of its forward.
+        takes_lists: whether the original of a class takes a list of tensors itself.
     """
 
     forward: Callable[..., Any]
     branches: Callable[[Any], tuple[Branch, ...]]
     fingerprints: Mapping[str, str] | None = None
     hides_sums: bool = False
+    reads: tuple[str, ...] = ()
+    takes_lists: Callable[[Any], bool] | None = None
+
+    def stands_for(self, kind: Any) -> bool:
+        """Whether the forward of a class is one that was read when this was written."""
+        if self.fingerprints is None:
+            return True
+        functions = [kind.forward, *(_read(kind, name) for name in self.reads)]
+        return fingerprint_of_all(functions) in self.fingerprints
+
+
+def _read(kind: Any, name: str) -> Any:
+    first, *rest = name.split(".")
+    found = getattr(kind, first, None) or kind.forward.__globals__.get(first)
+    for each in rest:
+        found = getattr(found, each, None)
+    return found
 
 
 def vit_things(block: Any, add: Any, x: Any, attn_mask: Any = None, is_causal: bool = False) -> Any:
@@ -77,7 +99,54 @@ def resnet_branches(block: nn.Module) -> tuple[Branch, ...]:
     return (Branch(None, tuple(own)),)
 
 
+def dinov2_branches(block: Any) -> tuple[Branch, ...]:
+    learn_dinov2(block)
+    return (
+        Branch("drop_path1", ("norm1", "attn", "ls1"), "sample_drop_ratio"),
+        Branch("drop_path2", ("norm2", "mlp", "ls2"), "sample_drop_ratio"),
+    )
+
+
+def dinov3_branches(block: Any) -> tuple[Branch, ...]:
+    learn_dinov3(block)
+    return (
+        Branch(None, ("norm1", "attn", "ls1"), "sample_drop_ratio"),
+        Branch(None, ("norm2", "mlp", "ls2"), "sample_drop_ratio"),
+    )
+
+
 BY_HAND = {
+    "dinov2.layers.block:Block": ByHand(
+        dinov2,
+        dinov2_branches,
+        {"a201912e32f6": "April 2023 to August 2025"},
+        hides_sums=True,
+        reads=("drop_add_residual_stochastic_depth",),
+    ),
+    "dinov2.layers.block:NestedTensorBlock": ByHand(
+        dinov2_nested,
+        dinov2_branches,
+        {"7239e07117c3": "April to August 2023", "b32217a47fa3": "August 2023 to August 2025"},
+        hides_sums=True,
+        reads=(
+            "Block.forward",
+            "forward_nested",
+            "drop_add_residual_stochastic_depth",
+            "drop_add_residual_stochastic_depth_list",
+            "get_branges_scales",
+            "get_attn_bias_and_cat",
+            "add_residual",
+        ),
+        takes_lists=has_xformers,
+    ),
+    "dinov3.layers.block:SelfAttentionBlock": ByHand(
+        dinov3,
+        dinov3_branches,
+        {"f6aba9c5df1b": "August 2025 to July 2026"},
+        hides_sums=True,
+        reads=("_forward_list", "_maybe_index_rope"),
+        takes_lists=lambda kind: True,
+    ),
     "timm.models.vision_transformer:ParallelThingsBlock": ByHand(
         vit_things,
         things_branches,

@@ -6,12 +6,12 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any
 
-__all__ = ["fingerprint", "function_of"]
+__all__ = ["fingerprint", "fingerprint_of_all", "function_of"]
 
 # What changes how a function reads, or how a version of Python parses it, and not what it does.
 _IGNORED = frozenset(
@@ -75,3 +75,14 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         return None
     return hashlib.sha256(_canonical(tree.body[0]).encode()).hexdigest()[:12]
+
+
+def fingerprint_of_all(functions: Sequence[Any]) -> str | None:
+    """One hash of what several functions do, in this order; None where one cannot be read."""
+    found = [fingerprint(each) if callable(each) else None for each in functions]
+    prints = [each for each in found if each is not None]
+    if len(prints) != len(functions):
+        return None
+    if len(prints) == 1:
+        return prints[0]
+    return hashlib.sha256("".join(prints).encode()).hexdigest()[:12]

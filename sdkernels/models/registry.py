@@ -11,7 +11,6 @@ from torch import nn
 
 from .blocks import PatchedBlock, make_patched
 from .by_hand import BY_HAND, ByHand
-from .fingerprint import fingerprint
 from .parts import trust_norm
 from .rewriting import Branch, Rewriting, rewriting_of
 from .rewriting.source import Refusal, function_tree
@@ -27,6 +26,8 @@ __all__ = [
 
 # Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
 NORMS = {"timm": "timm.layers.norm:LayerNorm"}
+
+ANOTHER = "its source is not that of the versions that its forward by hand was written for"
 
 _REGISTERED: dict[type[nn.Module], ByHand] = {}
 _PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
@@ -86,16 +87,21 @@ def original_class(block: nn.Module) -> type[nn.Module]:
     return kind._original if issubclass(kind, PatchedBlock) else kind
 
 
+def _by_hand(kind: type[nn.Module]) -> ByHand | None:
+    return _REGISTERED.get(kind) or BY_HAND.get(f"{kind.__module__}:{kind.__qualname__}")
+
+
 def find_rewriting(block: nn.Module) -> Rewriting | Refusal | None:
     """How a block is patched, why it cannot be, or None where it has no residual branch to drop."""
     kind = original_class(block)
-    path = f"{kind.__module__}:{kind.__qualname__}"
-    hand = _REGISTERED.get(kind) or BY_HAND.get(path)
-    prints = None if hand is None else hand.fingerprints
-    if hand is not None and (prints is None or fingerprint(kind.forward) in prints):
+    hand = _by_hand(kind)
+    if hand is not None and hand.stands_for(kind):
         own = hand.branches(block)
         return Rewriting(kind, hand.forward, own, hides_sums=hand.hides_sums)
-    return rewriting_of(block, kind)
+    found = rewriting_of(block, kind)
+    if hand is not None and hand.reads and not isinstance(found, Rewriting):
+        return Refusal(ANOTHER)
+    return found
 
 
 def obstacle(block: nn.Module) -> str | None:
@@ -115,8 +121,17 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
             module, _, name = norm.partition(":")
             trust_norm(getattr(importlib.import_module(module), name))
         name = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
-        _PATCHED[original] = make_patched(original, name, __name__, find_rewriting)
+        _PATCHED[original] = make_patched(
+            original, name, __name__, find_rewriting, _takes_lists(original)
+        )
     return _PATCHED[original]
+
+
+def _takes_lists(original: type[nn.Module]) -> Callable[[], bool]:
+    """Whether the original takes a list of tensors, which may depend on what is installed."""
+    hand = _by_hand(original)
+    takes = None if hand is None else hand.takes_lists
+    return lambda: takes is not None and takes(original)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

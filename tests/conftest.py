@@ -51,6 +51,12 @@ LONGEST = [
     "test_compile.py",
     "test_backends.py",
     "test_triton_compiled.py",
+    "test_benchmarks.py",
+    "test_packed_compiled.py",
+    "test_layer_dropout_compiled.py",
+    "test_triton.py",
+    "test_simulation.py",
+    "test_dino.py",
 ]
 
 

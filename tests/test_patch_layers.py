@@ -652,6 +652,18 @@ def test_a_drop_path_that_draws_itself():
         patch(made_with_hook(), rows="block", strict=True)
 
 
+def test_a_block_that_drops_samples_by_itself():
+    """DINOv2's and DINOv3's would drop some of the kept ones again."""
+    model = Model(Block(), Block())
+    for layer, ratio in zip(model.layers, (0.0, 0.3), strict=True):
+        layer.sample_drop_ratio = ratio
+    report = patch(model, rows="block", drop_probs=[0.5])
+    assert [each.name for each in report.patched] == ["layers.0"]
+    assert [(each.name, each.reason) for each in report.left] == [
+        ("layers.1", "it drops samples by itself (sample_drop_ratio = 0.3): set that to 0")
+    ]
+
+
 def made_with_hook() -> nn.Module:
     model, _ = made("timm-vit-dropping")
     model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)

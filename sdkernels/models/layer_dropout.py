@@ -484,6 +484,9 @@ def _obstacle(module: nn.Module, drops: tuple[str, ...]) -> str | None:
         return "its forward was replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it was compiled: compile after patch"
+    own = getattr(module, "sample_drop_ratio", 0.0)  # DINOv2, DINOv3
+    if isinstance(own, (int, float)) and own > 0.0:
+        return f"it drops samples by itself (sample_drop_ratio = {own:g}): set that to 0"
     for name in drops:
         drop = module.get_submodule(name)
         if drop_law(drop) is None and type(drop) is not nn.Identity:

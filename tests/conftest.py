@@ -35,7 +35,7 @@ collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
 # What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
-# Files that take a minute or more start first, so that no process is left with one of them alone;
+# Files that take a quarter of a minute or more start first, so that no process is left with one of them alone;
 # their tests are marked `slow`.
 LONGEST = [
     "test_without_extension.py",
@@ -57,6 +57,15 @@ LONGEST = [
     "test_triton.py",
     "test_simulation.py",
     "test_dino.py",
+    "test_examples.py",
+    "test_extension.py",
+    "test_install.py",
+    "test_models.py",
+    "test_patch_inplace.py",
+    "test_benchmark_outputs.py",
+    "test_patch_layers.py",
+    "test_measure.py",
+    "test_empty.py",
 ]
 
 

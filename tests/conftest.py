@@ -35,8 +35,8 @@ collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
 # What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
-# Files that take a quarter of a minute or more start first, so that no process is left with one of them alone;
-# their tests are marked `slow`.
+# Files that take a quarter of a minute or more start first, so that no process is left with one of
+# them alone; their tests are marked `slow`.
 LONGEST = [
     "test_without_extension.py",
     "test_patched_training.py",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import random
 import statistics
 import sys
 import warnings
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import LeftAlone, PatchReport, patch
+from ..models.undisturbed import random_state_kept
 from ..rows import KeptRows
 from ..sampling import Sampler
 from .advice import Findings, advice
@@ -264,16 +264,9 @@ def default_loss(output: Any) -> Tensor:
 @contextlib.contextmanager
 def _as_before(device: torch.device) -> Iterator[None]:
     """Leaves every generator as it was."""
-    numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
+    with random_state_kept(devices):
+        yield
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -184,7 +184,10 @@ def scatter_add_rows(
     check_local(out=out, layer_scale=layer_scale)
     if inplace:
         check_inplace(x)
-    return scatter_add(x, out, rows, layer_scale, inplace, relu)
+    y: Tensor = kernels().scatter_add(
+        x, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
+    )
+    return y
 
 
 def scatter_rows(x: Tensor, out: Tensor, rows: KeptRows, *, inplace: bool = False) -> Tensor:
@@ -219,20 +222,6 @@ def scatter_rows(x: Tensor, out: Tensor, rows: KeptRows, *, inplace: bool = Fals
     if inplace:
         check_inplace(x)
     y: Tensor = kernels().scatter(x, out, rows.index, rows.slot, False, inplace)
-    return y
-
-
-def scatter_add(
-    stream: Tensor,
-    out: Tensor,
-    rows: KeptRows,
-    layer_scale: Tensor | None,
-    inplace: bool,
-    relu: bool,
-) -> Tensor:
-    y: Tensor = kernels().scatter_add(
-        stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
-    )
     return y
 
 
@@ -361,7 +350,7 @@ def _check_call(rows: Any, x: Tensor) -> None:
 def check_rows(rows: Any, x: Tensor) -> None:
     if not isinstance(rows, KeptRows):
         raise TypeError(f"rows: expected KeptRows, got {type(rows).__name__}")
-    if rows.batch != x.shape[0]:
+    if rows.batch != x.size(0):  # `shape` is slower
         raise ValueError(
             f"rows: made for a batch of {rows.batch} rows, but x has {x.shape[0]} "
             f"(shape {tuple(x.shape)})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from .building_blocks import (
     check_tensor,
     compact_norm,
     norm_dtype,
-    scatter_add,
 )
 from .empty import (
     EMPTY,
@@ -103,115 +102,6 @@ def _is_plain(norm: nn.LayerNorm | nn.RMSNorm) -> bool:
 def _fused(norm: nn.LayerNorm | nn.RMSNorm | None) -> nn.Module | None:
     """The norm if the kernels read its parameters; one that is called may gather them (FSDP)."""
     return norm if norm is not None and _is_plain(norm) else None
-
-
-def _open_branch(
-    ops: Any,
-    x: Tensor,
-    rows: KeptRows,
-    norm: nn.LayerNorm | nn.RMSNorm | None,
-    residual: Tensor | None,
-    inplace: bool,
-    relu: bool,
-    whole: bool,
-) -> tuple[Tensor, Tensor]:
-    """The branch's input, and what its output is added to: by default x, through the same node."""
-    if whole:
-        return x if norm is None else norm(x), x if residual is None else residual
-    with_stream = residual is None
-    inplace = inplace and with_stream
-    if norm is None:
-        kept, stream = ops.compact(x, rows.index, rows.slot, with_stream, inplace, relu)
-    elif not _is_plain(norm):
-        kept, stream = ops.compact(x, rows.index, rows.slot, with_stream, inplace, relu)
-        kept = norm(kept)
-    else:
-        rms = isinstance(norm, nn.RMSNorm)
-        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-        shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
-        kept, stream = compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
-    return kept, stream if residual is None else residual
-
-
-def _runs_whole(rows: KeptRows, min_saving: float | str, inplace: bool) -> bool:
-    """Whether the branch runs on every row, because so few are dropped.
-
-    In place it never does: the branch may save its input, which has to be a copy of the rows then.
-    A graph does not depend on how many rows there are.
-    """
-    if min_saving == 0.0 or inplace or is_compiling():
-        return False
-    dropped = rows.batch - rows.k
-    return dropped < break_even(min_saving, rows.slot.device.type) * rows.batch
-
-
-def _kept_output(
-    out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
-) -> Tensor:
-    """The kept rows of the branch's output."""
-    if type(out) is not Tensor:
-        check_local(out=out)
-    if not whole:
-        _check_branch_output(out)
-        return out  # type: ignore[no-any-return]
-    _check_dense(base, out, layer_scale)
-    if rows.k == rows.batch:
-        return out  # type: ignore[no-any-return]
-    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False, False)[0]
-    return kept
-
-
-def _check_dense(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None:
-    """What the kernels check of a branch's output, where every row runs the branch."""
-    _check_branch_output(out)
-    if out.shape != residual.shape:
-        raise ValueError(
-            f"out: expected residual's shape {tuple(residual.shape)}, got {tuple(out.shape)} (the "
-            "branch must return one row for each row, in order, of the residual's shape)"
-        )
-    if layer_scale is not None:
-        check_layer_scale(layer_scale, residual.shape[1:])
-
-
-def _add_dense(
-    residual: Tensor,
-    out: Tensor,
-    layer_scale: Tensor | None,
-    factor: float,
-    inplace: bool,
-    relu: bool,
-) -> Tensor:
-    if layer_scale is not None:
-        out = out * layer_scale
-    if factor != 1.0:
-        out = out * factor
-    total = residual.add_(out) if inplace else residual + out
-    return total.relu_() if relu else total
-
-
-def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
-    """The result where nothing is added."""
-    if not relu:
-        return residual
-    return residual.relu_() if inplace else residual.relu()
-
-
-def _check_branch_output(out: object) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
-    if out.layout is not STRIDED or out.is_nested:
-        check_tensor(out, "out")
-
-
-def _check_residual(residual: Tensor, x: Tensor) -> None:
-    check_input(residual, "residual")
-    if residual.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
-            f"(shape {tuple(residual.shape)})"
-        )
-    if residual.device != x.device:
-        raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
 
 
 def fused_stochastic_depth(
@@ -377,46 +267,35 @@ def fused_stochastic_depth(
     ):
         if not dense:
             refuse_training()
-        recorded: X = _recorded(x, branch, args, norm, layer_scale, residual, factor, inplace, relu)
+        call = Call(branch, args, norm, layer_scale, None, factor, empty, inplace, 0.0, relu)
+        recorded: X = _recorded(x, residual, call)
         return recorded
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
 
     if isinstance(x, (list, tuple)):
         law = None if dense else (p, mode, sampler, rescale, generator)
-        return _fused_list(
-            list(x),
-            branch,
-            args,
-            norm,
-            layer_scale,
-            residual,
-            rows,
-            law,
-            factor,
-            empty,
-            inplace,
-            min_saving,
-            relu,
-        )
+        call = Call(branch, args, norm, layer_scale, law, factor, empty, inplace, min_saving, relu)
+        sums: X = _of_list(list(x), residual, rows, call)
+        return sums
     if TYPE_CHECKING:  # a list of tensors has gone its own way
         assert isinstance(x, Tensor)
         assert residual is None or isinstance(residual, Tensor)
         assert rows is None or isinstance(rows, KeptRows)
+    # One tensor; _of_list does the same with several.
     check_input(x)
     if residual is not None:
         _check_residual(residual, x)
     base = x if residual is None else residual
     if inplace:
         check_inplace(base, "x" if residual is None else "residual")
-    how: Everything
     if dense:
         how = _everything([base], inplace)
         source = how.tensor(x, ())
         given = take_args(args, x.shape[0], how) if args else ()
         out = branch(source if norm is None else norm(source), *given)
-        _check_dense(base, out, layer_scale)
-        return _add_dense(base, out, layer_scale, factor, inplace, relu)
+        _check_everywhere(base, out, layer_scale)
+        return _sum(base, out, layer_scale, factor, inplace, relu)
     if DTENSORS in sys.modules:
         check_local(_fused(norm), x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
@@ -430,7 +309,7 @@ def fused_stochastic_depth(
     if permitted and not (whole or relu or compiling):
         ops.check_inplace(base)
         inplace = True
-    kept, stream = _open_branch(ops, x, rows, norm, residual, inplace, relu, whole)
+    kept, stream = _open(ops, x, residual, rows, norm, whole, inplace, relu)
     nothing = has_no_rows(rows) if compiling else rows.index.numel() == 0
     on_ones = nothing and empty == "ones"
     given = take_args(args, x.shape[0], _how(rows, whole, on_ones)) if args else ()
@@ -451,14 +330,133 @@ def fused_stochastic_depth(
     return y
 
 
-def _packed_branch(
-    x: Any, branch: Callable[..., Any], packed: bool, multiple_of: int
-) -> Callable[..., Any]:
-    if not packed:
-        raise ValueError(f"multiple_of: expected 1 without packed=True, got {multiple_of}")
-    if not isinstance(x, (list, tuple)):
-        raise TypeError(f"x: expected a list of tensors with packed=True, got {type(x).__name__}")
-    return PackedBranch(branch, multiple_of)
+class Call(NamedTuple):
+    """What holds for every tensor of a list."""
+
+    branch: Callable[..., Any]
+    args: Sequence[Any]
+    norm: nn.LayerNorm | nn.RMSNorm | None
+    layer_scale: Tensor | None
+    law: tuple[float, str, str, str, torch.Generator | None] | None  # None: all rows run
+    factor: float  # on the branch's output, where all rows run
+    empty: str
+    inplace: bool
+    min_saving: float | str
+    relu: bool
+
+
+def _of_list(xs: list[Tensor], residual: Any, rows: Any, call: Call) -> Any:
+    if not xs:
+        raise ValueError("x: expected at least one tensor, got an empty list")
+    branch, norm, layer_scale = call.branch, call.norm, call.layer_scale
+    inplace, relu, min_saving = call.inplace, call.relu, call.min_saving
+    residuals = per_tensor(residual, len(xs), "residual")
+    for x, base in zip(xs, residuals, strict=True):
+        check_input(x)
+        if base is not None:
+            _check_residual(base, x)
+    bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
+    if inplace:
+        for x, base in zip(xs, bases, strict=True):
+            check_inplace(base, "x" if base is x else "residual")
+    batches = [x.shape[0] for x in xs]
+    if call.law is None:
+        everything = _everything(bases, inplace)
+        sources = [everything.tensor(x, ()) for x in xs]
+        inputs = sources if norm is None else [norm(source) for source in sources]
+        given = take_args_of_list(call.args, batches, [everything] * len(xs))
+        outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
+        for base, out in zip(bases, outs, strict=True):
+            _check_everywhere(base, out, layer_scale)
+        return [
+            _sum(base, out, layer_scale, call.factor, inplace, relu)
+            for base, out in zip(bases, outs, strict=True)
+        ]
+    plan: list[KeptRows] = []
+    p, mode, sampler, rescale, generator = call.law
+    for x, base, given_rows in zip(xs, residuals, per_tensor(rows, len(xs), "rows"), strict=True):
+        check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
+        if given_rows is None:
+            given_rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+        else:
+            check_rows(given_rows, x)
+        plan.append(given_rows)
+    if call.empty == "skip" and not any(rows.k for rows in plan):
+        return [_unchanged(base, inplace, relu) for base in bases]
+    ops = kernels()
+    whole = [_runs_whole(rows, min_saving, inplace) for rows in plan]
+    nothing = [has_no_rows(rows) for rows in plan]
+    on_ones = [none and call.empty == "ones" for none in nothing]
+    hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
+    if isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones)):
+        # PyTorch lets a function of one result alone write into a view.
+        into_views = inplace and any(base._is_view() for base in bases)
+        if not into_views and _packs_at_once(ops, norm):
+            given = take_args_of_list(call.args, batches, hows)
+            return _packed(xs, residuals, plan, branch, given, call)
+    kept, streams = [], []
+    for x, base, rows, all_rows in zip(xs, residuals, plan, whole, strict=True):
+        opened = _open(ops, x, base, rows, norm, all_rows, inplace, relu)
+        kept.append(opened[0])
+        streams.append(opened[1])
+    given = take_args_of_list(call.args, batches, hows)
+    if any(on_ones):
+        results = run_list_on_ones(branch, kept, given, on_ones)
+    elif any(nothing):
+        results = run_on_nothing(branch, kept, given)
+    else:
+        results = branch(kept, *given)
+    outs = [
+        _kept_output(out, rows, base, layer_scale, all_rows)
+        for out, rows, base, all_rows in zip(
+            per_tensor(results, len(xs), "branch output"), plan, bases, whole, strict=True
+        )
+    ]
+    _check_all(ops, streams, outs, plan, call)
+    return [
+        ops.scatter_add(
+            stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
+        )
+        for stream, out, rows in zip(streams, outs, plan, strict=True)
+    ]
+
+
+def _open(
+    ops: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    rows: KeptRows,
+    norm: nn.LayerNorm | nn.RMSNorm | None,
+    whole: bool,
+    inplace: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The branch's input, and what its output is added to: by default x, through the same node."""
+    if whole:
+        return x if norm is None else norm(x), x if residual is None else residual
+    with_stream = residual is None
+    inplace = inplace and with_stream
+    if norm is not None and _is_plain(norm):
+        rms = isinstance(norm, nn.RMSNorm)
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
+        kept, stream = compact_norm(x, rows, shape, weight, bias, eps, rms, with_stream, inplace)
+    else:
+        kept, stream = ops.compact(x, rows.index, rows.slot, with_stream, inplace, relu)
+        kept = kept if norm is None else norm(kept)
+    return kept, stream if residual is None else residual
+
+
+def _runs_whole(rows: KeptRows, min_saving: float | str, inplace: bool) -> bool:
+    """Whether the branch runs on every row, because so few are dropped.
+
+    In place it never does: the branch may save its input, which has to be a copy of the rows then.
+    A graph does not depend on how many rows there are.
+    """
+    if min_saving == 0.0 or inplace or is_compiling():
+        return False
+    dropped = rows.batch - rows.k
+    return dropped < break_even(min_saving, rows.slot.device.type) * rows.batch
 
 
 def _how(rows: KeptRows, whole: bool, on_ones: bool) -> Everything:
@@ -476,29 +474,40 @@ def _everything(bases: list[Tensor], inplace: bool) -> Everything:
     return Apart(bases) if inplace and torch.is_grad_enabled() else EVERYTHING
 
 
-def _recorded(
-    x: Any,
-    branch: Callable[..., Any],
-    args: Sequence[Any],
-    norm: nn.Module | None,
-    layer_scale: Tensor | None,
-    residual: Any,
-    factor: float,
-    inplace: bool,
-    relu: bool,
-) -> Any:
-    """What a tracer records where every row runs the branch: nothing is asked of a tensor."""
-    several = isinstance(x, (list, tuple))
-    xs = list(x) if several else [x]
-    bases = xs if residual is None else list(residual) if several else [residual]
-    sources = [each.clone() for each in xs] if inplace else xs
-    inputs = sources if norm is None else [norm(source) for source in sources]
-    outs = branch(inputs if several else inputs[0], *map(unmarked, args))
-    sums = [
-        _add_dense(base, out, layer_scale, factor, inplace, relu)
-        for base, out in zip(bases, outs if several else [outs], strict=True)
-    ]
-    return sums if several else sums[0]
+def _kept_output(
+    out: Any, rows: KeptRows, base: Tensor, layer_scale: Tensor | None, whole: bool
+) -> Tensor:
+    """The kept rows of the branch's output."""
+    if type(out) is not Tensor:
+        check_local(out=out)
+    elif not whole and out.layout is STRIDED and not out.is_nested:
+        return out  # as nearly always, in one step
+    if not whole:
+        _check_branch_output(out)
+        return out  # type: ignore[no-any-return]
+    _check_everywhere(base, out, layer_scale)
+    if rows.k == rows.batch:
+        return out  # type: ignore[no-any-return]
+    kept: Tensor = kernels().compact(out, rows.index, rows.slot, False, False, False)[0]
+    return kept
+
+
+def _check_branch_output(out: object) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"branch: expected to return a tensor, got {type(out).__name__}")
+    if out.layout is not STRIDED or out.is_nested:
+        check_tensor(out, "out")
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    check_input(residual, "residual")
+    if residual.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
+            f"(shape {tuple(residual.shape)})"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
 
 
 def per_tensor(value: Any, count: int, name: str) -> list[Any]:
@@ -511,98 +520,69 @@ def per_tensor(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-def _fused_list(
-    xs: list[Tensor],
-    branch: Callable[..., Any],
-    args: Sequence[Any],
-    norm: nn.LayerNorm | nn.RMSNorm | None,
+# Where every row runs the branch
+
+
+def _recorded(x: Any, residual: Any, call: Call) -> Any:
+    """What a tracer records of that: nothing is asked of a tensor."""
+    several = isinstance(x, (list, tuple))
+    xs = list(x) if several else [x]
+    bases = xs if residual is None else list(residual) if several else [residual]
+    sources = [each.clone() for each in xs] if call.inplace else xs
+    inputs = sources if call.norm is None else [call.norm(source) for source in sources]
+    outs = call.branch(inputs if several else inputs[0], *map(unmarked, call.args))
+    pairs = zip(bases, outs if several else [outs], strict=True)
+    factor, how = call.factor, (call.inplace, call.relu)
+    sums = [_sum(base, out, call.layer_scale, factor, *how) for base, out in pairs]
+    return sums if several else sums[0]
+
+
+def _check_everywhere(residual: Tensor, out: Any, layer_scale: Tensor | None) -> None:
+    """What the kernels check of a branch's output."""
+    _check_branch_output(out)
+    if out.shape != residual.shape:
+        raise ValueError(
+            f"out: expected residual's shape {tuple(residual.shape)}, got {tuple(out.shape)} (the "
+            "branch must return one row for each row, in order, of the residual's shape)"
+        )
+    if layer_scale is not None:
+        check_layer_scale(layer_scale, residual.shape[1:])
+
+
+def _sum(
+    residual: Tensor,
+    out: Tensor,
     layer_scale: Tensor | None,
-    residual: Any,
-    rows: Any,
-    law: tuple[float, str, str, str, torch.Generator | None] | None,
     factor: float,
-    empty: str,
     inplace: bool,
-    min_saving: float | str,
     relu: bool,
-) -> list[Tensor]:
-    """fused_stochastic_depth for a list; `law` is None where every row runs the branch."""
-    if not xs:
-        raise ValueError("x: expected at least one tensor, got an empty list")
-    residuals = per_tensor(residual, len(xs), "residual")
-    for x, base in zip(xs, residuals, strict=True):
-        check_input(x)
-        if base is not None:
-            _check_residual(base, x)
+) -> Tensor:
+    if layer_scale is not None:
+        out = out * layer_scale
+    if factor != 1.0:
+        out = out * factor
+    total = residual.add_(out) if inplace else residual + out
+    return total.relu_() if relu else total
 
-    bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
-    if inplace:
-        for x, base in zip(xs, bases, strict=True):
-            check_inplace(base, "x" if base is x else "residual")
-    batches = [x.shape[0] for x in xs]
 
-    if law is None:
-        everything = _everything(bases, inplace)
-        sources = [everything.tensor(x, ()) for x in xs]
-        inputs = sources if norm is None else [norm(source) for source in sources]
-        given = take_args_of_list(args, batches, [everything] * len(xs))
-        outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
-        for base, out in zip(bases, outs, strict=True):
-            _check_dense(base, out, layer_scale)
-        return [
-            _add_dense(base, out, layer_scale, factor, inplace, relu)
-            for base, out in zip(bases, outs, strict=True)
-        ]
+def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
+    """The result where nothing is added."""
+    if not relu:
+        return residual
+    return residual.relu_() if inplace else residual.relu()
 
-    for x, base in zip(xs, residuals, strict=True):
-        check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
-    p, mode, sampler, rescale, generator = law
-    plan: list[KeptRows] = []
-    for x, each in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):
-        if each is None:
-            each = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
-        else:
-            check_rows(each, x)
-        plan.append(each)
-    if empty == "skip" and not any(each.k for each in plan):
-        return [_unchanged(base, inplace, relu) for base in bases]
 
-    whole = [_runs_whole(each, min_saving, inplace) for each in plan]
-    nothing = [has_no_rows(each) for each in plan]
-    on_ones = [each and empty == "ones" for each in nothing]
-    hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
-    ops = kernels()
-    one_tensor = isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones))
-    if inplace and any(base._is_view() for base in bases):
-        one_tensor = False  # PyTorch lets a function of one result alone write into a view
-    if isinstance(branch, PackedBranch) and one_tensor and _packs_at_once(ops, norm):
-        given = take_args_of_list(args, batches, hows)
-        return _fused_packed(xs, plan, branch, given, norm, layer_scale, residuals, inplace)
-    kept_inputs: list[Tensor] = []
-    streams: list[Tensor] = []
-    for x, each, base, all_rows in zip(xs, plan, residuals, whole, strict=True):
-        kept, stream = _open_branch(ops, x, each, norm, base, inplace, relu, all_rows)
-        kept_inputs.append(kept)
-        streams.append(stream)
-    given = take_args_of_list(args, batches, hows)
-    if any(on_ones):
-        results = run_list_on_ones(branch, kept_inputs, given, on_ones)
-    elif any(nothing):
-        results = run_on_nothing(branch, kept_inputs, given)
-    else:
-        results = branch(kept_inputs, *given)
-    outs = per_tensor(results, len(xs), "branch output")
-    outs = [
-        _kept_output(out, each, base, layer_scale, all_rows)
-        for out, each, base, all_rows in zip(outs, plan, bases, whole, strict=True)
-    ]
-    for stream, out, each in zip(streams, outs, plan, strict=True):
-        # All of them before the first is added, which may be in place.
-        ops.check_scatter_add(stream, out, each.index, each.slot, layer_scale, each.weight)
-    return [
-        scatter_add(stream, out, each, layer_scale, inplace, relu)
-        for stream, out, each in zip(streams, outs, plan, strict=True)
-    ]
+# All crops in one tensor
+
+
+def _packed_branch(
+    x: Any, branch: Callable[..., Any], packed: bool, multiple_of: int
+) -> Callable[..., Any]:
+    if not packed:
+        raise ValueError(f"multiple_of: expected 1 without packed=True, got {multiple_of}")
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"x: expected a list of tensors with packed=True, got {type(x).__name__}")
+    return PackedBranch(branch, multiple_of)
 
 
 def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:
@@ -612,18 +592,17 @@ def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:
     return norm is None or (_is_plain(norm) and len(norm.normalized_shape) == 1)  # type: ignore[arg-type]
 
 
-def _fused_packed(
+def _packed(
     xs: list[Tensor],
+    residuals: list[Tensor | None],
     plan: list[KeptRows],
     branch: PackedBranch,
     given: list[Any],
-    norm: nn.LayerNorm | nn.RMSNorm | None,
-    layer_scale: Tensor | None,
-    residuals: list[Tensor | None],
-    inplace: bool,
+    call: Call,
 ) -> list[Tensor]:
     """The branch on the kept tokens of all crops, which are never there one by one."""
     check_crops(xs)
+    norm, inplace = call.norm, call.inplace
     shapes = [(each.k, *x.shape[1:-1]) for x, each in zip(xs, plan, strict=True)]
     padding = padding_of(shapes, branch.multiple_of)
     fields = None
@@ -645,8 +624,16 @@ def _fused_packed(
     if out.dim() != 2:
         raise ValueError(f"branch output: expected [T, C], got shape {tuple(out.shape)}")
     parts = Packed(out, shapes, padding).split(out.detach())
-    for stream, part, each in zip(streams, parts, plan, strict=True):
-        kernels().check_scatter_add(stream, part, each.index, each.slot, layer_scale, each.weight)
+    _check_all(kernels(), streams, parts, plan, call)
     rows = [(each.index, each.slot, each.scale) for each in plan]
     weights = [each.weight for each in plan]
-    return close_packed(streams, out, rows, layer_scale, weights, inplace)
+    return close_packed(streams, out, rows, call.layer_scale, weights, inplace)
+
+
+def _check_all(
+    ops: Any, streams: list[Tensor], outs: list[Tensor], plan: list[KeptRows], call: Call
+) -> None:
+    """All outputs before the first is added, which may be in place."""
+    factor = call.layer_scale
+    for stream, out, rows in zip(streams, outs, plan, strict=True):
+        ops.check_scatter_add(stream, out, rows.index, rows.slot, factor, rows.weight)

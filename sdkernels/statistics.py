@@ -7,6 +7,7 @@ the branch comes to it by; a graph has no hooks, there the modules are looked fo
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,15 +136,21 @@ def _hooks(kept: Tensor, on_ones: bool) -> Iterator[None]:
             return torch.cat([out, x]) if isinstance(out, Tensor) else None
         return None
 
+    # A compiled part of the branch calls them, and does not trace them.
+    eager: Callable[..., Any] = torch.compiler.disable if "torch._dynamo" in sys.modules else _same
     handles = (
-        register_module_forward_pre_hook(before),
-        register_module_forward_hook(after, always_call=True),
+        register_module_forward_pre_hook(eager(before)),
+        register_module_forward_hook(eager(after), always_call=True),
     )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
 
 
 def _modules_of(branch: Any) -> list[nn.Module]:

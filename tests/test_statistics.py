@@ -224,3 +224,18 @@ def test_patched(name):
             assert module.num_batches_tracked == (0 if in_branch else 1), path
             counted[in_branch] += 1
     assert min(counted.values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize("empty", ["run", "ones"])
+def test_a_part_that_is_compiled(empty):
+    """Its graph calls what keeps the statistics, and has nothing to say about it."""
+    norm = nn.BatchNorm1d(4).train()
+    compiled = torch.compile(norm, backend="eager")
+    x = torch.randn(6, 4)
+    fused_stochastic_depth(x, compiled, 0.5, rows=KeptRows.from_index(torch.arange(3), 6))
+    before = [buffer.clone() for buffer in norm.buffers()]
+    nothing = KeptRows.from_index(torch.arange(0), 6)
+    y = fused_stochastic_depth(x, compiled, 0.5, rows=nothing, empty=empty)
+    assert torch.equal(y, x)
+    assert all(map(torch.equal, before, norm.buffers()))

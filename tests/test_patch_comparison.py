@@ -143,6 +143,35 @@ def test_weights_that_are_computed_in_every_forward(kind):
 # Samples that depend on each other
 
 
+class Trains(nn.Module):
+    """Of one sample nothing is learnt, or of all that are there."""
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__()
+        self.linear, self.rows = nn.Linear(WIDTH, WIDTH), rows
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y.detach() if len(y) == self.rows else y
+
+
+class LearnsNothingOf(Block):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.trains = Trains(rows)
+
+    def forward(self, x):
+        return x + self.drop_path(self.trains(x))
+
+
+def test_gradients_where_one_sample_is_kept():
+    """Which the masked forward never runs the branch on."""
+    block = LearnsNothingOf(1).train()
+    sdkernels.patch(block)
+    with pytest.warns(UserWarning, match="with 1 of 2 rows"):
+        block(tokens())
+
+
 class NormedMean(Block):
     """A shift of all entries of the mean is gone behind the norm."""
 
@@ -561,7 +590,7 @@ def test_blocks_with_recurrent_nets_are_compared_once():
 
 
 def test_what_a_comparison_costs():
-    """Either forward three times; the original twice more where there are many samples."""
+    """Either forward four times, once more; the original twice where there are many samples."""
     calls: list[int] = []
 
     class Counted(Block):
@@ -569,7 +598,8 @@ def test_what_a_comparison_costs():
             calls.append(len(x))
             return x + self.drop_path(self.f(x))
 
-    for batch, rows in ((4, [8] * 6), (20, [8] * 6 + [20] * 2)):
+    every = [8, 8, 2, 2, 8, 8, 2, 2, 8]  # with some, one, all, none; with all, of which two differ
+    for batch, rows in ((4, every), (20, [*every, 20, 20])):
         calls.clear()
         block = Counted().train()
         sdkernels.patch(block)

@@ -29,9 +29,7 @@ def _plot_curves(axes: Axes, variants: dict[str, Any], names: tuple[str, str], t
 def plot_training(training: dict[str, Any]) -> Figure:
     """Loss curves, how far each pair of them is apart, and what a step costs."""
     variants = training["variants"]
-    figure, ((bernoulli, fixed), (apart, cost)) = plt.subplots(
-        2, 2, figsize=(12, 8.4), layout="constrained"
-    )
+    figure, ((bernoulli, fixed), (apart, cost)) = plt.subplots(2, 2, figsize=(12, 8.4))
     _plot_curves(bernoulli, variants, ("naive", "fused"), "Handwritten digits, Bernoulli rows")
     _plot_curves(fixed, variants, ("naive-fixed", "fused-fixed"), "Handwritten digits, fixed count")
 

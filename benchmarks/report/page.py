@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure.environment import environment_line
 from benchmarks.measure.memory import PEAK, SAVED
 from benchmarks.measure.store import read_json
 from benchmarks.report.figures import SCHEMA, disturbed
-from benchmarks.report.table import Table, percent, ratio, seconds, spread
+from benchmarks.report.table import Table, document, percent, ratio, seconds, spread
 from benchmarks.report.targets import Outcome
 
 SHORT_NAMES = {
@@ -338,17 +337,13 @@ def outcomes_of(result: dict[str, Any]) -> list[Outcome]:
 
 
 def markdown(result: dict[str, Any], plots: Sequence[Path]) -> str:
-    """The same as a page, with the plots that lie beside it."""
-    minutes = result["seconds"] / 60
-    head = [
-        f"# Benchmarks, preset {result['preset']}",
-        f"`{result['command']}`: {minutes:.0f} minutes.",
-        environment_line(result["environment"]),
+    """The page of a run, with the plots that lie beside it."""
+    sections = [
         *(f"**{warning}**" for warning in warnings(result)),
+        *(f"![{path.stem}]({path.name})" for path in plots),
+        *(table.markdown() for table in tables(result, outcomes_of(result))),
     ]
-    found = [table.markdown() for table in tables(result, outcomes_of(result))]
-    images = [f"![{path.stem}]({path.name})" for path in plots]
-    return "\n\n".join([*head, *images, *found]) + "\n"
+    return document(f"Benchmarks, preset {result['preset']}", result, sections)
 
 
 class BadResults(ValueError):

@@ -366,7 +366,7 @@ def test_blocks_compute_the_same(keep, dtype):
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 def test_compiled_providers_compute_the_same():
-    case = compiled.CompileCase(compiled.STATIC, presets.TINY, 8, keep=0.5)
+    case = compiled.CompileCase(presets.TINY, 8, keep=0.5, counts=compiled.STATIC)
     assert correctness.check(case, CPU) > 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -15,14 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.measure.workload import (
-    DTYPES,
-    Comparison,
-    Workload,
-    copies_past_the_cache,
-    kept_rows,
-    seeded,
-)
+from benchmarks.cases.rows import RowCase
+from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, kept_rows
 from benchmarks.providers.residuals import why_missing
 from sdkernels import KeptRows, reference
 
@@ -60,6 +53,7 @@ class OpInputs:
 
 
 Outputs = tuple[Tensor, ...]
+Function = Callable[[OpInputs], Outputs]
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Op:
     beyond that counts against it.
     """
 
-    providers: dict[str, Callable[[OpInputs], Outputs]]
+    providers: dict[str, Function]
     inputs: tuple[str, ...]
     traffic: dict[str, tuple[int, int, int]]
     outputs: tuple[str, ...]  # whose rows: "batch", "kept"
@@ -241,7 +235,7 @@ OPS: dict[str, Op] = {
 
 
 @dataclass(frozen=True)
-class OpCase:
+class OpCase(RowCase):
     """One op, one direction, one dtype; beside it the plain copy (``clone``) of the same tensor.
 
     Inputs go round in as many copies as do not fit the last cache. A backward pass is reached
@@ -250,12 +244,11 @@ class OpCase:
 
     Args:
         rows: the model whose rows these are.
-        shape: [B, N, D] or, channels last, [B, C, H, W].
     """
 
     op: str
     direction: str  # "fwd" or "bwd"
-    dtype: str  # "mixed": the stream in fp32, the branch's output in bf16
+    dtype: str
     rows: str = "ViT-S"
     shape: tuple[int, ...] = (64, 197, 384)
     k: int = 32
@@ -266,103 +259,64 @@ class OpCase:
 
     @property
     def name(self) -> str:
-        shape = "x".join(str(n) for n in self.shape)
-        return f"op-{self.op}-{self.direction}-{self.dtype}-{shape}-k{self.k}"
-
-    @property
-    def channels_last(self) -> bool:
-        return len(self.shape) == 4
-
-    def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider, with the reason why it cannot run here; None where it can."""
-        reasons: dict[str, str | None] = {}
-        for name in OPS[self.op].providers:
-            reasons[name] = (
-                why_missing(name, device) if name in ("xformers", "flash_attn") else None
-            )
-        if reasons.get("xformers", "") is None and self.channels_last:
-            reasons["xformers"] = "takes rows of two dimensions only"
-        if self.dtype == "mixed":
-            for name in ("xformers", "flash_attn"):
-                if name in reasons:
-                    reasons[name] = "takes one dtype"
-        return reasons | {"copy": None} | ({"empty": None} if self.direction == "bwd" else {})
-
-    def _functions(self, device: torch.device) -> dict[str, Callable[[OpInputs], Outputs]]:
-        reasons = self.providers(device)
-        return {n: f for n, f in OPS[self.op].providers.items() if reasons[n] is None}
+        return f"op-{self.op}-{self.direction}-{self.dtype}-{self.shape_name}-k{self.k}"
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
-        stream, branch = self._dtypes()
-        elements = math.prod(self.shape[1:])
-        of_batch, of_kept, of_out = OPS[self.op].traffic[self.direction]
-        return asdict(self) | {
-            "channels_last": self.channels_last,
-            "traffic_bytes": elements
-            * (
-                (of_batch * self.shape[0] + of_kept * self.k) * stream.itemsize
-                + of_out * self.k * branch.itemsize
-            ),
-            "copy_bytes": 2 * self.shape[0] * elements * stream.itemsize,
-        }
+        traffic = OPS[self.op].traffic[self.direction]
+        return asdict(self) | {"channels_last": self.channels_last} | self.bytes_of(traffic)
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the stream and of the branch's output."""
-        if self.dtype == "mixed":
-            return torch.float32, torch.bfloat16
-        return DTYPES[self.dtype], DTYPES[self.dtype]
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        reasons = dict.fromkeys([*OPS[self.op].providers, "copy"])
+        if self.direction == "bwd":
+            reasons["empty"] = None
+        for peer in reasons.keys() & {"xformers", "flash_attn"}:
+            reasons[peer] = why_missing(peer, device)
+            if self.dtype == "mixed":
+                reasons[peer] = "takes one dtype"
+            elif peer == "xformers" and self.is_image:
+                reasons[peer] = reasons[peer] or "takes rows of two dimensions only"
+        return reasons
+
+    def _functions(self, device: torch.device) -> dict[str, Function]:
+        functions, usable = OPS[self.op].providers, self.usable(device)
+        return {name: function for name, function in functions.items() if name in usable}
 
     def _inputs(
         self, device: torch.device, dtype: torch.dtype | None = None
     ) -> tuple[OpInputs, Outputs]:
-        """Inputs, and a gradient for every output.
-
-        In another ``dtype`` than the case's own they are the same numbers.
-        """
-        generator = seeded()
-        stream, branch = self._dtypes()
-
-        def randn(own: torch.dtype, *size: int) -> Tensor:
-            values = torch.randn(size, generator=generator).to(own).to(device, dtype or own)
-            is_image = self.channels_last and len(size) == 4
-            return values.to(memory_format=torch.channels_last) if is_image else values
-
+        """Inputs, and a gradient for every output; see ``RowCase.random``."""
         batch, *row = self.shape
-        width = row[0] if self.channels_last else row[-1]
-        norm = nn.LayerNorm(width, device=device, dtype=dtype or stream)
+        of = {"batch": batch, "kept": self.k}
+        sizes = {f"d_{rows}": (of[rows], *row) for rows in OPS[self.op].outputs}
+        made = self.random(device, dtype, **sizes)
+        norm = nn.LayerNorm(len(made["weight"]), device=device, dtype=made["weight"].dtype)
         with torch.no_grad():
-            norm.weight.copy_(randn(stream, width))
-            norm.bias.copy_(randn(stream, width))
-        scale_shape = (width, 1, 1) if self.channels_last else (width,)
+            norm.weight.copy_(made["weight"])
+            norm.bias.copy_(made["bias"])
         inputs = OpInputs(
-            x=randn(stream, *self.shape).requires_grad_(),
-            out=randn(branch, self.k, *row).requires_grad_(),
+            x=made["x"].requires_grad_(),
+            out=made["out"].requires_grad_(),
             norm=norm,
-            layer_scale=randn(stream, *scale_shape).requires_grad_(),
+            layer_scale=made["layer_scale"].requires_grad_(),
             rows=kept_rows(batch, self.k / batch, device, seed=1),
             next_rows=kept_rows(batch, self.k / batch, device, seed=2),
         )
-        grads = tuple(
-            randn(stream, self.k if of == "kept" else batch, *row) for of in OPS[self.op].outputs
-        )
-        return inputs, grads
+        return inputs, tuple(made[name] for name in sizes)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on shared inputs that go round past the last cache."""
+        """On shared inputs that go round past the last cache."""
         first = self._inputs(device)
-        held = [first[0].x, first[0].out, *first[1]]
-        copies = copies_past_the_cache(sum(t.numel() * t.element_size() for t in held), device)
+        held = sum(t.nbytes for t in (first[0].x, first[0].out, *first[1]))
         sets = [first]
-        for _ in range(copies - 1):
+        for _ in range(copies_past_the_cache(held, device) - 1):
             sets.append((first[0].copy(), tuple(grad.clone() for grad in first[1])))
         wanted = OPS[self.op].inputs
 
-        def forward(function: Callable[[OpInputs], Outputs]) -> Workload:
+        def forward(function: Function) -> Workload:
             turn = itertools.cycle(inputs for inputs, _ in sets)
             return Workload(lambda: function(next(turn)))
 
-        def backward(function: Callable[[OpInputs], Outputs]) -> Workload:
+        def backward(function: Function) -> Workload:
             ready = [
                 (function(inputs), [getattr(inputs, name) for name in wanted], grads)
                 for inputs, grads in sets
@@ -372,8 +326,7 @@ class OpCase:
 
         build = forward if self.direction == "fwd" else backward
         loads = {name: build(function) for name, function in self._functions(device).items()}
-        to_copy = itertools.cycle(inputs.x for inputs, _ in sets)
-        loads["copy"] = Workload(lambda: next(to_copy).clone())
+        loads["copy"] = forward(lambda inputs: (inputs.x.clone(),))
         if self.direction == "bwd":
             inputs, (grad, *_) = first
             source = inputs.out if grad.shape == inputs.out.shape else inputs.x
@@ -391,9 +344,7 @@ class OpCase:
         """
         op = OPS[self.op]
 
-        def evaluate(
-            function: Callable[[OpInputs], Outputs], dtype: torch.dtype | None = None
-        ) -> dict[str, Tensor]:
+        def evaluate(function: Function, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
             inputs, grads = self._inputs(device, dtype)
             outputs = function(inputs)
             wanted = [getattr(inputs, name) for name in op.inputs]
@@ -403,9 +354,7 @@ class OpCase:
 
         exact = evaluate(op.providers["torch"], torch.float64)
         for provider, function in self._functions(device).items():
-            if provider == "torch":
-                continue
-            got = evaluate(function)
-            expected = {name: tensor.to(got[name].dtype) for name, tensor in exact.items()}
-            arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
-            yield Comparison(provider, got, expected, arithmetic)
+            if provider != "torch":
+                got = evaluate(function)
+                expected = {name: tensor.to(got[name].dtype) for name, tensor in exact.items()}
+                yield Comparison(provider, got, expected, self.arithmetic)

@@ -337,9 +337,8 @@ PRESETS = {
                 ),
                 *(BlockCase(blocks.VIT_TI, batch, 0.5, "bf16") for batch in BATCHES),
                 *(
-                    CompileCase(counts, net, 64, 0.5, dtype)
+                    CompileCase(net, 64, 0.5, "bf16", counts)
                     for net in (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
-                    for dtype in ("bf16",)
                     for counts in (STATIC, DYNAMIC, BERNOULLI)
                 ),
                 *_models(
@@ -390,7 +389,7 @@ PRESETS = {
                     ModelCase("timm", "vit_small_patch16_224", "ViT-S", batch=32, dtype="amp"),
                     ModelCase("timm", "vit_base_patch16_224", "ViT-B", batch=128, dtype="amp"),
                 ),
-                CompileCase(STATIC, blocks.VIT_B, 64, 0.5, "bf16"),
+                CompileCase(blocks.VIT_B, 64, 0.5, "bf16", STATIC),
                 HostCase(),
             ),
             rounds={
@@ -414,7 +413,7 @@ PRESETS = {
             minutes=8,
             where="on 2 cores, most of it compilation",
             cases=tuple(
-                CompileCase(counts, blocks.VIT_S, 32, 0.5)
+                CompileCase(blocks.VIT_S, 32, 0.5, counts=counts)
                 for counts in (STATIC, DYNAMIC, BERNOULLI)
             ),
             rounds=_QUICK_ROUNDS,

@@ -130,7 +130,7 @@ def _no_backend() -> Any:
 def measure(turns: int) -> dict[str, float]:
     """Seconds of forward and backward, for everything."""
     case = HostCase()
-    x, grad, rows = case._inputs(torch.device("cpu"))
+    x, grad, rows = case.inputs(torch.device("cpu"))
     parts: dict[str, Part] = {
         "nodes": _nodes,
         "calls": _calls,

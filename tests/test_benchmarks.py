@@ -605,7 +605,10 @@ def test_a_run_goes_on_only_as_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["report.figures", "measure.workload", "report.table", "measure.flops", "measure.timeline"],
+    [
+        *("report.figures", "report.table", "measure.command", "measure.workload"),
+        *("measure.flops", "measure.timeline"),
+    ],
 )
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0

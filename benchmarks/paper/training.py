@@ -390,8 +390,3 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         for name in comparable[1]
         if comparable[0].get(name) != comparable[1][name]
     ]
-
-
-def train(recipe: Recipe, data: Data, device: torch.device, **options: Any) -> dict[str, Any]:
-    """Runs a recipe from the beginning, or from the checkpoint in ``directory``."""
-    return Trainer(recipe, data, device, **options).run()

@@ -26,22 +26,25 @@ Rule = Callable[..., Tensor]
 
 
 def _run(
-    kept: Tensor,
+    x: Tensor,
     branch: Callable[..., Tensor],
+    index: Tensor | None = None,
     norm: nn.Module | None = None,
     layer_scale: Tensor | None = None,
     args: Sequence[Any] = (),
     **_: Any,
 ) -> Tensor:
-    """``layer_scale * branch(norm(kept), *args)``."""
-    out = branch(kept if norm is None else norm(kept), *_arguments(args))
+    """``layer_scale * branch(norm(x), *args)``, of the rows ``index`` where it is given."""
+    kept = x if index is None else x[index]
+    out = branch(kept if norm is None else norm(kept), *(_argument(arg, index) for arg in args))
     return out if layer_scale is None else out * layer_scale
 
 
-def _arguments(args: Sequence[Any]) -> list[Any]:
-    """The further inputs of a branch, of all rows."""
-    marks = (sdkernels.PerSample, sdkernels.Shared)
-    return [arg.value if isinstance(arg, marks) else arg for arg in args]
+def _argument(arg: Any, index: Tensor | None) -> Any:
+    """A further input of a branch: of the rows that it runs on, unless all of them share it."""
+    value = arg.value if isinstance(arg, (sdkernels.PerSample, sdkernels.Shared)) else arg
+    shared = index is None or not isinstance(value, Tensor) or isinstance(arg, sdkernels.Shared)
+    return value if shared else value[index]
 
 
 def _index_and_alpha(x: Tensor, p: float, rows: KeptRows | None) -> tuple[Tensor, float]:
@@ -118,7 +121,7 @@ def dinov2(
         return naive_timm(x, branch, p, residual=residual, rows=rows, **given)
     index, alpha = _index_and_alpha(x, p, rows)
     stream = x if residual is None else residual
-    out = _run(x[index], branch, **given).to(stream.dtype)
+    out = _run(x, branch, index, **given).to(stream.dtype)
     if not stream.is_contiguous():  # of images, channels last: flattening would copy them
         return torch.index_add(stream, 0, index, out, alpha=alpha)
     added = torch.index_add(stream.flatten(1), 0, index, out.flatten(1), alpha=alpha)
@@ -139,7 +142,7 @@ def dinov3(
     if p == 0 and rows is None:
         return dense(x, branch, residual=residual, **given)
     index, alpha = _index_and_alpha(x, p, rows)
-    out = _run(x[index], branch, **given)
+    out = _run(x, branch, index, **given)
     return torch.index_add(x if residual is None else residual, 0, index, out, alpha=alpha)
 
 

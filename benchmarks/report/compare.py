@@ -11,13 +11,13 @@ in A and could not run in B.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import command
 from benchmarks.measure.workload import matches
 from benchmarks.report.page import BadResults, read
 from benchmarks.report.table import Table, ratio, spread, window
@@ -159,11 +159,7 @@ def _table(changes: list[Change]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the ratios; returns 0, 1 where something got worse, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("compare", __doc__)
     parser.add_argument("a", type=Path, metavar="A.json", help="the older run")
     parser.add_argument("b", type=Path, metavar="B.json", help="the newer run")
     parser.add_argument(

@@ -10,7 +10,6 @@ compared with PyTorch's calls in float64.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases.kernels import KERNELS, KernelCase, Tensors
-from benchmarks.measure import correctness
+from benchmarks.measure import command, correctness
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line, serving
+from benchmarks.measure.store import write_json
 from benchmarks.measure.workload import DTYPES
 from benchmarks.report.table import Table, window
 from sdkernels import KeptRows, compact_rows, scatter_add_rows
@@ -183,11 +183,11 @@ def run_shape(
 def run_backend(backend: str, shapes: str, folder: Path) -> dict[str, Any]:
     """The record of a run under SDKERNELS_BACKEND; without results where it came to none."""
     path = folder / f"{backend}.json"
-    command = [sys.executable, "-m", "benchmarks", "cuda-bandwidth"]
+    program = [sys.executable, "-m", "benchmarks", "cuda-bandwidth"]
     environ = {**os.environ, "SDKERNELS_BACKEND": backend}
     print(f"== {backend}", flush=True)
     # Its exit code says whether targets were met, and so do the results.
-    subprocess.run([*command, "--shapes", shapes, "--out", str(path)], cwd=ROOT, env=environ)
+    subprocess.run([*program, "--shapes", shapes, "--out", str(path)], cwd=ROOT, env=environ)
     if not path.exists():
         return {"environment": None, "results": []}
     record: dict[str, Any] = json.loads(path.read_text())
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The exit code is 3 if a target was missed, 1 if a backend came to no results.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks cuda-bandwidth")
+    parser = command.parser("cuda-bandwidth", __doc__)
     parser.add_argument("--shapes", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument(
         "--backends", help=f"of {', '.join(BACKENDS)}; default: the one that serves CUDA tensors"
@@ -244,8 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend in silent:
         print(f"  no results: {backend}")
     print(f"{len(results) - len(missed)} of {len(results)} targets met")
-    record = {"environment": env, "results": [asdict(result) for result in results]}
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    record = {
+        "command": command.command_line("cuda-bandwidth", arguments),
+        "environment": env,
+        "results": [asdict(result) for result in results],
+    }
+    write_json(options.out, record)
     return 1 if silent else 3 if missed else 0
 
 

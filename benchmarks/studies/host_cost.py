@@ -6,7 +6,6 @@ figures hold on a machine that does other work besides. Writes ``out/host-cost.j
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -23,8 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.host import HOST_PROVIDERS, HostCase
+from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.store import write_json
 from benchmarks.report.table import Table, window
 from sdkernels import KeptRows, functional
 from sdkernels.backends import autograd, namespace
@@ -186,13 +187,8 @@ def table(runs: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table and writes the figures; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks host-cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("host-cost", __doc__, out=Path("out"))
     parser.add_argument("--turns", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--here", action="store_true", help="this process alone, as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -203,18 +199,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = environment(torch.device("cpu"))
     runs = {}
     for name, extension in (("extension", "auto"), ("without", "off")):
-        command = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
+        program = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
         environ = os.environ | {"SDKERNELS_EXTENSION": extension}
         output = subprocess.run(
-            [*command, f"--turns={options.turns}"],
+            [*program, f"--turns={options.turns}"],
             env=environ,
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
         runs[name] = json.loads(output.stdout)
-    record = {"environment": described, "turns": options.turns, "calls": CALLS, "seconds": runs}
-    (options.out / "host-cost.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "command": command.command_line("host-cost", arguments),
+        "environment": described,
+        "turns": options.turns,
+        "calls": CALLS,
+        "seconds": runs,
+    }
+    write_json(options.out / "host-cost.json", record)
     print(environment_line(described))
     print(table(runs))
     return 0

@@ -11,7 +11,6 @@ smallest architecture that has it, on real inputs; ``--write`` puts those that a
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 import sdkernels
+from benchmarks.measure import command
 from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.providers.zoo import TINY, Net, nets
 from sdkernels.models.comparing import verified
@@ -354,9 +354,7 @@ def write(equal: Iterable[Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks patch-coverage", description=__doc__.partition("\n")[0]
-    )
+    parser = command.parser("patch-coverage", __doc__)
     parser.add_argument("--library", choices=SOURCES, action="append")
     parser.add_argument("--filter", default="", help="architectures whose names have this part")
     parser.add_argument("--every", type=int, default=1, help="one in so many: a sample")
@@ -388,7 +386,3 @@ def main(arguments: list[str] | None = None) -> int:
         write(equal)
     print("\n".join([*rows, "", *details]))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -227,8 +227,8 @@ def measure(options: argparse.Namespace, progress: RunProgress) -> None:
         trains = case is not None and case.name in options.selected
         if case is not None and trains and store.load(TRAINING) is None:
             store.save(TRAINING, train(case, device, lambda: progress.say(case.name)))
-        if preset.timeline in names and store.load(TIMELINE) is None:
-            (shown,) = [c for c in preset.cases if c.name == preset.timeline]
+        shown = preset.timeline
+        if shown is not None and shown.name in names and store.load(TIMELINE) is None:
             store.save(TIMELINE, record_timeline(shown, device))
 
 

@@ -275,7 +275,8 @@ def test_presets_are_whole(preset):
     names = preset.names()
     assert len(names) == len(set(names))
     assert {case.kind for case in preset.cases} <= preset.rounds.keys()
-    assert preset.timeline is None or preset.timeline in names
+    shown = preset.timeline
+    assert shown is None or shown.name in names or not networks.HAS_LIBRARIES
     for case in preset.cases:
         described = case.describe()
         assert json.loads(json.dumps(described)).keys() == described.keys()

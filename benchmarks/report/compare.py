@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,22 +140,21 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return found
 
 
+_COLUMNS: dict[str, Callable[[Change], object]] = {
+    "case": lambda change: change.case,
+    "provider": lambda change: change.provider,
+    "figure": lambda change: change.figure,
+    "B / A": lambda change: ratio(change.ratio),
+    "noise": lambda change: spread(change.noise),
+    "verdict": lambda change: ": ".join(filter(None, (change.verdict, change.note))),
+}
+
+
 def _table(changes: list[Change]) -> Table:
-    made = Table("B / A", ("case", "provider", "figure", "B / A", "noise", "verdict"), names=3)
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Change]] = {}
     for change in changes:
-        groups.setdefault(change.case, []).append(
-            [
-                change.case,
-                change.provider,
-                change.figure,
-                ratio(change.ratio),
-                spread(change.noise),
-                f"{change.verdict}: {change.note}" if change.note else change.verdict,
-            ]
-        )
-    made.groups += groups.values()
-    return made
+        groups.setdefault(change.case, []).append(change)
+    return Table.of("B / A", _COLUMNS, groups.values(), names=3)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -64,6 +64,19 @@ class Table:
     names: int = 2
     groups: list[list[Sequence[object]]] = field(default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Mapping[str, Callable[[T], object]],
+        groups: Iterable[Iterable[T]],
+        notes: Sequence[str] = (),
+        names: int = 2,
+    ) -> Table:
+        """What every column, under its head, shows of every row."""
+        cells = [[[cell(row) for cell in columns.values()] for row in rows] for rows in groups]
+        return cls(title, list(columns), notes, names, cells)
+
     def markdown(self) -> str:
         align = ["---" if i < self.names else "---:" for i in range(len(self.columns))]
         rows = [row for group in self.groups for row in group]
@@ -150,7 +163,8 @@ def by_column(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -
     | 2 | 4 |
     | 3 | 9 |
     """
-    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    made = Table.of("", columns, [rows])
+    return markdown(made.columns, made.groups[0])
 
 
 def document(title: str, result: Mapping[str, Any], sections: Iterable[str]) -> str:

@@ -53,7 +53,7 @@ class OpInputs:
 
 
 Outputs = tuple[Tensor, ...]
-Function = Callable[[OpInputs], Outputs]
+Function = Callable[[OpInputs], Tensor | Outputs]
 
 
 @dataclass(frozen=True)
@@ -81,25 +81,28 @@ def _xformers(name: str) -> Callable[..., Tensor]:
     return getattr(importlib.import_module("xformers.ops"), name)  # type: ignore[no-any-return]
 
 
-def _xformers_compact(t: OpInputs) -> Outputs:
+def _xformers_compact(t: OpInputs) -> Tensor:
     flat = _xformers("index_select_cat")([t.x.flatten(1)], [t.rows.index])
-    return (flat.view(t.rows.k, *t.x.shape[1:]),)
+    return flat.view(t.rows.k, *t.x.shape[1:])
 
 
-def _xformers_scatter_add(t: OpInputs) -> Outputs:
+def _xformers_scatter_add(t: OpInputs, layer_scale: Tensor | None = None) -> Tensor:
     """In place; on a copy, because the inputs serve every sample. Its traffic is ours then."""
-    return (_xformers("scaled_index_add")(t.x.clone(), t.rows.index, t.out, None, t.rows.scale),)
-
-
-def _xformers_scatter_add_layer_scale(t: OpInputs) -> Outputs:
     add = _xformers("scaled_index_add")
-    return (add(t.x.clone(), t.rows.index, t.out, t.layer_scale, t.rows.scale),)
+    return add(t.x.clone(), t.rows.index, t.out, layer_scale, t.rows.scale)
+
+
+def _index_add(t: OpInputs, out: Tensor) -> Tensor:
+    return torch.index_add(t.x, 0, t.rows.index, out.to(t.x.dtype), alpha=t.rows.scale)
+
+
+def _kept(t: OpInputs) -> Tensor:
+    return t.x.index_select(0, t.rows.index)
 
 
 def _torch_scatter_norm(t: OpInputs) -> Outputs:
-    y = torch.index_add(t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale)
-    kept = y.index_select(0, t.next_rows.index)
-    return y, F.layer_norm(kept, t.width, t.weight, t.bias)
+    y = _index_add(t, t.out)
+    return y, F.layer_norm(y.index_select(0, t.next_rows.index), t.width, t.weight, t.bias)
 
 
 def _fused_scatter_norm(t: OpInputs) -> Outputs:
@@ -123,8 +126,8 @@ def _flash_attn_scatter_norm(t: OpInputs) -> Outputs:
 OPS: dict[str, Op] = {
     "compact": Op(
         providers={
-            "fused": lambda t: (sdkernels.compact_rows(t.x, t.rows),),
-            "torch": lambda t: (t.x.index_select(0, t.rows.index),),
+            "fused": lambda t: sdkernels.compact_rows(t.x, t.rows),
+            "torch": _kept,
             "xformers": _xformers_compact,
         },
         inputs=("x",),
@@ -133,12 +136,8 @@ OPS: dict[str, Op] = {
     ),
     "compact_layer_norm": Op(
         providers={
-            "fused": lambda t: (
-                sdkernels.compact_layer_norm(t.x, t.rows, t.width, t.weight, t.bias),
-            ),
-            "torch": lambda t: (
-                F.layer_norm(t.x.index_select(0, t.rows.index), t.width, t.weight, t.bias),
-            ),
+            "fused": lambda t: sdkernels.compact_layer_norm(t.x, t.rows, t.width, t.weight, t.bias),
+            "torch": lambda t: F.layer_norm(_kept(t), t.width, t.weight, t.bias),
         },
         inputs=("x", "weight", "bias"),
         traffic={"fwd": (0, 2, 0), "bwd": (1, 2, 0)},
@@ -147,10 +146,8 @@ OPS: dict[str, Op] = {
     ),
     "compact_rms_norm": Op(
         providers={
-            "fused": lambda t: (sdkernels.compact_rms_norm(t.x, t.rows, t.width, t.weight, 1e-6),),
-            "torch": lambda t: (
-                F.rms_norm(t.x.index_select(0, t.rows.index), t.width, t.weight, 1e-6),
-            ),
+            "fused": lambda t: sdkernels.compact_rms_norm(t.x, t.rows, t.width, t.weight, 1e-6),
+            "torch": lambda t: F.rms_norm(_kept(t), t.width, t.weight, 1e-6),
         },
         inputs=("x", "weight"),
         traffic={"fwd": (0, 2, 0), "bwd": (1, 2, 0)},
@@ -160,10 +157,8 @@ OPS: dict[str, Op] = {
     # The gradient of x is the incoming gradient itself, so the backward moves only the kept rows.
     "scatter_add": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows),),
-            "torch": lambda t: (
-                torch.index_add(t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale),
-            ),
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows),
+            "torch": lambda t: _index_add(t, t.out),
             "xformers": _xformers_scatter_add,
         },
         inputs=("x", "out"),
@@ -172,13 +167,9 @@ OPS: dict[str, Op] = {
     ),
     "scatter_add_layer_scale": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, t.layer_scale),),
-            "torch": lambda t: (
-                torch.index_add(
-                    t.x, 0, t.rows.index, (t.out * t.layer_scale).to(t.x.dtype), alpha=t.rows.scale
-                ),
-            ),
-            "xformers": _xformers_scatter_add_layer_scale,
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows, t.layer_scale),
+            "torch": lambda t: _index_add(t, t.out * t.layer_scale),
+            "xformers": lambda t: _xformers_scatter_add(t, t.layer_scale),
         },
         inputs=("x", "out", "layer_scale"),
         traffic={"fwd": (2, 0, 1), "bwd": (0, 1, 2)},
@@ -187,12 +178,8 @@ OPS: dict[str, Op] = {
     # The bits that are kept for the backward, hundredths of a row, are left out of the traffic.
     "scatter_add_relu": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),),
-            "torch": lambda t: (
-                torch.index_add(
-                    t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale
-                ).relu_(),
-            ),
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),
+            "torch": lambda t: _index_add(t, t.out).relu_(),
         },
         inputs=("x", "out"),
         traffic={"fwd": (2, 0, 1), "bwd": (2, 0, 1)},
@@ -203,15 +190,11 @@ OPS: dict[str, Op] = {
     # stream's gradient in the same pass.
     "residual_layer_norm": Op(
         providers={
-            "fused": lambda t: (
-                sdkernels.fused_stochastic_depth(
-                    t.x, _identity, 0.5, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
-                ),
+            "fused": lambda t: sdkernels.fused_stochastic_depth(
+                t.x, _identity, 0.5, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
             ),
-            "torch": lambda t: (
-                reference.index_add(
-                    t.x, _identity, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
-                ),
+            "torch": lambda t: reference.index_add(
+                t.x, _identity, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
             ),
         },
         inputs=("x", "weight", "bias", "layer_scale"),
@@ -326,7 +309,7 @@ class OpCase(RowCase):
 
         build = forward if self.direction == "fwd" else backward
         loads = {name: build(function) for name, function in self._functions(device).items()}
-        loads["copy"] = forward(lambda inputs: (inputs.x.clone(),))
+        loads["copy"] = forward(lambda inputs: inputs.x.clone())
         if self.direction == "bwd":
             inputs, (grad, *_) = first
             source = inputs.out if grad.shape == inputs.out.shape else inputs.x
@@ -347,6 +330,7 @@ class OpCase(RowCase):
         def evaluate(function: Function, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
             inputs, grads = self._inputs(device, dtype)
             outputs = function(inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             wanted = [getattr(inputs, name) for name in op.inputs]
             got = torch.autograd.grad(outputs, wanted, grads)
             values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}

@@ -156,7 +156,8 @@ def _bars(record: Record, height: float, paper: dict[str, float]) -> Figure:
         ideal = 100 * row["ideal"]
         axes.vlines(ideal, place - 0.4, place + 0.4, "black", linestyles="--", label="ideal")
         if row["variant"] in paper:
-            axes.plot(100 * paper[row["variant"]], place, "D", color=GREEN, label="the paper")
+            look = {"color": GREEN, "markersize": 7, "label": "the paper"}
+            axes.plot(100 * paper[row["variant"]], place, "D", **look)
     axes.set_yticks(places, [row["variant"] for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.12)

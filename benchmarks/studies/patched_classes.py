@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from benchmarks.providers.libraries import LIBRARIES, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
+from benchmarks.report.figures import quartile_spread
 from benchmarks.report.table import by_column, printed, window
 from benchmarks.studies.patched_subjects import (
     DROP,
@@ -154,7 +156,6 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
         for name in ("naive", "fused")
     }
     seconds = time_in_turns(steps, device, turns).seconds
-    of_each = {name: quartiles(each) for name, each in seconds.items()}
     pairs = zip(seconds["naive"], seconds["fused"], strict=True)
     low, speedup, high = quartiles([naive / fused for naive, fused in pairs])
     saving = report.expected_saving(x[:1])
@@ -164,8 +165,8 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
         "whole": subject.whole,
         "batch_norm": subject.net.batch_norm,
         "seconds": seconds,
-        "median": {name: middle for name, (_, middle, _) in of_each.items()},
-        "spread": {name: (most - least) / 2 / m for name, (least, m, most) in of_each.items()},
+        "median": {name: median(each) for name, each in seconds.items()},
+        "spread": {name: quartile_spread(each) for name, each in seconds.items()},
         "speedup": speedup,  # medians and quartiles of naive / fused, turn by turn
         "speedup_low": low,
         "speedup_high": high,
@@ -186,8 +187,9 @@ def _classes(line: Line) -> str:
 
 def _time(name: str) -> Callable[[Line], str]:
     def cell(line: Line) -> str:
-        median, spread = line["median"], line["spread"]
-        return f"{median[name] * 1e3:.0f} ms ± {spread[name]:.0%}" if name in median else "-"
+        if name not in line["median"]:
+            return "-"
+        return f"{line['median'][name] * 1e3:.0f} ms ± {line['spread'][name]:.0%}"
 
     return cell
 

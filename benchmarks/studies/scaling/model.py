@@ -21,9 +21,9 @@ from benchmarks.measure.memory import saved_activation_bytes
 from benchmarks.measure.workload import values
 from benchmarks.providers.residuals import Rule, dense, dinov3, naive
 from benchmarks.providers.vit import Block
+from benchmarks.report.figures import quartile_spread
 from benchmarks.studies.scaling.simulation import KINDS
 from sdkernels import KeptRows, fused_stochastic_depth
-from sdkernels.measure.turns import quartiles
 
 PATCH = 3 * 16 * 16  # values of a patch
 CLASSES = 1000
@@ -241,7 +241,7 @@ def measure_branches(
                 "batch": batch,
                 "counts": counts,
                 "seconds": [median[k] for k in counts],
-                "spread": [spread(of_kind[k]) for k in counts],
+                "spread": [quartile_spread(of_kind[k]) for k in counts],
                 "half": half,
                 "at_half": {
                     key: median[half if key == "fused" else key]
@@ -251,12 +251,6 @@ def measure_branches(
             }
         )
     return measured
-
-
-def spread(seconds: Sequence[float]) -> float:
-    """Half the distance between the quartiles, over the median."""
-    low, median, high = quartiles(seconds)
-    return (high - low) / 2 / median
 
 
 def measure_rest(shape: Shape, batch: int, turns: int, device: torch.device) -> dict[str, float]:

@@ -147,11 +147,6 @@ def _accuracy(model: DigitsViT, images: Tensor, labels: Tensor) -> float:
     return correct.double().mean().item()
 
 
-def steps_per_epoch(case: TrainingCase, samples: int = 1437) -> int:
-    """Full batches in the training split; what is left over waits for the next shuffle."""
-    return samples // case.batch
-
-
 def train(
     case: TrainingCase, device: torch.device, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -166,7 +161,7 @@ def train(
     rows_generator = torch.Generator().manual_seed(case.seed + 1)
     plan_seconds: dict[str, list[float]] = {sampler: [] for sampler in SAMPLERS}
     kept_rows = dict.fromkeys(SAMPLERS, 0)
-    per_epoch = steps_per_epoch(case, len(train_x))
+    per_epoch = len(train_x) // case.batch  # what is left over waits for the next shuffle
     steps = per_epoch * case.epochs
 
     for step in range(steps):

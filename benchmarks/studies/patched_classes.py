@@ -30,14 +30,14 @@ from torch import Tensor, nn
 import sdkernels
 from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.environment import environment
 from benchmarks.measure.store import write_json
 from benchmarks.providers.libraries import LIBRARIES, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
 from benchmarks.report.figures import quartile_spread
-from benchmarks.report.table import by_column, printed, window
+from benchmarks.report.table import by_column, document, printed, window
 from benchmarks.studies.patched_subjects import (
     DROP,
     Subject,
@@ -253,18 +253,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = run(zoo, options.filter, options.batch, options.turns, device)
     if not lines:
         parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
-    text = "\n\n".join(
-        [
-            f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block: "
-            f"`{called}`.",
-            environment_line(env) + f" | {time.perf_counter() - start:.0f} s",
-            *([f"Not installed: {', '.join(missing)}."] if missing else []),
-            by_column(lines, COLUMNS),
-            verdict(lines),
-        ]
-    )
+    data = {
+        "schema": 1,
+        "drop": DROP,
+        "command": called,
+        "seconds": time.perf_counter() - start,
+        "environment": env,
+        "lines": lines,
+    }
+    sections = [
+        f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
+        *([f"Not installed: {', '.join(missing)}."] if missing else []),
+        by_column(lines, COLUMNS),
+        verdict(lines),
+    ]
+    text = document("Every class that patch() knows", data, sections)
     print(f"\n{printed(text, window())}")
-    data = {"schema": 1, "drop": DROP, "command": called, "environment": env, "lines": lines}
     write_json(options.out / "patched-classes.json", data)
-    (options.out / "patched-classes.md").write_text(text + "\n")
+    (options.out / "patched-classes.md").write_text(text)
     return 0

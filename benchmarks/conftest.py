@@ -35,10 +35,6 @@ class Hooks:
     def pytest_benchmark_store(self) -> Store | None:  # type: ignore[empty-body]
         """Where finished cases are kept; those that are there are not run again."""
 
-    @pytest.hookspec
-    def pytest_case_finished(self, case: Case) -> None:
-        """All turns of ``case`` are over."""
-
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(Hooks)
@@ -93,7 +89,6 @@ class Runner:
     """Checks, times and records one case after the other."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.config = config
         self.device = torch.device(config.getoption("--bench-device"))
         self.store: Store | None = config.hook.pytest_benchmark_store()
         self._case: Case | None = None
@@ -108,10 +103,7 @@ class Runner:
         self._case = case
         self._record = {
             "case": {
-                "name": case.name,
-                "kind": case.kind,
-                "baseline": case.baseline,
-                "floor": case.floor,
+                **{key: getattr(case, key) for key in ("name", "kind", "baseline", "floor")},
                 **case.describe(),
             },
             "skipped": {name: reason for name, reason in reasons.items() if reason},
@@ -182,7 +174,6 @@ class Runner:
         """After the last turn of a case."""
         if self.store is not None and self._case is case:
             self.store.save(case.name, self._record)
-        self.config.hook.pytest_case_finished(case=case)
 
 
 RUNNER = pytest.StashKey[Runner]()

@@ -202,7 +202,7 @@ def run_cases(
         raise RunFailed(account.getvalue().strip())
 
 
-TRAINING, TIMELINE, SECONDS = "training", "timeline", "seconds"
+TIMELINE, SECONDS = "timeline", "seconds"
 
 
 def record_timeline(case: Case, device: torch.device) -> dict[str, Any]:
@@ -218,17 +218,15 @@ def record_timeline(case: Case, device: torch.device) -> dict[str, Any]:
 def measure(options: argparse.Namespace, progress: RunProgress) -> None:
     """Everything that the store does not hold yet."""
     preset, store, device = options.preset, progress.store, options.device
-    case = preset.training
-    names = [c.name for c in preset.cases if c.name in options.selected]
+    missing = [name for name in options.selected if store.load(name) is None]
+    training, shown = preset.training, preset.timeline
     with progress.bars:
-        if any(store.load(name) is None for name in names):
+        if any(case.name in missing for case in preset.cases):
             with memory.host_memory_limit():
                 run_cases(preset, options.filter, device, progress)
-        trains = case is not None and case.name in options.selected
-        if case is not None and trains and store.load(TRAINING) is None:
-            store.save(TRAINING, train(case, device, lambda: progress.say(case.name)))
-        if preset.timeline in names and store.load(TIMELINE) is None:
-            (shown,) = [c for c in preset.cases if c.name == preset.timeline]
+        if training is not None and training.name in missing:
+            store.save(training.name, train(training, device, lambda: progress.say(training.name)))
+        if shown is not None and shown.name in options.selected and store.load(TIMELINE) is None:
             store.save(TIMELINE, record_timeline(shown, device))
 
 
@@ -236,13 +234,14 @@ def assemble(
     options: argparse.Namespace, store: Store, env: dict[str, Any], complete: bool, seconds: float
 ) -> dict[str, Any]:
     """The results of what the store holds, as ``SCHEMA.md`` describes them."""
-    records = [store.load(c.name) for c in options.preset.cases if c.name in options.selected]
+    preset = options.preset
+    records = (store.load(case.name) for case in preset.cases if case.name in options.selected)
     cases = figures.collect(record for record in records if record is not None)
-    training = store.load(TRAINING)
+    training = None if preset.training is None else store.load(preset.training.name)
     outcomes = targets.outcomes(cases)
     return {
         "schema": figures.SCHEMA,
-        "preset": options.preset.name,
+        "preset": preset.name,
         "filter": options.filter,
         "device": str(options.device),
         "command": options.command,
@@ -276,13 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OtherRun as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
-    kept = {"train-digits": TRAINING}
     expected = preset.expected_seconds()
-    todo = {
-        name: expected[name]
-        for name in options.selected
-        if store.load(kept.get(name, name)) is None
-    }
+    todo = {name: expected[name] for name in options.selected if store.load(name) is None}
     done = len(options.selected) - len(todo)
     print(
         f"preset {preset.name}: {len(options.selected)} cases, {preset.duration}"
@@ -305,11 +299,12 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     store.save(SECONDS, seconds)
     result = assemble(options, store, env, complete, seconds)
-    if result["cases"] or result["training"]:
+    measured = result["cases"] or result["training"]
+    if measured:
         write_json(options.out / "results.json", result)
     if progress.closed:
         raise BrokenPipeError
-    if result["cases"] or result["training"]:
+    if measured:
         if not complete:
             print("\nInterrupted; what was measured until then:")
         rebuild.write(result, options.out)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measure import correctness
 from benchmarks.studies import cuda_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,18 +221,17 @@ def test_without_a_gpu(gpu_check, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", cuda_bandwidth.KERNELS)
-def test_what_is_timed_is_right(name, dtype):
-    kernel = cuda_bandwidth.KERNELS[name]
-    for row, memory_format in (
-        ((5, 16), torch.contiguous_format),
-        ((8, 4, 4), torch.channels_last),
-    ):
-        if len(row) == 3 and "norm" in name:
-            continue
-        inputs = cuda_bandwidth.Inputs.make(6, row, memory_format, dtype, torch.device("cpu"))
-        cuda_bandwidth.check(kernel, inputs)
+@pytest.mark.parametrize("shape", cuda_bandwidth.ROWS)
+def test_what_is_timed_is_right(shape, monkeypatch):
+    """Other shares of kept rows and layouts than the benchmark of kernels has."""
+    row, channels_last = cuda_bandwidth.ROWS[shape]
+    small = ((5, 16) if len(row) == 2 else (8, 4, 4), channels_last)
+    monkeypatch.setitem(cuda_bandwidth.ROWS, shape, small)
+    for dtype, keep in (("bf16", 0.25), ("fp32", 0.75)):
+        for case in cuda_bandwidth.cases(shape, dtype, 8, keep):
+            x = case.tensors(torch.device("cpu")).x
+            assert x.is_contiguous() != channels_last
+            assert correctness.check(case, torch.device("cpu")) > 0
 
 
 def test_backends_stand_side_by_side(monkeypatch, capsys, tmp_path):
@@ -270,8 +270,25 @@ def test_backends_stand_side_by_side(monkeypatch, capsys, tmp_path):
 
 
 def test_both_ways_of_the_pair_agree():
-    row, memory_format = (5, 16), torch.contiguous_format
-    inputs = cuda_bandwidth.Inputs.make(6, row, memory_format, torch.float32, torch.device("cpu"))
-    ours, peers = cuda_bandwidth.pair(inputs)
+    case, *_ = cuda_bandwidth.cases("197x384", "fp32", 6, 0.5)
+    ours, peers = cuda_bandwidth.pair(case.tensors(torch.device("cpu")))
     for a, b in zip(ours(), peers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_shape_is_measured(monkeypatch):
+    """All but the clock: every kernel runs, and its floor is its share of the copy's bytes."""
+
+    def seconds(functions, device):
+        for function in functions:
+            function()
+        return [1e-3, 1e-3]
+
+    monkeypatch.setattr(cuda_bandwidth, "seconds", seconds)
+    results = cuda_bandwidth.run_shape("197x384", "bf16", 8, 0.25, torch.device("cpu"))
+    shares = {result.case.split(maxsplit=4)[-1]: result.share for result in results}
+    assert len(shares) == len(cuda_bandwidth.KERNELS) + 1
+    # Of the copy's 8 rows, read and written: 2 are read and written; 2 are read, 8 written.
+    assert shares["compact"] == pytest.approx(4 / 16)
+    assert shares["expand"] == pytest.approx(10 / 16)
+    assert shares["forward + backward over index_select + index_add"] == 1.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,7 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.workload import DTYPES, Comparison, Workload, gradients, kept_rows, seeded
+from benchmarks.measure.workload import (
+    DTYPES,
+    Case,
+    Comparison,
+    Context,
+    Workload,
+    first_rows,
+    kept_rows,
+    nothing,
+    seeded,
+    step,
+    values,
+)
 from benchmarks.providers.networks import (
     Ruled,
     convnext_block,
@@ -32,7 +44,8 @@ from benchmarks.providers.residuals import (
 from benchmarks.providers.vit import Block
 from sdkernels import KeptRows
 
-Context = Callable[[], AbstractContextManager[Any]]
+Rows = Sequence[KeptRows | None]
+Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,13 +120,13 @@ RESNET_LATE = Net("resnet", 1024, 14, "ResNet-50, stage 3")
 
 
 @dataclass(frozen=True)
-class BlockCase:
+class BlockCase(Case):
     """Forward and backward of one block; the dense floor is the block on a batch of only k rows."""
 
     net: Net
     batch: int
     keep: float
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # "mixed": weights and stream in fp32, branches in bf16 under autocast
 
     kind: ClassVar[str] = "block"
     baseline: ClassVar[str] = "naive"
@@ -123,8 +136,12 @@ class BlockCase:
     def name(self) -> str:
         return f"block-{self.net.name}-B{self.batch}-keep{self.keep:g}-{self.dtype}"
 
+    @property
+    def kept(self) -> int:
+        """Rows that every branch keeps with the fixed count."""
+        return KeptRows.sample(self.batch, 1 - self.keep, sampler="fixed").k
+
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
         return {
             "block": self.net.name,
             "batch": self.batch,
@@ -136,10 +153,7 @@ class BlockCase:
             "k": self.kept,
         }
 
-    @property
-    def kept(self) -> int:
-        """Rows that every branch keeps with the fixed count."""
-        return KeptRows.sample(self.batch, 1 - self.keep, sampler="fixed").k
+    # Who takes part
 
     def rules(self, device: torch.device) -> dict[str, tuple[Rule, bool, Context]]:
         """Of every provider that may run: its rule, whether it draws, and where it runs."""
@@ -153,7 +167,6 @@ class BlockCase:
         return rules
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider, with the reason why it cannot run here; None where it can."""
         reasons: dict[str, str | None] = dict.fromkeys(self.rules(device))
         reasons["xformers"] = why_missing("xformers", device)
         if reasons["xformers"] is None and self.net.family != "vit":
@@ -164,111 +177,80 @@ class BlockCase:
             reasons[f"fused-{name}"] = missing
         return reasons
 
-    def _usable(self, device: torch.device) -> dict[str, tuple[Rule, bool, Context]]:
-        reasons = self.providers(device)
-        return {n: rule for n, rule in self.rules(device).items() if reasons[n] is None}
+    # What they are given
 
     def setting(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
         """The block, its input and the gradient of its output."""
         generator = seeded()
         block = self.net.module(1 - self.keep).to(device)
-        # mixed: weights and branches in bf16 under autocast, the stream in fp32
         dtype = DTYPES["fp32" if self.dtype == "mixed" else self.dtype]
         x = self.net.randn(self.batch, generator).to(device, dtype).requires_grad_()
         grad = self.net.randn(self.batch, generator).to(device, dtype)
         return block.to(dtype), x, grad
 
-    @property
-    def _arithmetic(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.dtype == "mixed" else None
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.dtype != "mixed":
-            return nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-
     def rows(self, device: torch.device) -> list[KeptRows]:
         """Another subset for every branch."""
-        return [
-            kept_rows(self.batch, self.keep, device, seed)
-            for seed in range(1, self.net.branches + 1)
-        ]
+        seeds = range(1, self.net.branches + 1)
+        return [kept_rows(self.batch, self.keep, device, seed) for seed in seeds]
+
+    def output(self, block: nn.Module, x: Tensor, rule: Rule, rows: Rows) -> Tensor:
+        """One forward pass; branches without rows draw theirs."""
+        mixed = self.dtype == "mixed"
+        with torch.autocast(x.device.type, dtype=torch.bfloat16) if mixed else nullcontext():
+            y: Tensor = block(x, rule, [1 - self.keep] * self.net.branches, rows)
+        return y
+
+    # What is timed, and what is compared before
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on the same block and input."""
         block, x, grad = self.setting(device)
-        rows = self.rows(device)
-        drop = [1 - self.keep] * self.net.branches
+        rows, none = self.rows(device), [None] * self.net.branches
+        few = first_rows(self.kept, x, grad)
         parameters = tuple(block.parameters())
 
-        def workload(
-            rule: Rule, draws: bool, context: Context, x: Tensor, grad: Tensor
-        ) -> Workload:
-            given = [None] * len(rows) if draws else rows
+        def workload(name: str, rule: Rule, draws: bool, context: Context) -> Workload:
+            # The floor has all of its k rows; rows of the batch would be refused.
+            leaf, d_y = few if name == "dense" else (x, grad)
+            given: Rows = none if draws or name == "dense" else rows
+            forward = partial(self.output, block, leaf, rule, given)
+            return step(forward, (leaf, *parameters), d_y, parameters, context)
 
-            def forward() -> Tensor:
-                with self.autocast(device):
-                    y: Tensor = block(x, rule, drop, given)
-                return y
-
-            def run() -> None:
-                torch.autograd.grad(forward(), (x, *parameters), grad)
-
-            return Workload(run, forward, parameters, context)
-
-        k = rows[0].k
-        kept_x, kept_grad = x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
-        loads = {}
-        for name, (rule, draws, context) in self._usable(device).items():
-            if name == "dense":
-                # All of its k rows; rows of the batch would be refused.
-                loads[name] = workload(rule, True, context, kept_x, kept_grad)
-            else:
-                loads[name] = workload(rule, draws, context, x, grad)
-        return loads
+        rules = self.rules(device)
+        return {name: workload(name, *rules[name]) for name in self.usable(device)}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
-        """Each provider against naive masking with the same kept rows.
-
-        The floors compute something else. ``dense`` is compared where all branches keep the same
-        rows at scale 1: there it must equal the kept rows of naive masking. The output of
-        ``beside`` must be the stream.
-        """
-        usable = self._usable(device)
+        """Each provider against naive masking with the same kept rows; the floors, which compute
+        something else, where they are the same."""
         block, x, grad = self.setting(device)
-        rows = self.rows(device)
-        drop = [1 - self.keep] * self.net.branches
+        rows, count = self.rows(device), self.net.branches
         inputs = {"x": x, **dict(block.named_parameters())}
+        arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
 
-        def evaluate(
-            rule: Rule,
-            rows: list[KeptRows] | list[None],
-            inputs: dict[str, Tensor] = inputs,
-            grad: Tensor = grad,
-        ) -> dict[str, Tensor]:
-            with frozen_statistics(block), self.autocast(device):
-                y = block(inputs["x"], rule, drop, rows)
-            return {"output": y.detach(), **gradients(y, inputs, grad)}
+        def evaluate(rule: Rule, rows: Rows, x: Tensor = x, grad: Tensor = grad) -> Values:
+            with frozen_statistics(block):
+                y = self.output(block, x, rule, rows)
+            return values(y, inputs | {"x": x}, grad)
 
-        naive = RULES["naive"][0]
+        naive, rules = RULES["naive"][0], self.rules(device)
         expected = evaluate(naive, rows)
-        for provider, (rule, _, context) in usable.items():
-            if provider not in ("naive", "dense", "beside"):
+        for name in self.usable(device):
+            rule, _, context = rules[name]
+            if name not in ("naive", "dense", "beside"):
                 with context():
-                    yield Comparison(provider, evaluate(rule, rows), expected, self._arithmetic)
+                    yield Comparison(name, evaluate(rule, rows), expected, arithmetic)
 
-        # The branches of this floor reach nothing but their own parameters.
-        nothing = KeptRows.from_mask(torch.zeros(self.batch, dtype=torch.bool)).to(device)
-        output = evaluate(RULES["beside"][0], rows)["output"]
-        stream = evaluate(naive, [nothing] * len(rows))["output"]
-        yield Comparison("beside", {"output": output}, {"output": stream}, self._arithmetic)
+        # The branches of this floor reach nothing but their own parameters: it passes the stream.
+        got = {"output": evaluate(RULES["beside"][0], rows)["output"]}
+        stream = evaluate(naive, [nothing(self.batch, device)] * count)["output"]
+        yield Comparison("beside", got, {"output": stream}, arithmetic)
+
+        # All branches keep the same rows, at scale 1. Those outside are left out of the loss, so
+        # that the parameters' gradients come from the kept rows alone.
         shared = KeptRows.from_index(rows[0].index, self.batch, scale=1.0)
-        # Rows outside are left out of the loss, so that the parameters' gradients come from the
-        # kept rows alone.
         kept_grad = torch.zeros_like(grad).index_copy(0, shared.index, grad[shared.index])
-        expected = evaluate(naive, [shared] * len(rows), grad=kept_grad)
-        for name in ("output", "gradient of x"):
-            expected[name] = expected[name][shared.index]
-        inputs = inputs | {"x": x.detach()[shared.index].requires_grad_()}
-        got = evaluate(RULES["dense"][0], [None] * len(rows), inputs, grad[shared.index])
-        yield Comparison("dense", got, expected, self._arithmetic)
+        expected = evaluate(naive, [shared] * count, grad=kept_grad)
+        for tensor in ("output", "gradient of x"):
+            expected[tensor] = expected[tensor][shared.index]
+        kept_x = x.detach()[shared.index].requires_grad_()
+        got = evaluate(RULES["dense"][0], [None] * count, kept_x, grad[shared.index])
+        yield Comparison("dense", got, expected, arithmetic)

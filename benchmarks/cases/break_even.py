@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.cases.blocks import BlockCase, Context
+from benchmarks.cases.blocks import BlockCase
+from benchmarks.measure.workload import Context
 from benchmarks.providers.residuals import Rule, fused, naive
 
 RULES: dict[str, Rule] = {
@@ -30,7 +31,6 @@ class BreakEvenCase(BlockCase):
         return f"break_even-{self.net.name}-B{self.batch}-dropped{self.batch - self.kept}"
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
         return super().describe() | {"dropped": (self.batch - self.kept) / self.batch}
 
     def rules(self, device: torch.device) -> dict[str, tuple[Rule, bool, Context]]:
@@ -38,5 +38,4 @@ class BreakEvenCase(BlockCase):
         return {name: (rule, False, nullcontext) for name, rule in RULES.items()}
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider can run everywhere."""
         return dict.fromkeys(RULES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, ClassVar
@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.cases.blocks import BlockCase, Net
-from benchmarks.measure.workload import Comparison, Workload, gradients, kept_rows
+from benchmarks.cases.blocks import BlockCase, Rows
+from benchmarks.measure.workload import Comparison, Workload, first_rows, kept_rows, values
 from benchmarks.providers.residuals import Rule, dense, dinov2, naive
 from sdkernels import KeptRows
 
 STATIC, DYNAMIC, BERNOULLI = "static", "dynamic", "bernoulli"
-
-Rows = Sequence[KeptRows | None]
 
 
 def _index_add(
@@ -111,47 +109,33 @@ def _why_no_compiler() -> str | None:
 
 
 @dataclass(frozen=True)
-class CompileCase:
+class CompileCase(BlockCase):
     """Forward and backward of a block, compiled by Inductor.
 
     Args:
         counts: how the number of kept rows behaves: static, dynamic or bernoulli.
     """
 
-    counts: str
-    net: Net
-    batch: int
-    keep: float
-    dtype: str = "fp32"
+    counts: str = STATIC
 
     kind: ClassVar[str] = "compile"
     baseline: ClassVar[str] = "dinov3"
-    floor: ClassVar[str | None] = "dense"
 
     @property
     def name(self) -> str:
-        return self._plain.name.replace("block-", f"compile-{self.counts}-")
+        return super().name.replace("block-", f"compile-{self.counts}-")
 
-    @property
-    def _plain(self) -> BlockCase:
-        return BlockCase(self.net, self.batch, self.keep, self.dtype)
+    def describe(self) -> dict[str, Any]:
+        ks = [rows[0].k for rows in self.rows_of_steps()]
+        return super().describe() | {"counts": self.counts, "k": ks}
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
         """All need the compiler of Inductor's back end."""
         reason = None if device.type == "cuda" else _why_no_compiler()
         return dict.fromkeys(PROVIDERS[self.counts], reason)
 
-    def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
-        ks = [rows[0].k for rows in self._rows()]
-        return self._plain.describe() | {"counts": self.counts, "k": ks}
-
-    def _usable(self, device: torch.device) -> list[str]:
-        return [name for name, reason in self.providers(device).items() if reason is None]
-
-    def _rows(self, device: torch.device | str = "cpu") -> list[list[KeptRows]]:
+    def rows_of_steps(self, device: torch.device | str = "cpu") -> list[list[KeptRows]]:
         """The rows of all branches, for each of the steps that a provider goes through in turn."""
-        device = torch.device(device)
         shares = [self.keep]
         if self.counts == DYNAMIC:
             shares = [self.keep + step / self.batch for step in (0, -2, 1, 2, -1)]
@@ -161,48 +145,42 @@ class CompileCase:
             for i, share in enumerate(shares)
         ]
 
-    def _step(
-        self, name: str, block: nn.Module
-    ) -> Callable[[Tensor, Sequence[KeptRows | None]], Tensor]:
+    def _compiled(self, name: str, block: nn.Module) -> Callable[[Tensor, Rows], Tensor]:
         provider = PROVIDERS[self.counts][name]
 
-        def step(x: Tensor, rows: Rows) -> Tensor:
+        def forward(x: Tensor, rows: Rows) -> Tensor:
             y: Tensor = block(x, provider.rule, [1 - self.keep] * self.net.branches, rows)
             return y
 
         if provider.options is None:
-            return step
+            return forward
         # The providers are copies of one function, and share its limit.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        return torch.compile(step, **provider.options)
+        return torch.compile(forward, **provider.options)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, compiled for everything that it will meet."""
-        block, x, grad = self._plain.setting(device)
-        rows = self._rows(device)
+        """Compiled for everything that they will meet."""
+        block, x, grad = self.setting(device)
+        rows = self.rows_of_steps(device)
         wanted = tuple(block.parameters())
-        none: Rows = [None] * self.net.branches
 
         def workload(name: str) -> Workload:
-            step = self._step(name, block)
-            leaf, d_y = x, grad
-            if name == "dense":
-                k = rows[0][0].k
-                leaf, d_y = x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
+            forward = self._compiled(name, block)
+            leaf, d_y = first_rows(self.kept, x, grad) if name == "dense" else (x, grad)
             draws = self.counts == BERNOULLI or (
                 self.counts == STATIC and name in ("dinov2", "dinov3")
             )
-            steps: Iterator[Rows] = cycle([none] if draws else rows)
+            steps: Iterator[Rows] = cycle([[None] * self.net.branches] if draws else rows)
 
             def run() -> None:
-                torch.autograd.grad(step(leaf, next(steps)), (leaf, *wanted), d_y)
+                torch.autograd.grad(forward(leaf, next(steps)), (leaf, *wanted), d_y)
 
             for _ in range(2 * len(rows) if not draws else 6):
                 run()
             return Workload(run)
 
-        return {name: workload(name) for name in self._usable(device)}
+        return {name: workload(name) for name in self.usable(device)}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """Each provider against naive masking on the same kept rows.
@@ -210,28 +188,20 @@ class CompileCase:
         Rows drawn by the fused op are those of KeptRows.sample from the same seed; peers are given
         theirs. The dense floor is compared by the block cases.
         """
-        block, x, grad = self._plain.setting(device)
+        block, x, grad = self.setting(device)
         inputs = {"x": x, **dict(block.named_parameters())}
-
-        def evaluate(step: Callable[..., Tensor], rows: Rows) -> dict[str, Tensor]:
-            output = step(x, rows)
-            return {"output": output.detach(), **gradients(output, inputs, grad)}
-
-        def masked(x: Tensor, rows: Rows) -> Tensor:
-            y: Tensor = block(x, naive, [1 - self.keep] * self.net.branches, rows)
-            return y
-
-        for name in self._usable(device):
-            provider = PROVIDERS[self.counts][name]
+        p, count = 1 - self.keep, self.net.branches
+        for name in self.usable(device):
             if name == "dense":
                 continue
-            step = self._step(name, block)
-            for i, rows in enumerate(self._rows(device)):
+            forward = self._compiled(name, block)
+            for seed, rows in enumerate(self.rows_of_steps(device)):
                 given: Rows = rows
-                if provider.seeded:
-                    torch.manual_seed(i)
-                    p, count = 1 - self.keep, self.net.branches
+                if PROVIDERS[self.counts][name].seeded:
+                    torch.manual_seed(seed)
                     rows = [KeptRows.sample(self.batch, p, device=device) for _ in range(count)]
-                    torch.manual_seed(i)
+                    torch.manual_seed(seed)
                     given = [None] * count
-                yield Comparison(name, evaluate(step, given), evaluate(masked, rows))
+                got = values(forward(x, given), inputs, grad)
+                masked = self.output(block, x, naive, rows)
+                yield Comparison(name, got, values(masked, inputs, grad))

@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.workload import Comparison, Workload, gradients, kept_rows, seeded
+from benchmarks.measure.workload import (
+    Case,
+    Comparison,
+    Workload,
+    everything,
+    first_rows,
+    kept_rows,
+    seeded,
+    step,
+    values,
+)
 from benchmarks.providers.residuals import RULES, Rule
 from sdkernels import DepthPlan, KeptRows
 
@@ -48,7 +58,7 @@ class Stack(nn.Module):
 
 
 @dataclass(frozen=True)
-class DepthCase:
+class DepthCase(Case):
     """Forward and backward of a stack of branches on rows of a few tokens."""
 
     branches: int
@@ -66,11 +76,9 @@ class DepthCase:
         return f"depth-L{self.branches}-{self.batch}x{self.tokens}x{self.width}-keep{self.keep:g}"
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider can run everywhere."""
         return dict.fromkeys(PROVIDERS)
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
         k = KeptRows.sample(self.batch, 1 - self.keep, sampler="fixed").k
         return asdict(self) | {"direction": "fwd+bwd", "dtype": "fp32", "k": k}
 
@@ -84,7 +92,6 @@ class DepthCase:
         return stack.to(device), x, torch.randn(size, generator=generator).to(device)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on the same weights and input."""
         stack, x, grad = self._setting(device)
         parameters = tuple(stack.parameters())
         p, none = 1 - self.keep, [None] * self.branches
@@ -93,22 +100,12 @@ class DepthCase:
             drop = [p] * self.branches
             return DepthPlan.sample(self.batch, drop, sampler="fixed", device=device)
 
-        k = plan()[0].k
-        kept_x, kept_grad = x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
+        few = first_rows(plan()[0].k, x, grad)
 
         def workload(name: str, rule: Rule, source: str) -> Workload:
-            leaf, d_y = (kept_x, kept_grad) if name == "dense" else (x, grad)
+            leaf, d_y = few if name == "dense" else (x, grad)
             rows: Callable[[], Any] = plan if source == "plan" else lambda: none
-
-            def forward() -> Tensor:
-                y: Tensor = stack(leaf, rule, p, rows())
-                return y
-
-            return Workload(
-                lambda: torch.autograd.grad(forward(), (leaf, *parameters), d_y),
-                forward,
-                parameters,
-            )
+            return step(lambda: stack(leaf, rule, p, rows()), (leaf, *parameters), d_y, parameters)
 
         return {name: workload(name, *how) for name, how in PROVIDERS.items()}
 
@@ -117,17 +114,13 @@ class DepthCase:
         stack, x, grad = self._setting(device)
         inputs = {"x": x, **dict(stack.named_parameters())}
 
-        def evaluate(rule: Rule, rows: list[Any]) -> dict[str, Tensor]:
-            y = stack(x, rule, 1 - self.keep, rows)
-            return {"output": y.detach(), **gradients(y, inputs, grad)}
+        def evaluate(name: str, rows: list[KeptRows]) -> dict[str, Tensor]:
+            y = stack(x, PROVIDERS[name][0], 1 - self.keep, rows)
+            return values(y, inputs, grad)
 
         rows = [kept_rows(self.batch, self.keep, device, seed) for seed in range(self.branches)]
-        naive, _ = PROVIDERS["naive"]
-        expected = evaluate(naive, rows)
+        expected = evaluate("naive", rows)
         for name in ("dinov2", "fused", "fused-inplace"):
-            yield Comparison(name, evaluate(PROVIDERS[name][0], rows), expected)
-        mask = torch.ones(self.batch, dtype=torch.bool)
-        everything = [KeptRows.from_mask(mask).to(device)] * self.branches
-        yield Comparison(
-            "dense", evaluate(PROVIDERS["dense"][0], everything), evaluate(naive, everything)
-        )
+            yield Comparison(name, evaluate(name, rows), expected)
+        rows = [everything(self.batch, device)] * self.branches
+        yield Comparison("dense", evaluate("dense", rows), evaluate("naive", rows))

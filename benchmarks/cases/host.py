@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sdkernels
-from benchmarks.measure.workload import Comparison, Workload, gradients, kept_rows, seeded
+from benchmarks.measure.workload import Case, Comparison, Workload, kept_rows, seeded, values
 from sdkernels import KeptRows, reference
 
 HostFunction = Callable[[Tensor, float, KeptRows], Tensor]
@@ -32,7 +32,7 @@ HOST_PROVIDERS: dict[str, HostFunction] = {
 
 
 @dataclass(frozen=True)
-class HostCase:
+class HostCase(Case):
     """Forward and backward on a tensor so small that only the cost of the calls is left.
 
     What counts is the extra over ``plain``, which is ``x + branch(x)`` with the identity for a
@@ -51,22 +51,19 @@ class HostCase:
         return "host-identity-" + "x".join(str(n) for n in self.shape)
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider can run everywhere."""
         return dict.fromkeys(HOST_PROVIDERS)
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
         return asdict(self) | {"direction": "fwd+bwd", "dtype": "fp32"}
 
-    def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor, KeptRows]:
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, KeptRows]:
         generator = seeded()
         x = torch.randn(self.shape, generator=generator).to(device).requires_grad_()
         grad = torch.randn(self.shape, generator=generator).to(device)
         return x, grad, kept_rows(self.shape[0], self.keep, device, seed=1)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on shared inputs."""
-        x, grad, rows = self._inputs(device)
+        x, grad, rows = self.inputs(device)
 
         def workload(function: HostFunction) -> Workload:
             return Workload(lambda: torch.autograd.grad(function(x, 1 - self.keep, rows), x, grad))
@@ -79,22 +76,16 @@ class HostCase:
         A provider that draws its own rows shows in its output which ones it kept, and naive masking
         repeats them.
         """
-        x, grad, rows = self._inputs(device)
-
-        def evaluate(output: Tensor) -> dict[str, Tensor]:
-            return {"output": output.detach(), **gradients(output, {"x": x}, grad)}
-
-        def naive(rows: KeptRows) -> dict[str, Tensor]:
-            return evaluate(reference.naive_masking(x, _identity, 1 - self.keep, rows=rows))
-
+        x, grad, rows = self.inputs(device)
+        p = 1 - self.keep
         for provider, function in HOST_PROVIDERS.items():
             if provider == "plain":
                 continue
-            got = evaluate(function(x, 1 - self.keep, rows))
-            if provider.endswith("-rows"):
-                yield Comparison(provider, got, naive(rows))
-            else:
-                mask = (got["output"] != x).flatten(1).any(1)
-                yield Comparison(
-                    provider, got, naive(KeptRows.from_mask(mask, scale=1 / self.keep))
-                )
+            output, kept = function(x, p, rows), rows
+            if not provider.endswith("-rows"):
+                mask = (output != x).flatten(1).any(1)
+                kept = KeptRows.from_mask(mask, scale=1 / self.keep)
+            expected = reference.naive_masking(x, _identity, p, rows=kept)
+            yield Comparison(
+                provider, values(output, {"x": x}, grad), values(expected, {"x": x}, grad)
+            )

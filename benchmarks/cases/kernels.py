@@ -17,14 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure.workload import (
-    DTYPES,
-    Comparison,
-    Workload,
-    copies_past_the_cache,
-    kept_rows,
-    seeded,
-)
+from benchmarks.cases.rows import RowCase
+from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, kept_rows
 
 aten, own = torch.ops.aten, torch.ops.sdkernels
 EPS, SCALE = 1e-5, 2.0
@@ -292,18 +286,15 @@ def threads(count: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class KernelCase:
+class KernelCase(RowCase):
     """One op, dtype, shape and number of threads; beside it a clone of the stream.
 
     Inputs go round in as many copies as do not fit the last cache; a tensor so small that a model
     would find it in the cache is found there.
-
-    Args:
-        shape: [B, N, D] or, channels last, [B, C, H, W].
     """
 
     op: str
-    dtype: str  # "mixed": the stream in fp32, the branch in bf16
+    dtype: str
     shape: tuple[int, ...]
     threads: int = 1
 
@@ -313,80 +304,40 @@ class KernelCase:
 
     @property
     def name(self) -> str:
-        shape = "x".join(str(n) for n in self.shape)
-        return f"kernel-{self.op}-{self.dtype}-{shape}-t{self.threads}"
+        return f"kernel-{self.op}-{self.dtype}-{self.shape_name}-t{self.threads}"
 
     @property
-    def k(self) -> int:
+    def k(self) -> int:  # type: ignore[override]
         return self.shape[0] // 2
 
     @property
     def in_cache(self) -> bool:
         return math.prod(self.shape) < ELEMENTS_IN_CACHE
 
+    def describe(self) -> dict[str, Any]:
+        kernel = KERNELS[self.op]
+        flags = {"norm": kernel.norm, "copies": kernel.copies, "in_cache": self.in_cache}
+        return asdict(self) | {"k": self.k, **flags} | self.bytes_of(kernel.traffic)
+
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider, with the reason why it cannot run here; None where it can."""
         several = device.type == "cuda" and self.threads > 1
         reason = "threads are the CPU's" if several else None
         return dict.fromkeys(("fused", "torch", "copy"), reason)
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the stream and of the branch."""
-        if self.dtype == "mixed":
-            return torch.float32, torch.bfloat16
-        return DTYPES[self.dtype], DTYPES[self.dtype]
-
-    def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
-        stream, branch = self._dtypes()
-        elements = math.prod(self.shape[1:])
-        kernel = KERNELS[self.op]
-        of_batch, of_kept, of_branch = kernel.traffic
-        return asdict(self) | {
-            "k": self.k,
-            "norm": kernel.norm,
-            "copies": kernel.copies,
-            "in_cache": self.in_cache,
-            "traffic_bytes": elements
-            * (
-                (of_batch * self.shape[0] + of_kept * self.k) * stream.itemsize
-                + of_branch * self.k * branch.itemsize
-            ),
-            "copy_bytes": 2 * math.prod(self.shape) * stream.itemsize,
-        }
-
-    def _tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
-        """In another `dtype` than the case's own they are the same numbers."""
-        generator = seeded()
-        stream, branch = self._dtypes()
-        image, norm = len(self.shape) == 4, KERNELS[self.op].norm
-
-        def randn(own: torch.dtype, *size: int) -> Tensor:
-            values = torch.randn(size, generator=generator).to(own).to(device, dtype or own)
-            if not image or len(size) != 4:
-                return values
-            values = values.to(memory_format=torch.channels_last)
-            return values.permute(0, 2, 3, 1) if norm else values
-
-        batch, *row = self.shape
-        width = row[0] if image else row[-1]
-        rows = kept_rows(batch, self.k / batch, device, seed=1)
-        x = randn(stream, batch, *row)
-        return Tensors(
-            x=x,
-            out=randn(branch, self.k, *row),
-            kept=x.index_select(0, rows.index),
-            weight=randn(stream, width),
-            bias=randn(stream, width),
-            layer_scale=randn(stream, *((width, 1, 1) if image and not norm else (width,))),
-            index=rows.index,
-            slot=rows.slot,
-        )
+    def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
+        """See ``RowCase.random``."""
+        made = self.random(device, dtype)
+        if KERNELS[self.op].norm and self.is_image:
+            made["layer_scale"] = made["layer_scale"].flatten()
+            for name in ("x", "out"):
+                made[name] = made[name].permute(0, 2, 3, 1)
+        rows = kept_rows(self.shape[0], self.k / self.shape[0], device, seed=1)
+        kept = made["x"].index_select(0, rows.index)
+        return Tensors(**made, kept=kept, index=rows.index, slot=rows.slot)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on shared inputs."""
-        first = self._tensors(device)
-        held = sum(t.numel() * t.element_size() for t in (first.x, first.out, first.kept))
+        first = self.tensors(device)
+        held = sum(tensor.nbytes for tensor in (first.x, first.out, first.kept))
         copies = 1 if self.in_cache else copies_past_the_cache(held, device)
         sets = [first, *(first.copy() for _ in range(copies - 1))]
 
@@ -410,14 +361,9 @@ class KernelCase:
         """The op against PyTorch's calls in float64."""
         kernel = KERNELS[self.op]
         with torch.no_grad(), threads(self.threads):
-            got = kernel.op(self._tensors(device))()
-            exact = kernel.torch(self._tensors(device, torch.float64))()
-        names = [f"output {i}" for i in range(len(got))]
-        expected = [e.to(g.dtype) for g, e in zip(got, exact, strict=True)]
-        arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
-        yield Comparison(
-            "fused",
-            dict(zip(names, got, strict=True)),
-            dict(zip(names, expected, strict=True)),
-            arithmetic,
-        )
+            got = kernel.op(self.tensors(device))()
+            exact = kernel.torch(self.tensors(device, torch.float64))()
+        of_op = {f"output {i}": tensor for i, tensor in enumerate(got)}
+        pairs = zip(of_op.items(), exact, strict=True)
+        expected = {name: tensor.to(found.dtype) for (name, found), tensor in pairs}
+        yield Comparison("fused", of_op, expected, self.arithmetic)

@@ -6,8 +6,8 @@ Needs both libraries; without them the cases are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,18 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure.workload import Comparison, Workload, gradients, seeded
+from benchmarks.measure.workload import (
+    Case,
+    Comparison,
+    Workload,
+    everything,
+    nothing,
+    seeded,
+    values,
+)
 from benchmarks.providers.libraries import import_module
 from benchmarks.providers.networks import (
     Ruled,
     frozen_statistics,
-    give_drop_paths,
     seeded_module,
     timm_model,
     torchvision_model,
 )
 from benchmarks.providers.residuals import Rule, beside, dense, dinov2, fused, naive, skipped
 from sdkernels import DepthPlan, KeptRows
+from sdkernels.measure.masking import give_drop_paths
 
 CLASSES = 10
 
@@ -44,7 +52,7 @@ PROVIDERS: dict[str, tuple[Rule | None, bool]] = {
 
 
 @dataclass(frozen=True)
-class ModelCase:
+class ModelCase(Case):
     """A model with the same drop rate in every branch.
 
     The floor is ``beside``: the stream of all rows, and every branch for as many rows as it keeps.
@@ -87,11 +95,9 @@ class ModelCase:
         return KeptRows.sample(self.batch, self.drop, sampler="fixed").k
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider can run everywhere."""
         return dict.fromkeys(PROVIDERS)
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
         return {
             "model": f"{self.library}-{self.model}",
             "label": self.label,
@@ -123,15 +129,17 @@ class ModelCase:
         return seeded_module(build).train().to(memory_format=torch.channels_last)
 
     def _with_drop_path(self, patched: Ruled, device: torch.device) -> nn.Module | None:
-        """The library's own model with its drop path at the case's rate; None if it has none."""
+        """The library's own model with its drop path at the case's rate; None if it has none, as
+        torchvision's ResNet."""
+        entries = patched.report.patched
+        if any(branch.drop is None for entry in entries for branch in entry.branches):
+            return None
         if self.library == "torchvision":
-            stochastic_depth = import_module("torchvision.ops").StochasticDepth
-            path: Callable[[], nn.Module] = lambda: stochastic_depth(self.drop, "row")  # noqa: E731
+            path = import_module("torchvision.ops").StochasticDepth(self.drop, "row")
         else:
-            drop_path = import_module("timm.layers.drop").DropPath
-            path = lambda: drop_path(self.drop)  # noqa: E731
-        model = self.make()
-        return model.to(device) if give_drop_paths(model, patched, path) else None
+            path = import_module("timm.layers.drop").DropPath(self.drop)
+        model = give_drop_paths(self.make(), entries, lambda number: copy.deepcopy(path))
+        return model.to(device)
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         generator = seeded()
@@ -139,19 +147,9 @@ class ModelCase:
         labels = torch.randint(CLASSES, (self.batch,), generator=generator)
         return images.to(device, memory_format=torch.channels_last), labels.to(device)
 
-    def _plan(self, branches: int, device: torch.device) -> DepthPlan:
-        return DepthPlan.sample(
-            self.batch,
-            [self.drop] * branches,
-            sampler="fixed",
-            generator=seeded(1),
-            device=device,
-        )
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    def _plan(self, branches: int, device: torch.device) -> list[KeptRows]:
+        drop, law = [self.drop] * branches, {"sampler": "fixed", "generator": seeded(1)}
+        return list(DepthPlan.sample(self.batch, drop, device=device, **law))
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         """One workload per provider, on the same weights and images.
@@ -160,16 +158,17 @@ class ModelCase:
         """
         images, labels = self._inputs(device)
         patched = Ruled(self.make(), self.drop).to(device)
-        plan = list(self._plan(patched.branches, device))
+        plan = self._plan(patched.branches, device)
         own = self._with_drop_path(patched, device)
 
         def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
             model: nn.Module = patched if own is None or rule is not None else own
             parameters = tuple(model.parameters())
             rows = plan if from_plan else [None]
+            amp = self.dtype == "amp"
 
             def forward() -> Tensor:
-                with self.autocast(device):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                     if rule is None and own is not None:
                         logits = own(images)
                     else:
@@ -198,24 +197,22 @@ class ModelCase:
         images, labels = small._inputs(device)
         images = images.double()
         patched = Ruled(self.make(), self.drop).to(device).double()
-        plan = list(small._plan(patched.branches, device))
+        plan = small._plan(patched.branches, device)
         inputs = dict(patched.named_parameters())
 
         def evaluate(rule: Rule, rows: list[Any]) -> dict[str, Tensor]:
             with frozen_statistics(patched):
                 logits = patched(images, rule, rows=rows)
                 loss = F.cross_entropy(logits, labels)
-            return {"output": logits.detach(), **gradients(loss, inputs, torch.ones_like(loss))}
+            found = values(loss, inputs, torch.ones_like(loss))
+            return found | {"output": logits.detach()}
 
         expected = evaluate(naive, plan)
         yield Comparison("dinov2", evaluate(dinov2, plan), expected)
         yield Comparison("fused", evaluate(fused(), plan), expected)
-        everything = KeptRows.from_mask(torch.ones(small.batch, dtype=torch.bool)).to(device)
-        scaled = [KeptRows(everything.index, everything.slot, 1.0)] * patched.branches
-        expected = evaluate(naive, scaled)
+        expected = evaluate(naive, [everything(small.batch, device)] * patched.branches)
         yield Comparison("undropped", evaluate(dense, [None]), expected)
-        nothing = KeptRows.from_mask(torch.zeros(small.batch, dtype=torch.bool)).to(device)
-        expected = evaluate(naive, [nothing] * patched.branches)
+        expected = evaluate(naive, [nothing(small.batch, device)] * patched.branches)
         yield Comparison("skeleton", evaluate(skipped, [None]), expected)
         output = evaluate(beside, plan)["output"]
         yield Comparison("beside", {"output": output}, {"output": expected["output"]})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -15,14 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.measure.workload import (
-    DTYPES,
-    Comparison,
-    Workload,
-    copies_past_the_cache,
-    kept_rows,
-    seeded,
-)
+from benchmarks.cases.rows import RowCase
+from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, kept_rows
 from benchmarks.providers.residuals import why_missing
 from sdkernels import KeptRows, reference
 
@@ -60,6 +53,7 @@ class OpInputs:
 
 
 Outputs = tuple[Tensor, ...]
+Function = Callable[[OpInputs], Tensor | Outputs]
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Op:
     beyond that counts against it.
     """
 
-    providers: dict[str, Callable[[OpInputs], Outputs]]
+    providers: dict[str, Function]
     inputs: tuple[str, ...]
     traffic: dict[str, tuple[int, int, int]]
     outputs: tuple[str, ...]  # whose rows: "batch", "kept"
@@ -87,25 +81,28 @@ def _xformers(name: str) -> Callable[..., Tensor]:
     return getattr(importlib.import_module("xformers.ops"), name)  # type: ignore[no-any-return]
 
 
-def _xformers_compact(t: OpInputs) -> Outputs:
+def _xformers_compact(t: OpInputs) -> Tensor:
     flat = _xformers("index_select_cat")([t.x.flatten(1)], [t.rows.index])
-    return (flat.view(t.rows.k, *t.x.shape[1:]),)
+    return flat.view(t.rows.k, *t.x.shape[1:])
 
 
-def _xformers_scatter_add(t: OpInputs) -> Outputs:
+def _xformers_scatter_add(t: OpInputs, layer_scale: Tensor | None = None) -> Tensor:
     """In place; on a copy, because the inputs serve every sample. Its traffic is ours then."""
-    return (_xformers("scaled_index_add")(t.x.clone(), t.rows.index, t.out, None, t.rows.scale),)
-
-
-def _xformers_scatter_add_layer_scale(t: OpInputs) -> Outputs:
     add = _xformers("scaled_index_add")
-    return (add(t.x.clone(), t.rows.index, t.out, t.layer_scale, t.rows.scale),)
+    return add(t.x.clone(), t.rows.index, t.out, layer_scale, t.rows.scale)
+
+
+def _index_add(t: OpInputs, out: Tensor) -> Tensor:
+    return torch.index_add(t.x, 0, t.rows.index, out.to(t.x.dtype), alpha=t.rows.scale)
+
+
+def _kept(t: OpInputs) -> Tensor:
+    return t.x.index_select(0, t.rows.index)
 
 
 def _torch_scatter_norm(t: OpInputs) -> Outputs:
-    y = torch.index_add(t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale)
-    kept = y.index_select(0, t.next_rows.index)
-    return y, F.layer_norm(kept, t.width, t.weight, t.bias)
+    y = _index_add(t, t.out)
+    return y, F.layer_norm(y.index_select(0, t.next_rows.index), t.width, t.weight, t.bias)
 
 
 def _fused_scatter_norm(t: OpInputs) -> Outputs:
@@ -129,8 +126,8 @@ def _flash_attn_scatter_norm(t: OpInputs) -> Outputs:
 OPS: dict[str, Op] = {
     "compact": Op(
         providers={
-            "fused": lambda t: (sdkernels.compact_rows(t.x, t.rows),),
-            "torch": lambda t: (t.x.index_select(0, t.rows.index),),
+            "fused": lambda t: sdkernels.compact_rows(t.x, t.rows),
+            "torch": _kept,
             "xformers": _xformers_compact,
         },
         inputs=("x",),
@@ -139,12 +136,8 @@ OPS: dict[str, Op] = {
     ),
     "compact_layer_norm": Op(
         providers={
-            "fused": lambda t: (
-                sdkernels.compact_layer_norm(t.x, t.rows, t.width, t.weight, t.bias),
-            ),
-            "torch": lambda t: (
-                F.layer_norm(t.x.index_select(0, t.rows.index), t.width, t.weight, t.bias),
-            ),
+            "fused": lambda t: sdkernels.compact_layer_norm(t.x, t.rows, t.width, t.weight, t.bias),
+            "torch": lambda t: F.layer_norm(_kept(t), t.width, t.weight, t.bias),
         },
         inputs=("x", "weight", "bias"),
         traffic={"fwd": (0, 2, 0), "bwd": (1, 2, 0)},
@@ -153,10 +146,8 @@ OPS: dict[str, Op] = {
     ),
     "compact_rms_norm": Op(
         providers={
-            "fused": lambda t: (sdkernels.compact_rms_norm(t.x, t.rows, t.width, t.weight, 1e-6),),
-            "torch": lambda t: (
-                F.rms_norm(t.x.index_select(0, t.rows.index), t.width, t.weight, 1e-6),
-            ),
+            "fused": lambda t: sdkernels.compact_rms_norm(t.x, t.rows, t.width, t.weight, 1e-6),
+            "torch": lambda t: F.rms_norm(_kept(t), t.width, t.weight, 1e-6),
         },
         inputs=("x", "weight"),
         traffic={"fwd": (0, 2, 0), "bwd": (1, 2, 0)},
@@ -166,10 +157,8 @@ OPS: dict[str, Op] = {
     # The gradient of x is the incoming gradient itself, so the backward moves only the kept rows.
     "scatter_add": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows),),
-            "torch": lambda t: (
-                torch.index_add(t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale),
-            ),
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows),
+            "torch": lambda t: _index_add(t, t.out),
             "xformers": _xformers_scatter_add,
         },
         inputs=("x", "out"),
@@ -178,13 +167,9 @@ OPS: dict[str, Op] = {
     ),
     "scatter_add_layer_scale": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, t.layer_scale),),
-            "torch": lambda t: (
-                torch.index_add(
-                    t.x, 0, t.rows.index, (t.out * t.layer_scale).to(t.x.dtype), alpha=t.rows.scale
-                ),
-            ),
-            "xformers": _xformers_scatter_add_layer_scale,
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows, t.layer_scale),
+            "torch": lambda t: _index_add(t, t.out * t.layer_scale),
+            "xformers": lambda t: _xformers_scatter_add(t, t.layer_scale),
         },
         inputs=("x", "out", "layer_scale"),
         traffic={"fwd": (2, 0, 1), "bwd": (0, 1, 2)},
@@ -193,12 +178,8 @@ OPS: dict[str, Op] = {
     # The bits that are kept for the backward, hundredths of a row, are left out of the traffic.
     "scatter_add_relu": Op(
         providers={
-            "fused": lambda t: (sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),),
-            "torch": lambda t: (
-                torch.index_add(
-                    t.x, 0, t.rows.index, t.out.to(t.x.dtype), alpha=t.rows.scale
-                ).relu_(),
-            ),
+            "fused": lambda t: sdkernels.scatter_add_rows(t.x, t.out, t.rows, activation="relu"),
+            "torch": lambda t: _index_add(t, t.out).relu_(),
         },
         inputs=("x", "out"),
         traffic={"fwd": (2, 0, 1), "bwd": (2, 0, 1)},
@@ -209,15 +190,11 @@ OPS: dict[str, Op] = {
     # stream's gradient in the same pass.
     "residual_layer_norm": Op(
         providers={
-            "fused": lambda t: (
-                sdkernels.fused_stochastic_depth(
-                    t.x, _identity, 0.5, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
-                ),
+            "fused": lambda t: sdkernels.fused_stochastic_depth(
+                t.x, _identity, 0.5, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
             ),
-            "torch": lambda t: (
-                reference.index_add(
-                    t.x, _identity, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
-                ),
+            "torch": lambda t: reference.index_add(
+                t.x, _identity, norm=t.norm, layer_scale=t.layer_scale, rows=t.rows
             ),
         },
         inputs=("x", "weight", "bias", "layer_scale"),
@@ -241,7 +218,7 @@ OPS: dict[str, Op] = {
 
 
 @dataclass(frozen=True)
-class OpCase:
+class OpCase(RowCase):
     """One op, one direction, one dtype; beside it the plain copy (``clone``) of the same tensor.
 
     Inputs go round in as many copies as do not fit the last cache. A backward pass is reached
@@ -250,12 +227,11 @@ class OpCase:
 
     Args:
         rows: the model whose rows these are.
-        shape: [B, N, D] or, channels last, [B, C, H, W].
     """
 
     op: str
     direction: str  # "fwd" or "bwd"
-    dtype: str  # "mixed": the stream in fp32, the branch's output in bf16
+    dtype: str
     rows: str = "ViT-S"
     shape: tuple[int, ...] = (64, 197, 384)
     k: int = 32
@@ -266,103 +242,64 @@ class OpCase:
 
     @property
     def name(self) -> str:
-        shape = "x".join(str(n) for n in self.shape)
-        return f"op-{self.op}-{self.direction}-{self.dtype}-{shape}-k{self.k}"
-
-    @property
-    def channels_last(self) -> bool:
-        return len(self.shape) == 4
-
-    def providers(self, device: torch.device) -> dict[str, str | None]:
-        """Every provider, with the reason why it cannot run here; None where it can."""
-        reasons: dict[str, str | None] = {}
-        for name in OPS[self.op].providers:
-            reasons[name] = (
-                why_missing(name, device) if name in ("xformers", "flash_attn") else None
-            )
-        if reasons.get("xformers", "") is None and self.channels_last:
-            reasons["xformers"] = "takes rows of two dimensions only"
-        if self.dtype == "mixed":
-            for name in ("xformers", "flash_attn"):
-                if name in reasons:
-                    reasons[name] = "takes one dtype"
-        return reasons | {"copy": None} | ({"empty": None} if self.direction == "bwd" else {})
-
-    def _functions(self, device: torch.device) -> dict[str, Callable[[OpInputs], Outputs]]:
-        reasons = self.providers(device)
-        return {n: f for n, f in OPS[self.op].providers.items() if reasons[n] is None}
+        return f"op-{self.op}-{self.direction}-{self.dtype}-{self.shape_name}-k{self.k}"
 
     def describe(self) -> dict[str, Any]:
-        """What the report has to know about the case, ready for JSON."""
-        stream, branch = self._dtypes()
-        elements = math.prod(self.shape[1:])
-        of_batch, of_kept, of_out = OPS[self.op].traffic[self.direction]
-        return asdict(self) | {
-            "channels_last": self.channels_last,
-            "traffic_bytes": elements
-            * (
-                (of_batch * self.shape[0] + of_kept * self.k) * stream.itemsize
-                + of_out * self.k * branch.itemsize
-            ),
-            "copy_bytes": 2 * self.shape[0] * elements * stream.itemsize,
-        }
+        traffic = OPS[self.op].traffic[self.direction]
+        return asdict(self) | {"channels_last": self.channels_last} | self.bytes_of(traffic)
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the stream and of the branch's output."""
-        if self.dtype == "mixed":
-            return torch.float32, torch.bfloat16
-        return DTYPES[self.dtype], DTYPES[self.dtype]
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        reasons = dict.fromkeys([*OPS[self.op].providers, "copy"])
+        if self.direction == "bwd":
+            reasons["empty"] = None
+        for peer in reasons.keys() & {"xformers", "flash_attn"}:
+            reasons[peer] = why_missing(peer, device)
+            if self.dtype == "mixed":
+                reasons[peer] = "takes one dtype"
+            elif peer == "xformers" and self.is_image:
+                reasons[peer] = reasons[peer] or "takes rows of two dimensions only"
+        return reasons
+
+    def _functions(self, device: torch.device) -> dict[str, Function]:
+        functions, usable = OPS[self.op].providers, self.usable(device)
+        return {name: function for name, function in functions.items() if name in usable}
 
     def _inputs(
         self, device: torch.device, dtype: torch.dtype | None = None
     ) -> tuple[OpInputs, Outputs]:
-        """Inputs, and a gradient for every output.
-
-        In another ``dtype`` than the case's own they are the same numbers.
-        """
-        generator = seeded()
-        stream, branch = self._dtypes()
-
-        def randn(own: torch.dtype, *size: int) -> Tensor:
-            values = torch.randn(size, generator=generator).to(own).to(device, dtype or own)
-            is_image = self.channels_last and len(size) == 4
-            return values.to(memory_format=torch.channels_last) if is_image else values
-
+        """Inputs, and a gradient for every output; see ``RowCase.random``."""
         batch, *row = self.shape
-        width = row[0] if self.channels_last else row[-1]
-        norm = nn.LayerNorm(width, device=device, dtype=dtype or stream)
+        of = {"batch": batch, "kept": self.k}
+        sizes = {f"d_{rows}": (of[rows], *row) for rows in OPS[self.op].outputs}
+        made = self.random(device, dtype, **sizes)
+        norm = nn.LayerNorm(len(made["weight"]), device=device, dtype=made["weight"].dtype)
         with torch.no_grad():
-            norm.weight.copy_(randn(stream, width))
-            norm.bias.copy_(randn(stream, width))
-        scale_shape = (width, 1, 1) if self.channels_last else (width,)
+            norm.weight.copy_(made["weight"])
+            norm.bias.copy_(made["bias"])
         inputs = OpInputs(
-            x=randn(stream, *self.shape).requires_grad_(),
-            out=randn(branch, self.k, *row).requires_grad_(),
+            x=made["x"].requires_grad_(),
+            out=made["out"].requires_grad_(),
             norm=norm,
-            layer_scale=randn(stream, *scale_shape).requires_grad_(),
+            layer_scale=made["layer_scale"].requires_grad_(),
             rows=kept_rows(batch, self.k / batch, device, seed=1),
             next_rows=kept_rows(batch, self.k / batch, device, seed=2),
         )
-        grads = tuple(
-            randn(stream, self.k if of == "kept" else batch, *row) for of in OPS[self.op].outputs
-        )
-        return inputs, grads
+        return inputs, tuple(made[name] for name in sizes)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
-        """One workload per provider, on shared inputs that go round past the last cache."""
+        """On shared inputs that go round past the last cache."""
         first = self._inputs(device)
-        held = [first[0].x, first[0].out, *first[1]]
-        copies = copies_past_the_cache(sum(t.numel() * t.element_size() for t in held), device)
+        held = sum(t.nbytes for t in (first[0].x, first[0].out, *first[1]))
         sets = [first]
-        for _ in range(copies - 1):
+        for _ in range(copies_past_the_cache(held, device) - 1):
             sets.append((first[0].copy(), tuple(grad.clone() for grad in first[1])))
         wanted = OPS[self.op].inputs
 
-        def forward(function: Callable[[OpInputs], Outputs]) -> Workload:
+        def forward(function: Function) -> Workload:
             turn = itertools.cycle(inputs for inputs, _ in sets)
             return Workload(lambda: function(next(turn)))
 
-        def backward(function: Callable[[OpInputs], Outputs]) -> Workload:
+        def backward(function: Function) -> Workload:
             ready = [
                 (function(inputs), [getattr(inputs, name) for name in wanted], grads)
                 for inputs, grads in sets
@@ -372,8 +309,7 @@ class OpCase:
 
         build = forward if self.direction == "fwd" else backward
         loads = {name: build(function) for name, function in self._functions(device).items()}
-        to_copy = itertools.cycle(inputs.x for inputs, _ in sets)
-        loads["copy"] = Workload(lambda: next(to_copy).clone())
+        loads["copy"] = forward(lambda inputs: inputs.x.clone())
         if self.direction == "bwd":
             inputs, (grad, *_) = first
             source = inputs.out if grad.shape == inputs.out.shape else inputs.x
@@ -391,11 +327,10 @@ class OpCase:
         """
         op = OPS[self.op]
 
-        def evaluate(
-            function: Callable[[OpInputs], Outputs], dtype: torch.dtype | None = None
-        ) -> dict[str, Tensor]:
+        def evaluate(function: Function, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
             inputs, grads = self._inputs(device, dtype)
             outputs = function(inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             wanted = [getattr(inputs, name) for name in op.inputs]
             got = torch.autograd.grad(outputs, wanted, grads)
             values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
@@ -403,9 +338,7 @@ class OpCase:
 
         exact = evaluate(op.providers["torch"], torch.float64)
         for provider, function in self._functions(device).items():
-            if provider == "torch":
-                continue
-            got = evaluate(function)
-            expected = {name: tensor.to(got[name].dtype) for name, tensor in exact.items()}
-            arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
-            yield Comparison(provider, got, expected, arithmetic)
+            if provider != "torch":
+                got = evaluate(function)
+                expected = {name: tensor.to(got[name].dtype) for name, tensor in exact.items()}
+                yield Comparison(provider, got, expected, self.arithmetic)

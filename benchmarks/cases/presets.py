@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from benchmarks.cases import blocks
 from benchmarks.cases.blocks import BlockCase, Net
@@ -32,6 +33,23 @@ class Rounds:
     iterations: int = 1  # calls per sample
 
 
+# Seconds of a case in a quick run on two cores; of an epoch on the digits.
+_SHARES = {
+    **{"op": 1, "kernel": 0.5, "block": 15, "model": 25, "depth": 6, "host": 4},
+    **{"compile": 160, "break_even": 7, "train": 6.5},
+}
+_QUICK_ROUNDS = {
+    "op": Rounds(6, 8),
+    "kernel": Rounds(6, 10),
+    "block": Rounds(4, 1),
+    "model": Rounds(3, 1),
+    "host": Rounds(10, 3, 200),
+    "depth": Rounds(5, 1),
+    "compile": Rounds(6, 5),
+    "break_even": Rounds(7, 2),
+}
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named selection of cases with the effort spent on each kind."""
@@ -40,20 +58,17 @@ class Preset:
     summary: str
     minutes: float
     cases: tuple[Case, ...]
-    rounds: dict[str, Rounds]
+    rounds: dict[str, Rounds] = field(default_factory=lambda: _QUICK_ROUNDS)
     training: TrainingCase | None = None
-    timeline: str | None = None  # the case of which one step is profiled
+    timeline: Case | None = None  # of which one step is profiled, where it is among the cases
     where: str = "on 2 cores"  # it takes so long
 
     @property
     def duration(self) -> str:
         """How long a run takes, in words."""
-        value, unit = (
-            (60 * self.minutes, "seconds")
-            if self.minutes < 1
-            else (self.minutes, "minutes")
-            if self.minutes < 120
-            else (self.minutes / 60, "hours")
+        units = ((1, 60, "seconds"), (120, 1, "minutes"), (math.inf, 1 / 60, "hours"))
+        value, unit = next(
+            (self.minutes * factor, unit) for below, factor, unit in units if self.minutes < below
         )
         return f"about {value:.0f} {unit} {self.where}"
 
@@ -178,254 +193,220 @@ def _break_even(nets: Iterable[Net], batches: Iterable[int]) -> tuple[BreakEvenC
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = _library(*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
 
-# Seconds of a case in a quick run on two cores; of an epoch on the digits.
-_SHARES = {
-    **{"op": 1, "kernel": 0.5, "block": 15, "model": 25, "depth": 6, "host": 4},
-    **{"compile": 160, "break_even": 7, "train": 6.5},
-}
-_QUICK_ROUNDS = {
-    "op": Rounds(6, 8),
-    "kernel": Rounds(6, 10),
-    "block": Rounds(4, 1),
-    "model": Rounds(3, 1),
-    "host": Rounds(10, 3, 200),
-    "depth": Rounds(5, 1),
-    "compile": Rounds(6, 5),
-    "break_even": Rounds(7, 2),
-}
+_ALL_OPS = tuple(case for rows in ROWS for case in _op_cases(rows))
+_DEPTHS = tuple(DepthCase(branches) for branches in (12, 48, 200, 1000))
 
+
+def _gpu_model(library: str, model: str, label: str, batch: int) -> ModelCase:
+    return ModelCase(library, model, label, batch=batch, dtype="amp")
+
+
+_SMOKE = Preset(
+    name="smoke",
+    summary="tiny shapes, few samples: shows that the harness works, figures mean nothing",
+    minutes=0.4,
+    cases=(
+        OpCase("compact", "fwd", "fp32", "tiny", (8, 16, 32), 4),
+        OpCase("scatter_add", "bwd", "mixed", "tiny", (8, 16, 32), 4),
+        OpCase("scatter_add", "fwd", "bf16", "tiny", (8, 16, 8, 8), 4),
+        OpCase("scatter_add_relu", "bwd", "fp32", "tiny", (8, 16, 8, 8), 4),
+        KernelCase("compact_layer_norm_backward_stream", "mixed", (8, 16, 32)),
+        KernelCase("scatter_add_relu", "fp16", (8, 16, 8, 8), threads=2),
+        BlockCase(TINY, 8, 0.5),
+        *_blocks(TINY_NETS, 8, (0.5,)),
+        *_models(TINY_VIT),
+        DepthCase(4, batch=8, tokens=4, width=16),
+        HostCase(),
+        *_break_even((TINY,), (8,)),
+    ),
+    rounds={kind: Rounds(2, 2) for kind in _QUICK_ROUNDS},
+    training=TrainingCase(width=16, depth=2, heads=2, epochs=1, learning_rate=3e-3),
+    timeline=TINY_VIT,
+)
+_QUICK = Preset(
+    name="quick",
+    summary="the headline shapes",
+    minutes=4,
+    cases=(
+        *_op_cases(),
+        *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
+        *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
+        *_blocks((blocks.VIT_S, blocks.VIT_TINY_ROWS), 32, (0.5,)),
+        *_blocks(_library(blocks.CONVNEXT_LATE), 32, (0.5,)),
+        *_models(SHORT_VIT),
+        DepthCase(48),
+        HostCase(),
+    ),
+    rounds=_QUICK_ROUNDS | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
+    training=TrainingCase(epochs=5),
+    timeline=SHORT_VIT,
+)
+_STANDARD = Preset(
+    name="standard",
+    summary="all kinds of rows, blocks and models that 2 cores can bear; all keeps, depths",
+    minutes=40,
+    cases=(
+        *_op_cases(),
+        *MIXED,
+        *_op_cases("ViT-B", names=MOVES),
+        *_op_cases("ConvNeXt-T, stage 1", names=MOVES),
+        *_op_cases("ResNet-50, stage 3", names=(*MOVES, "scatter_add_relu")),
+        *_kernel_cases(threads=(1,)),
+        *HEADLINE_BLOCKS,
+        *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
+        *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),
+        *OTHER_BLOCKS,
+        *_blocks((blocks.VIT_TI,), 20, KEEPS),
+        *(BlockCase(blocks.VIT_TINY_ROWS, batch, 0.5) for batch in (*BATCHES, 32)),
+        *_models(VIT_S, RESNET_50, CONVNEXT_T, SWIN_T),
+        *_DEPTHS,
+        HostCase(),
+    ),
+    rounds=_QUICK_ROUNDS | {"block": Rounds(5, 1), "model": Rounds(4, 1), "op": Rounds(8, 10)},
+    training=TrainingCase(),
+    timeline=VIT_S,
+)
+_FULL = Preset(
+    name="full",
+    summary="all shapes and dtypes; for a machine with time and memory",
+    minutes=300,
+    cases=(
+        *_ALL_OPS,
+        *MIXED,
+        *HEADLINE_BLOCKS,
+        *_blocks((blocks.VIT_B, blocks.VIT_L), 16, KEEPS),
+        *_blocks((blocks.VIT_7B,), 4, (0.5, 0.75)),
+        *_blocks((blocks.VIT_S, blocks.VIT_B), 32, (0.5, 0.75), "mixed"),
+        *_blocks(_library(blocks.CONVNEXT, blocks.CONVNEXT_LATE), 32, KEEPS),
+        *_blocks(_library(blocks.SWIN, blocks.SWIN_LATE), 32, KEEPS),
+        *_blocks(_library(blocks.RESNET, blocks.RESNET_LATE), 32, KEEPS),
+        *_blocks((blocks.VIT_TI,), 20, KEEPS),
+        *(
+            BlockCase(net, batch, keep)
+            for net in (blocks.VIT_TINY_ROWS, blocks.VIT_TI)
+            for batch in BATCHES
+            for keep in (0.5, 0.9)
+        ),
+        *_models(
+            VIT_S,
+            ModelCase("timm", "vit_base_patch16_224", "ViT-B", batch=10),
+            ModelCase("timm", "vit_large_patch16_224", "ViT-L", batch=5),
+            replace(CONVNEXT_T, image=224),
+            ModelCase("timm", "convnext_base", "ConvNeXt-B", batch=10),
+            replace(RESNET_50, image=224),
+            ModelCase("torchvision", "resnet152", "ResNet-152", batch=10),
+            SWIN_T,
+        ),
+        *(DepthCase(branches) for branches in (12, 24, 48, 100, 200, 500, 1000)),
+        HostCase(),
+    ),
+    rounds=_QUICK_ROUNDS | {"block": Rounds(9, 2), "model": Rounds(9, 1), "op": Rounds(12, 12)},
+    training=TrainingCase(epochs=40),
+    timeline=VIT_S,
+)
+_LARGE_VIT = _gpu_model("timm", "vit_large_patch16_224", "ViT-L", 100)
+_GPU = Preset(
+    name="gpu",
+    summary="the full set at the sizes of a GPU, in bf16 and mixed; with --device cuda",
+    minutes=60,
+    where="on one GPU (an estimate, not yet run)",
+    cases=(
+        *_ALL_OPS,
+        *MIXED,
+        *(
+            case
+            for dtype in ("bf16", "mixed")
+            for case in (
+                *_blocks((blocks.VIT_S, blocks.VIT_B, blocks.VIT_L), 64, KEEPS, dtype),
+                *_blocks((blocks.VIT_7B,), 32, (0.5, 0.75, 0.9), dtype),
+                *_blocks(
+                    *(_library(blocks.CONVNEXT, blocks.SWIN, blocks.RESNET), 128),
+                    *((0.5, 0.75, 0.9), dtype),
+                ),
+            )
+        ),
+        *(BlockCase(blocks.VIT_TI, batch, 0.5, "bf16") for batch in BATCHES),
+        *(
+            CompileCase(net, 64, 0.5, "bf16", counts)
+            for net in (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
+            for counts in (STATIC, DYNAMIC, BERNOULLI)
+        ),
+        *_models(
+            _gpu_model("timm", "vit_small_patch16_224", "ViT-S", 32),
+            _gpu_model("timm", "vit_small_patch16_224", "ViT-S", 250),
+            _gpu_model("timm", "vit_base_patch16_224", "ViT-B", 250),
+            _LARGE_VIT,
+            _gpu_model("timm", "convnext_tiny", "ConvNeXt-T", 250),
+            _gpu_model("timm", "convnext_base", "ConvNeXt-B", 100),
+            _gpu_model("torchvision", "resnet50", "ResNet-50", 250),
+            _gpu_model("torchvision", "resnet152", "ResNet-152", 100),
+            _gpu_model("torchvision", "swin_t", "Swin-T", 250),
+        ),
+        *_DEPTHS,
+        HostCase(),
+        *_break_even(BREAK_EVEN_NETS, (32, 128)),
+    ),
+    rounds={
+        "op": Rounds(10, 30),
+        "block": Rounds(8, 10),
+        "model": Rounds(6, 5),
+        "host": Rounds(10, 3, 200),
+        "depth": Rounds(6, 5),
+        "compile": Rounds(6, 20),
+        "break_even": Rounds(9, 10),
+    },
+    training=TrainingCase(),
+    timeline=_LARGE_VIT,
+)
+_GPU_SHORT = Preset(
+    name="gpu-short",
+    summary="what to look at first on a GPU; with --device cuda",
+    minutes=8,
+    where="on one GPU (an estimate, not yet run)",
+    cases=(
+        *(c for rows in ("ViT-S", "ViT-B", "ViT-H") for c in _op_cases(rows, dtypes=("bf16",))),
+        *_blocks((blocks.VIT_B,), 64, (0.5, 0.75, 0.9), "bf16"),
+        *_models(
+            _gpu_model("timm", "vit_small_patch16_224", "ViT-S", 32),
+            _gpu_model("timm", "vit_base_patch16_224", "ViT-B", 128),
+        ),
+        CompileCase(blocks.VIT_B, 64, 0.5, "bf16", STATIC),
+        HostCase(),
+    ),
+    rounds={
+        "op": Rounds(6, 20),
+        "block": Rounds(6, 10),
+        "model": Rounds(5, 4),
+        "host": Rounds(6, 3, 200),
+        "compile": Rounds(5, 20),
+    },
+)
+_KERNELS = Preset(
+    name="kernels",
+    summary="every op against the PyTorch calls it replaces",
+    minutes=15,
+    cases=_kernel_cases(),
+)
+_COMPILE = Preset(
+    name="compile",
+    summary="a block under torch.compile, against the code that DINOv3 compiles",
+    minutes=8,
+    where="on 2 cores, most of it compilation",
+    cases=tuple(
+        CompileCase(blocks.VIT_S, 32, 0.5, counts=counts) for counts in (STATIC, DYNAMIC, BERNOULLI)
+    ),
+)
+_BREAK_EVEN = Preset(
+    name="break-even",
+    summary='blocks of which few rows are dropped, for min_saving="auto"',
+    minutes=5,
+    cases=(*_break_even(BREAK_EVEN_NETS, (8, 32)), *_break_even(SMALL_ROWS, (128,))),
+)
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(
-            name="smoke",
-            summary="tiny shapes, few samples: shows that the harness works, figures mean nothing",
-            minutes=0.4,
-            cases=(
-                OpCase("compact", "fwd", "fp32", "tiny", (8, 16, 32), 4),
-                OpCase("scatter_add", "bwd", "mixed", "tiny", (8, 16, 32), 4),
-                OpCase("scatter_add", "fwd", "bf16", "tiny", (8, 16, 8, 8), 4),
-                OpCase("scatter_add_relu", "bwd", "fp32", "tiny", (8, 16, 8, 8), 4),
-                KernelCase("compact_layer_norm_backward_stream", "mixed", (8, 16, 32)),
-                KernelCase("scatter_add_relu", "fp16", (8, 16, 8, 8), threads=2),
-                BlockCase(TINY, 8, 0.5),
-                *_blocks(TINY_NETS, 8, (0.5,)),
-                *_models(TINY_VIT),
-                DepthCase(4, batch=8, tokens=4, width=16),
-                HostCase(),
-                *_break_even((TINY,), (8,)),
-            ),
-            rounds={kind: Rounds(2, 2) for kind in _QUICK_ROUNDS},
-            training=TrainingCase(width=16, depth=2, heads=2, epochs=1, learning_rate=3e-3),
-            timeline=TINY_VIT.name if HAS_LIBRARIES else None,
-        ),
-        Preset(
-            name="quick",
-            summary="the headline shapes",
-            minutes=4,
-            cases=(
-                *_op_cases(),
-                *_kernel_cases(shapes=KERNEL_SHAPES[:1], dtypes=("fp32",), threads=(1,)),
-                *_kernel_cases(shapes=KERNEL_SHAPES[2:3], dtypes=("fp32", "bf16"), threads=(1,)),
-                *_blocks((blocks.VIT_S, blocks.VIT_TINY_ROWS), 32, (0.5,)),
-                *_blocks(_library(blocks.CONVNEXT_LATE), 32, (0.5,)),
-                *_models(SHORT_VIT),
-                DepthCase(48),
-                HostCase(),
-            ),
-            rounds=_QUICK_ROUNDS
-            | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
-            training=TrainingCase(epochs=5),
-            timeline=SHORT_VIT.name if HAS_LIBRARIES else None,
-        ),
-        Preset(
-            name="standard",
-            summary="all kinds of rows, blocks and models that 2 cores can bear; all keeps, depths",
-            minutes=40,
-            cases=(
-                *_op_cases(),
-                *MIXED,
-                *_op_cases("ViT-B", names=MOVES),
-                *_op_cases("ConvNeXt-T, stage 1", names=MOVES),
-                *_op_cases("ResNet-50, stage 3", names=(*MOVES, "scatter_add_relu")),
-                *_kernel_cases(threads=(1,)),
-                *HEADLINE_BLOCKS,
-                *_blocks((blocks.VIT_B,), 16, (0.5, 0.75)),
-                *_blocks((blocks.VIT_L,), 8, (0.5, 0.75)),
-                *OTHER_BLOCKS,
-                *_blocks((blocks.VIT_TI,), 20, KEEPS),
-                *(BlockCase(blocks.VIT_TINY_ROWS, batch, 0.5) for batch in (*BATCHES, 32)),
-                *_models(VIT_S, RESNET_50, CONVNEXT_T, SWIN_T),
-                *(DepthCase(branches) for branches in (12, 48, 200, 1000)),
-                HostCase(),
-            ),
-            rounds=_QUICK_ROUNDS
-            | {"block": Rounds(5, 1), "model": Rounds(4, 1), "op": Rounds(8, 10)},
-            training=TrainingCase(),
-            timeline=VIT_S.name if HAS_LIBRARIES else None,
-        ),
-        Preset(
-            name="full",
-            summary="all shapes and dtypes; for a machine with time and memory",
-            minutes=300,
-            cases=(
-                *(case for rows in ROWS for case in _op_cases(rows)),
-                *MIXED,
-                *HEADLINE_BLOCKS,
-                *_blocks((blocks.VIT_B,), 16, KEEPS),
-                *_blocks((blocks.VIT_L,), 16, KEEPS),
-                *_blocks((blocks.VIT_7B,), 4, (0.5, 0.75)),
-                *_blocks((blocks.VIT_S, blocks.VIT_B), 32, (0.5, 0.75), "mixed"),
-                *_blocks(
-                    _library(
-                        blocks.CONVNEXT,
-                        blocks.CONVNEXT_LATE,
-                        blocks.SWIN,
-                        blocks.SWIN_LATE,
-                        blocks.RESNET,
-                        blocks.RESNET_LATE,
-                    ),
-                    32,
-                    KEEPS,
-                ),
-                *_blocks((blocks.VIT_TI,), 20, KEEPS),
-                *(
-                    BlockCase(net, batch, keep)
-                    for net in (blocks.VIT_TINY_ROWS, blocks.VIT_TI)
-                    for batch in BATCHES
-                    for keep in (0.5, 0.9)
-                ),
-                *_models(
-                    VIT_S,
-                    ModelCase("timm", "vit_base_patch16_224", "ViT-B", batch=10),
-                    ModelCase("timm", "vit_large_patch16_224", "ViT-L", batch=5),
-                    replace(CONVNEXT_T, image=224),
-                    ModelCase("timm", "convnext_base", "ConvNeXt-B", batch=10),
-                    replace(RESNET_50, image=224),
-                    ModelCase("torchvision", "resnet152", "ResNet-152", batch=10),
-                    SWIN_T,
-                ),
-                *(DepthCase(branches) for branches in (12, 24, 48, 100, 200, 500, 1000)),
-                HostCase(),
-            ),
-            rounds=_QUICK_ROUNDS
-            | {"block": Rounds(9, 2), "model": Rounds(9, 1), "op": Rounds(12, 12)},
-            training=TrainingCase(epochs=40),
-            timeline=VIT_S.name if HAS_LIBRARIES else None,
-        ),
-        Preset(
-            name="gpu",
-            summary="the full set at the sizes of a GPU, in bf16 and mixed; with --device cuda",
-            minutes=60,
-            where="on one GPU (an estimate, not yet run)",
-            cases=(
-                *(case for rows in ROWS for case in _op_cases(rows)),
-                *MIXED,
-                *(
-                    case
-                    for dtype in ("bf16", "mixed")
-                    for case in (
-                        *_blocks((blocks.VIT_S, blocks.VIT_B, blocks.VIT_L), 64, KEEPS, dtype),
-                        *_blocks((blocks.VIT_7B,), 32, (0.5, 0.75, 0.9), dtype),
-                        *_blocks(
-                            _library(blocks.CONVNEXT, blocks.SWIN, blocks.RESNET),
-                            128,
-                            (0.5, 0.75, 0.9),
-                            dtype,
-                        ),
-                    )
-                ),
-                *(BlockCase(blocks.VIT_TI, batch, 0.5, "bf16") for batch in BATCHES),
-                *(
-                    CompileCase(counts, net, 64, 0.5, dtype)
-                    for net in (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
-                    for dtype in ("bf16",)
-                    for counts in (STATIC, DYNAMIC, BERNOULLI)
-                ),
-                *_models(
-                    *(
-                        ModelCase(library, model, label, batch=batch, dtype="amp")
-                        for library, model, label, batch in (
-                            ("timm", "vit_small_patch16_224", "ViT-S", 32),
-                            ("timm", "vit_small_patch16_224", "ViT-S", 250),
-                            ("timm", "vit_base_patch16_224", "ViT-B", 250),
-                            ("timm", "vit_large_patch16_224", "ViT-L", 100),
-                            ("timm", "convnext_tiny", "ConvNeXt-T", 250),
-                            ("timm", "convnext_base", "ConvNeXt-B", 100),
-                            ("torchvision", "resnet50", "ResNet-50", 250),
-                            ("torchvision", "resnet152", "ResNet-152", 100),
-                            ("torchvision", "swin_t", "Swin-T", 250),
-                        )
-                    )
-                ),
-                *(DepthCase(branches) for branches in (12, 48, 200, 1000)),
-                HostCase(),
-                *_break_even(BREAK_EVEN_NETS, (32, 128)),
-            ),
-            rounds={
-                "op": Rounds(10, 30),
-                "block": Rounds(8, 10),
-                "model": Rounds(6, 5),
-                "host": Rounds(10, 3, 200),
-                "depth": Rounds(6, 5),
-                "compile": Rounds(6, 20),
-                "break_even": Rounds(9, 10),
-            },
-            training=TrainingCase(),
-            timeline="model-timm-vit_large_patch16_224-B100-drop0.4-amp" if HAS_LIBRARIES else None,
-        ),
-        Preset(
-            name="gpu-short",
-            summary="what to look at first on a GPU; with --device cuda",
-            minutes=8,
-            where="on one GPU (an estimate, not yet run)",
-            cases=(
-                *(
-                    case
-                    for rows in ("ViT-S", "ViT-B", "ViT-H")
-                    for case in _op_cases(rows, dtypes=("bf16",))
-                ),
-                *_blocks((blocks.VIT_B,), 64, (0.5, 0.75, 0.9), "bf16"),
-                *_models(
-                    ModelCase("timm", "vit_small_patch16_224", "ViT-S", batch=32, dtype="amp"),
-                    ModelCase("timm", "vit_base_patch16_224", "ViT-B", batch=128, dtype="amp"),
-                ),
-                CompileCase(STATIC, blocks.VIT_B, 64, 0.5, "bf16"),
-                HostCase(),
-            ),
-            rounds={
-                "op": Rounds(6, 20),
-                "block": Rounds(6, 10),
-                "model": Rounds(5, 4),
-                "host": Rounds(6, 3, 200),
-                "compile": Rounds(5, 20),
-            },
-        ),
-        Preset(
-            name="kernels",
-            summary="every op against the PyTorch calls it replaces",
-            minutes=15,
-            cases=_kernel_cases(),
-            rounds=_QUICK_ROUNDS,
-        ),
-        Preset(
-            name="compile",
-            summary="a block under torch.compile, against the code that DINOv3 compiles",
-            minutes=8,
-            where="on 2 cores, most of it compilation",
-            cases=tuple(
-                CompileCase(counts, blocks.VIT_S, 32, 0.5)
-                for counts in (STATIC, DYNAMIC, BERNOULLI)
-            ),
-            rounds=_QUICK_ROUNDS,
-        ),
-        Preset(
-            name="break-even",
-            summary='blocks of which few rows are dropped, for min_saving="auto"',
-            minutes=5,
-            cases=(*_break_even(BREAK_EVEN_NETS, (8, 32)), *_break_even(SMALL_ROWS, (128,))),
-            rounds=_QUICK_ROUNDS,
-        ),
+        *(_SMOKE, _QUICK, _STANDARD, _FULL, _GPU, _GPU_SHORT),
+        *(_KERNELS, _COMPILE, _BREAK_EVEN),
     )
 }
 

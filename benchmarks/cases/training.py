@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from benchmarks.providers import digits
 from benchmarks.providers.residuals import Rule, dense, fused, naive
 from benchmarks.providers.vit import DigitsViT
 from sdkernels import DepthPlan, linear_decay
@@ -86,13 +85,12 @@ def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]
 
     1437 and 360 images [n, 1, 8, 8], stratified by class, standardised by the training split.
     """
-    digits = load_digits()
-    train_x, val_x, train_y, val_y = train_test_split(
-        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1),
-        torch.tensor(digits.target),
-        test_size=360,
-        stratify=digits.target,
-        random_state=seed,
+    images, labels, train, held_out = digits.load(seed)
+    train_x, train_y, val_x, val_y = (
+        images[train],
+        labels[train],
+        images[held_out],
+        labels[held_out],
     )
     mean, deviation = train_x.mean(), train_x.std()
     train_x, val_x = (train_x - mean) / deviation, (val_x - mean) / deviation
@@ -149,11 +147,6 @@ def _accuracy(model: DigitsViT, images: Tensor, labels: Tensor) -> float:
     return correct.double().mean().item()
 
 
-def steps_per_epoch(case: TrainingCase, samples: int = 1437) -> int:
-    """Full batches in the training split; what is left over waits for the next shuffle."""
-    return samples // case.batch
-
-
 def train(
     case: TrainingCase, device: torch.device, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -168,7 +161,7 @@ def train(
     rows_generator = torch.Generator().manual_seed(case.seed + 1)
     plan_seconds: dict[str, list[float]] = {sampler: [] for sampler in SAMPLERS}
     kept_rows = dict.fromkeys(SAMPLERS, 0)
-    per_epoch = steps_per_epoch(case, len(train_x))
+    per_epoch = len(train_x) // case.batch  # what is left over waits for the next shuffle
     steps = per_epoch * case.epochs
 
     for step in range(steps):

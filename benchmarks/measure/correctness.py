@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,34 +29,43 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     return (difference / magnitude).item() if magnitude > 0 else difference.item()
 
 
-@full_precision()
-def check(case: Case, device: torch.device) -> int:
-    """Compares every provider of ``case`` with its reference; returns the number of tensors
-    compared.
+def compare(
+    subject: str,
+    got: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    arithmetic: torch.dtype | None = None,
+) -> int:
+    """Returns the number of tensors compared.
+
+    Args:
+        arithmetic: its dtype, where it is narrower than the tensors'.
 
     Raises:
-        ProviderMismatch: names the case, the provider, the tensor and the error.
+        ProviderMismatch: names the subject, the tensor and the error.
     """
-    compared = 0
-    for comparison in case.comparisons(device):
-        subject = f"{case.name}: provider {comparison.provider!r}"
-        if comparison.got.keys() != comparison.expected.keys():
+    if got.keys() != expected.keys():
+        raise ProviderMismatch(f"{subject} returned {sorted(got)}, not {sorted(expected)}")
+    for name, wanted in expected.items():
+        found = got[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ProviderMismatch(
-                f"{subject} returned {sorted(comparison.got)}, not {sorted(comparison.expected)}"
+                f"{subject}, {name}: expected {tuple(wanted.shape)} {wanted.dtype}, "
+                f"got {tuple(found.shape)} {found.dtype}"
             )
-        for name, expected in comparison.expected.items():
-            got = comparison.got[name]
-            if got.shape != expected.shape or got.dtype != expected.dtype:
-                raise ProviderMismatch(
-                    f"{subject}, {name}: expected {tuple(expected.shape)} {expected.dtype}, "
-                    f"got {tuple(got.shape)} {got.dtype}"
-                )
-            error = largest_error(got, expected)
-            allowed = TOLERANCE[comparison.dtype or expected.dtype]
-            if not error <= allowed:  # so that NaN is refused too
-                raise ProviderMismatch(
-                    f"{subject} differs from the reference in its {name}: "
-                    f"largest error {error:.3g} of the largest entry, allowed {allowed:.3g}"
-                )
-            compared += 1
-    return compared
+        error = largest_error(found, wanted)
+        allowed = TOLERANCE[arithmetic or wanted.dtype]
+        if not error <= allowed:  # so that NaN is refused too
+            raise ProviderMismatch(
+                f"{subject} differs from the reference in its {name}: "
+                f"largest error {error:.3g} of the largest entry, allowed {allowed:.3g}"
+            )
+    return len(expected)
+
+
+@full_precision()
+def check(case: Case, device: torch.device) -> int:
+    """Compares every provider of ``case`` with its reference, like ``compare``."""
+    return sum(
+        compare(f"{case.name}: provider {each.provider!r}", each.got, each.expected, each.dtype)
+        for each in case.comparisons(device)
+    )

@@ -23,11 +23,12 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def _of_cpu(field: str) -> str | None:
+    """A line about core 0, where the system tells."""
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.startswith("model name"):
+        if line.startswith(field):
             return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None
 
 
 def last_cache_bytes(device: torch.device) -> int:
@@ -39,14 +40,6 @@ def last_cache_bytes(device: torch.device) -> int:
         if size and size.endswith("K"):
             return int(size[:-1]) * 2**10
     return 32 * 2**20
-
-
-def _cpu_clock() -> float | None:
-    """Of core 0 at this moment, in MHz."""
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.startswith("cpu MHz"):
-            return round(float(line.partition(":")[2]))
-    return None
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -121,14 +114,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
     on_gpu = device.type == "cuda"
     return {
-        "cpu": _cpu_model(),
+        "cpu": _of_cpu("model name") or platform.processor() or platform.machine(),
         "instruction_set": instruction_set(),
         "backend": serving(device.type),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
         "last_cache": f"{last_cache_bytes(device) / 2**20:g} MiB",
-        "clock_mhz": _cpu_clock(),
+        "clock_mhz": round(float(_of_cpu("cpu MHz") or 0)) or None,  # at this moment
         **(_gpu(device) if on_gpu else {"gpu": None, "driver": None, "gpu_clocks": None}),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

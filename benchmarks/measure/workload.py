@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.measure.environment import last_cache_bytes
 from sdkernels import KeptRows
 
+Context = Callable[[], AbstractContextManager[Any]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +28,7 @@ class Workload:
     forward: Callable[[], Tensor] | None = None  # measured for memory where given
     parameters: tuple[Tensor, ...] = ()  # their storages are not activations
     # Entered around every turn of the provider, outside the clock.
-    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    context: Context = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Comparison:
     dtype: torch.dtype | None = None  # of the arithmetic, where it is narrower than the tensors'
 
 
-class Case(Protocol):
+class Case(ABC):
     """A shape with its providers; ``presets.py`` lists the cases of every preset."""
 
     kind: ClassVar[str]
@@ -47,20 +49,29 @@ class Case(Protocol):
     floor: ClassVar[str | None]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Unique among all cases: a filter is matched against it."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What the report has to know about the case, ready for JSON."""
 
+    @abstractmethod
     def providers(self, device: torch.device) -> dict[str, str | None]:
         """Every provider, with the reason why it cannot run here; None where it can."""
 
+    @abstractmethod
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         """One workload per provider that can run here, on the same weights and inputs."""
 
+    @abstractmethod
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """Each of those providers against its reference."""
+
+    def usable(self, device: torch.device) -> list[str]:
+        """The providers that can run here."""
+        return [name for name, reason in self.providers(device).items() if reason is None]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -72,10 +83,37 @@ def kept_rows(batch: int, keep: float, device: torch.device, seed: int) -> KeptR
     return KeptRows.sample(batch, 1 - keep, sampler="fixed", generator=seeded(seed), device=device)
 
 
-def gradients(output: Tensor, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """The gradients of ``inputs`` by name; zeros where there is none."""
+def everything(batch: int, device: torch.device) -> KeptRows:
+    """All rows kept, at scale 1."""
+    return KeptRows.from_mask(torch.ones(batch, dtype=torch.bool)).to(device)
+
+
+def nothing(batch: int, device: torch.device) -> KeptRows:
+    return KeptRows.from_mask(torch.zeros(batch, dtype=torch.bool)).to(device)
+
+
+def first_rows(k: int, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What the dense floor is timed on: k rows of an input, a leaf, and of an output's gradient."""
+    return x.detach()[:k].clone().requires_grad_(), grad[:k].clone()
+
+
+def step(
+    forward: Callable[[], Tensor],
+    wanted: tuple[Tensor, ...],
+    grad: Tensor,
+    parameters: tuple[Tensor, ...] = (),
+    context: Context = contextlib.nullcontext,
+) -> Workload:
+    """Forward, and the gradients of ``wanted`` for that of the output."""
+    return Workload(
+        lambda: torch.autograd.grad(forward(), wanted, grad), forward, parameters, context
+    )
+
+
+def values(output: Tensor, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of ``inputs``, by name; zeros where there is none."""
     grads = torch.autograd.grad(output, list(inputs.values()), grad, allow_unused=True)
-    return {
+    return {"output": output.detach()} | {
         f"gradient of {name}": torch.zeros_like(tensor) if g is None else g
         for (name, tensor), g in zip(inputs.items(), grads, strict=True)
     }

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "one network, the batch shared among them.",
     )
     for field in fields(Recipe):
-        name = _option(field.name)
-        assert field.default is not MISSING
-        text = f"{HELP.get(name, '')} (default: {field.default})".strip()
-        if isinstance(field.default, bool):
+        name, default = _option(field.name), field.default
+        text = f"{HELP.get(name, '')} (default: {default})".strip()
+        if isinstance(default, bool):
             train.add_argument(f"--{name}", action="store_true", help=HELP.get(name))
-        elif field.name == "milestones":
-            train.add_argument(f"--{name}", type=float, nargs="*", default=field.default, help=text)
+        elif isinstance(default, tuple):
+            train.add_argument(f"--{name}", type=float, nargs="*", default=default, help=text)
         else:
-            kind = str if field.default is None else type(field.default)
-            train.add_argument(
-                f"--{name}", type=kind, default=field.default, choices=CHOICES.get(name), help=text
-            )
+            kind, choices = str if default is None else type(default), CHOICES.get(name)
+            train.add_argument(f"--{name}", type=kind, default=default, choices=choices, help=text)
     train.add_argument("--out", type=Path, default=OUT / "run", metavar="DIR", help="logs")
     train.add_argument(
         "--checkpoint-every", type=int, default=0, metavar="STEPS", help="0: every epoch (default)"
@@ -111,7 +108,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> int:
     recipe = Recipe(**values)
     data = load(options.dataset, options.data, recipe.seed)
     trainer = Trainer(recipe, data, device, options.out, options.checkpoint_every)
-    is_first = trainer.processes.rank == 0
+    is_first = trainer.rank == 0
     bars = Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.providers import digits
+
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 PIXELS = 3 * 32 * 32
 
@@ -139,19 +141,9 @@ def load_cifar(name: str, directory: Path, seed: int = 0) -> Data:
 def load_digits(seed: int = 0) -> Data:
     """scikit-learn's 1797 handwritten digits, enlarged to 32x32; a tenth of the 1437 training
     images is held out to validate, 360 to test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    rest, test = train_test_split(
-        np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=seed
-    )
-    train, validation = train_test_split(
-        rest, test_size=len(rest) // 10, stratify=digits.target[rest], random_state=seed
-    )
-    small = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+    small, labels, rest, test = digits.load(seed)
+    train, validation = digits.split(labels, rest, len(rest) // 10, seed)
     images = F.interpolate(small, size=32, mode="bilinear", align_corners=False)
-    labels = torch.tensor(digits.target)
     parts = [(images[part], labels[part]) for part in (train, validation, test)]
     return Data("digits", 10, False, *_normalized(parts))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.measure.environment import environment_line
 from benchmarks.paper.timing import CONSTANT, FLOOR
-from benchmarks.report.plots.style import BLUE, GREEN, GREY, ORANGE, RED, STYLE
-from benchmarks.report.table import markdown, percent
+from benchmarks.report.plots.style import BLUE, GREEN, GREY, ORANGE, RED, legend, save
+from benchmarks.report.table import by_column, document, percent, ratio, seconds
 
 Record = dict[str, Any]
+Columns = dict[str, Callable[[Record], object]]
 COLOURS = {
     "constant depth": GREY,
     "per mini-batch": ORANGE,
@@ -28,21 +30,6 @@ COLOURS = {
 
 # By the end of a variant's name; the op's own are blue.
 BARS = {CONSTANT: GREY, FLOOR: GREY, "naive": RED}
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
-
-
-def _share(row: Record) -> str:
-    """Of constant depth, with the range of the repeats."""
-    return f"{percent(row['of_constant'])} ({percent(row['low'], 0)} to {percent(row['high'], 0)})"
-
-
-def _over_floor(row: Record) -> str:
-    return "-" if row["over_floor"] is None else f"{row['over_floor']:.3f}"
-
-
 FLOOR_TEXT = (
     "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A "
     "floor is measured in the same run: the step without branches, and the branches beside it for "
@@ -51,159 +38,114 @@ FLOOR_TEXT = (
 )
 
 
-def _time_table(record: Record) -> str:
-    paper = {float(key): value for key, value in record.get("paper", {}).items()}
+def _share(row: Record) -> str:
+    """Of constant depth, with the range of the repeats."""
+    return f"{percent(row['of_constant'])} ({percent(row['low'], 0)} to {percent(row['high'], 0)})"
 
-    def of_paper(variant: str) -> str:
-        found = [share for p, share in paper.items() if f"p_L = {p:g}," in variant]
-        is_paper = found and "mini-batch" in variant and "fused" in variant
-        return f"about {percent(found[0], 0)}" if is_paper else "-"
 
-    rows = [
-        (
-            row["variant"],
-            _seconds(row["seconds"]),
-            _share(row),
-            percent(row["ideal"]),
-            _over_floor(row),
-            of_paper(row["variant"]),
-        )
-        for row in record["rows"]
+def _share_of_paper(record: Record, row: Record) -> str:
+    """What the paper says of a variant: its gate is one for a mini-batch."""
+    found = [
+        share for p, share in record["paper"].items() if f"p_L = {float(p):g}," in row["variant"]
     ]
-    text = markdown(
-        ("variant", "median step", "of constant depth", "ideal", "over its floor", "the paper"),
-        rows,
-    )
-    depth = record["expected_depth"]
-    return (
-        f"{text}\n\n{FLOOR_TEXT}\n\nExpected depth at p_L = 0.5 with linear decay: (3L - 1) / 4 = "
-        f"{depth['formula']:.2f} of {depth['blocks']} blocks; mean of {depth['draws']} plans: "
-        f"{depth['plan']:.2f}."
-    )
+    is_paper = found and "mini-batch" in row["variant"] and "fused" in row["variant"]
+    return f"about {percent(found[0], 0)}" if is_paper else "-"
 
 
-def _error_table(record: Record) -> str:
-    rows = [
-        (
-            row["variant"],
-            percent(row["test_error"], 2),
-            percent(row["deviation"], 2),
-            ", ".join(percent(value, 2) for value in row["errors"]),
-        )
-        for row in record["rows"]
-    ]
-    bn = record["batch_norm"]
-    table = markdown(("variant", "test error, mean", "standard deviation", "of each seed"), rows)
-    return (
-        f"{table}\n\nBatchNorm over the kept rows only against BatchNorm over all rows, the same "
-        f"kept rows and seeds: error differs by {_points(bn['mean'])} on average, standard "
-        f"deviation {100 * bn['deviation']:.2f} points, over {len(bn['differences'])} seeds."
-    )
+def _memory(row: Record) -> str:
+    used, share = row["memory"], percent(row["memory_of_constant"], 0)
+    return f"{used['bytes'] / 2**20:.0f} MiB of {used['kind']} ({share})" if used else "-"
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.2f} points"
+def _losses(row: Record) -> str:
+    is_floor = row["variant"].endswith(FLOOR)  # it learns nothing
+    return "-" if is_floor else " -> ".join(f"{row['losses'][i]:.2f}" for i in (0, -1))
 
 
-def _gradient_table(record: Record) -> str:
-    constant = record["rows"][0]
-    rows = [
-        (
-            row["variant"],
-            f"{row['before']:.3g}",
-            f"{row['after']:.3g}",
-            f"{row['before'] / constant['before']:.2f}",
-            f"{row['after'] / constant['after']:.2f}",
-        )
-        for row in record["rows"]
-    ]
-    header = ("variant", "before the first drop of the rate", "after it")
-    return markdown((*header, "before, of constant", "after, of constant"), rows)
-
-
-def _decay_table(record: Record) -> str:
-    rows = [
-        (
-            row["schedule"],
-            f"{row['p_last']:g}",
-            percent(row["keep"], 0),
-            f"{percent(row['test_error'], 2)} ± {percent(row['deviation'], 2)}",
-        )
-        for row in record["rows"]
-    ]
-    return markdown(("survival", "p_L", "blocks computed", "test error"), rows)
-
-
-def _deep_table(record: Record) -> str:
-    def memory(row: Record) -> str:
-        used = row["memory"]
-        if not used:
-            return "-"
-        share = percent(row["memory_of_constant"], 0)
-        return f"{used['bytes'] / 2**20:.0f} MiB of {used['kind']} ({share})"
-
-    def losses(row: Record) -> str:
-        if row["variant"].endswith(FLOOR):  # it learns nothing
-            return "-"
-        return " -> ".join(f"{row['losses'][i]:.2f}" for i in (0, -1))
-
-    rows = [
-        (
-            row["variant"],
-            _seconds(row["seconds"]),
-            _share(row),
-            percent(row["ideal"]),
-            _over_floor(row),
-            memory(row),
-            losses(row),
-        )
-        for row in record["rows"]
-    ]
-    header = (
-        "variant",
-        "median step",
-        "of constant depth",
-        "ideal",
-        "over its floor",
-        "memory",
-        "loss, first to last",
-    )
-    return f"{markdown(header, rows)}\n\n{FLOOR_TEXT}"
-
-
-def _budget_table(record: Record) -> str:
-    rows = [
-        (
-            row["variant"],
-            _seconds(row["seconds"]),
-            _share(row),
-            percent(row["ideal"]),
-            f"{row['epochs_for_90']:.0f}",
-            f"about {record['paper']}" if "mini-batch" in row["variant"] else "-",
-        )
-        for row in record["rows"]
-    ]
-    header = ("variant", "median step", "of constant depth", "ideal, all of it in blocks")
-    return markdown((*header, "epochs in the time of 90", "the paper"), rows)
-
-
-TABLES: dict[str, Callable[[Record], str]] = {
-    "time": _time_table,
-    "error": _error_table,
-    "gradient": _gradient_table,
-    "decay": _decay_table,
-    "deep": _deep_table,
-    "budget": _budget_table,
+VARIANT: Columns = {"variant": lambda row: row["variant"]}
+STEP: Columns = VARIANT | {
+    "median step": lambda row: seconds(row["seconds"]),
+    "of constant depth": _share,
+    "ideal": lambda row: percent(row["ideal"]),
 }
+OVER_FLOOR: Columns = {"over its floor": lambda row: ratio(row["over_floor"])}
 
 
-def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
+def _time_table(record: Record) -> list[str]:
+    depth = record["expected_depth"]
+    paper: Columns = {"the paper": lambda row: _share_of_paper(record, row)}
+    return [
+        by_column(record["rows"], STEP | OVER_FLOOR | paper),
+        FLOOR_TEXT,
+        "Expected depth at p_L = 0.5 with linear decay: (3L - 1) / 4 = "
+        f"{depth['formula']:.2f} of {depth['blocks']} blocks; mean of {depth['draws']} plans: "
+        f"{depth['plan']:.2f}.",
+    ]
+
+
+def _error_table(record: Record) -> list[str]:
+    columns: Columns = {
+        "test error, mean": lambda row: percent(row["test_error"], 2),
+        "standard deviation": lambda row: percent(row["deviation"], 2),
+        "of each seed": lambda row: ", ".join(percent(value, 2) for value in row["errors"]),
+    }
+    bn = record["batch_norm"]
+    return [
+        by_column(record["rows"], VARIANT | columns),
+        "BatchNorm over the kept rows only against BatchNorm over all rows, the same kept rows and "
+        f"seeds: error differs by {100 * bn['mean']:+.2f} points on average, standard deviation "
+        f"{100 * bn['deviation']:.2f} points, over {len(bn['differences'])} seeds.",
+    ]
+
+
+def _gradient_table(record: Record) -> list[str]:
+    constant = record["rows"][0]
+    columns: Columns = {
+        "before the first drop of the rate": lambda row: f"{row['before']:.3g}",
+        "after it": lambda row: f"{row['after']:.3g}",
+        "before, of constant": lambda row: f"{row['before'] / constant['before']:.2f}",
+        "after, of constant": lambda row: f"{row['after'] / constant['after']:.2f}",
+    }
+    return [by_column(record["rows"], VARIANT | columns)]
+
+
+def _decay_table(record: Record) -> list[str]:
+    columns: Columns = {
+        "survival": lambda row: row["schedule"],
+        "p_L": lambda row: f"{row['p_last']:g}",
+        "blocks computed": lambda row: percent(row["keep"], 0),
+        "test error": lambda row: (
+            f"{percent(row['test_error'], 2)} ± {percent(row['deviation'], 2)}"
+        ),
+    }
+    return [by_column(record["rows"], columns)]
+
+
+def _deep_table(record: Record) -> list[str]:
+    columns: Columns = {"memory": _memory, "loss, first to last": _losses}
+    return [by_column(record["rows"], STEP | OVER_FLOOR | columns), FLOOR_TEXT]
+
+
+def _budget_table(record: Record) -> list[str]:
+    columns: Columns = {
+        "epochs in the time of 90": lambda row: f"{row['epochs_for_90']:.0f}",
+        "the paper": lambda row: (
+            f"about {record['paper']}" if "mini-batch" in row["variant"] else "-"
+        ),
+    }
+    text = "The ideal takes all of a step to be in the blocks."
+    return [by_column(record["rows"], STEP | columns), text]
+
+
+def _bars(record: Record, height: float, paper: dict[str, float]) -> Figure:
+    """Steps as shares of constant depth, with the range of the repeats, the ideals, the paper's."""
+    figure, axes = plt.subplots(figsize=(8.4, height))
     rows = record["rows"]
     places = range(len(rows))
-    values = [100 * row["of_constant"] for row in rows]
+    values, low, high = ([100 * row[key] for row in rows] for key in ("of_constant", "low", "high"))
     ranges = [
-        [max(100 * (row["of_constant"] - row["low"]), 0) for row in rows],
-        [max(100 * (row["high"] - row["of_constant"]), 0) for row in rows],
+        [max(value - least, 0) for value, least in zip(values, low, strict=True)],
+        [max(most - value, 0) for value, most in zip(values, high, strict=True)],
     ]
     colours = [
         next((c for end, c in BARS.items() if row["variant"].endswith(end)), BLUE) for row in rows
@@ -211,52 +153,47 @@ def _bars(axes: Axes, record: Record, paper: dict[str, float]) -> None:
     bars = axes.barh(places, values, 0.62, color=colours, xerr=ranges, ecolor="#333333")
     axes.bar_label(bars, fmt="%.0f", padding=4, fontsize=9)
     for place, row in zip(places, rows, strict=True):
-        label = "ideal" if place == 1 else "_nolegend_"
         ideal = 100 * row["ideal"]
-        axes.vlines(ideal, place - 0.4, place + 0.4, "black", linestyles="--", label=label)
+        axes.vlines(ideal, place - 0.4, place + 0.4, "black", linestyles="--", label="ideal")
         if row["variant"] in paper:
-            label = "the paper" if row["variant"] == min(paper) else "_nolegend_"
-            axes.plot(100 * paper[row["variant"]], place, "D", color=GREEN, label=label)
+            look = {"color": GREEN, "markersize": 7, "label": "the paper"}
+            axes.plot(100 * paper[row["variant"]], place, "D", **look)
     axes.set_yticks(places, [row["variant"] for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="time of a training step (% of constant depth)", title=record["title"])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    legend(figure, 2)
+    return figure
 
 
 def _plot_time(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 6.4), layout="constrained")
-    paper = {
-        f"p_L = {float(p):g}, per mini-batch, fused": share for p, share in record["paper"].items()
-    }
-    _bars(axes, record, paper)
-    return figure
+    shares = record["paper"].items()
+    paper = {f"p_L = {float(p):g}, per mini-batch, fused": share for p, share in shares}
+    return _bars(record, 6.4, paper)
 
 
 def _plot_budget(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 3), layout="constrained")
-    _bars(axes, record, {"per mini-batch, fused": 90 / record["paper"]})
-    return figure
+    return _bars(record, 3, {"per mini-batch, fused": 90 / record["paper"]})
 
 
 def _plot_deep(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 3.8), layout="constrained")
-    _bars(axes, record, {})
-    return figure
+    return _bars(record, 3.8, {})
 
 
-def _curves(axes: Axes, rows: list[Record], factor: float) -> None:
+def _curves(record: Record, factor: float, ylabel: str) -> tuple[Figure, Axes]:
     """The mean over the seeds, and every seed as a faint line."""
-    for row in rows:
+    figure, axes = plt.subplots(figsize=(8.4, 4.8))
+    for row in record["rows"]:
         colour = COLOURS[row["variant"]]
         epochs = range(1, len(row["curves"][0]) + 1)
         for curve in row["curves"]:
             axes.plot(epochs, [factor * y for y in curve], color=colour, alpha=0.25, linewidth=1)
-        middle = [factor * sum(values) / len(values) for values in zip(*row["curves"], strict=True)]
+        middle = [factor * mean(values) for values in zip(*row["curves"], strict=True)]
         axes.plot(epochs, middle, color=colour, linewidth=2, label=row["variant"])
-    axes.set(xlabel="epoch")
-    axes.legend(frameon=False)
+    axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
+    axes.set_title(record["title"], fontsize=10)
+    return figure, axes
 
 
 def _plain_percents(axes: Axes) -> None:
@@ -267,27 +204,23 @@ def _plain_percents(axes: Axes) -> None:
 
 
 def _plot_error(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    _curves(axes, record["rows"], 100)
-    axes.set(ylabel="test error (%)", yscale="log", title=record["title"])
+    figure, axes = _curves(record, 100, "test error (%)")
     _plain_percents(axes)
+    axes.legend()
     return figure
 
 
 def _plot_gradient(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
-    _curves(axes, record["rows"], 1)
-    for i, epoch in enumerate(record["drops_after"]):
-        label = "rate divided by 10" if i == 0 else "_nolegend_"
-        axes.axvline(epoch + 0.5, color="black", linestyle="--", linewidth=1, label=label)
-    axes.legend(frameon=False)
-    axes.set(ylabel="mean absolute gradient", yscale="log")
-    axes.set_title(record["title"], fontsize=10)
+    figure, axes = _curves(record, 1, "mean absolute gradient")
+    for epoch in record["drops_after"]:
+        axes.axvline(epoch + 0.5, color="black", linestyle="--", linewidth=1)
+    axes.plot([], color="black", linestyle="--", linewidth=1, label="rate divided by 10")
+    axes.legend()
     return figure
 
 
 def _plot_decay(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.8))
     for schedule in ("linear", "uniform"):
         rows = [row for row in record["rows"] if row["schedule"] == schedule]
         axes.errorbar(
@@ -306,10 +239,18 @@ def _plot_decay(record: Record) -> Figure:
         yscale="log",
     )
     _plain_percents(axes)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
+TABLES: dict[str, Callable[[Record], list[str]]] = {
+    "time": _time_table,
+    "error": _error_table,
+    "gradient": _gradient_table,
+    "decay": _decay_table,
+    "deep": _deep_table,
+    "budget": _budget_table,
+}
 PLOTS: dict[str, Callable[[Record], Figure]] = {
     "time": _plot_time,
     "error": _plot_error,
@@ -322,21 +263,11 @@ PLOTS: dict[str, Callable[[Record], Figure]] = {
 
 def write(result: Record, directory: Path) -> list[Path]:
     """Plots and ``report.md`` of the claims in ``result``; returns the paths."""
-    written = []
-    sections = [
-        "# The paper's claims",
-        f"`{result['command']}`, preset {result['preset']}, {result['seconds']:.0f} s, data: "
-        f"{result['data']}",
-        environment_line(result["environment"]),
-    ]
-    with plt.rc_context(STYLE):
-        for name, record in result["claims"].items():
-            figure = PLOTS[name](record)
-            path = directory / f"{name}.png"
-            figure.savefig(path, dpi=130)
-            plt.close(figure)
-            written.append(path)
-            sections += [f"## {record['title']}", TABLES[name](record), f"![{name}]({path.name})"]
+    claims = result["claims"]
+    drawn = save({name: partial(PLOTS[name], claims[name]) for name in claims}, directory)
+    sections = [f"Preset {result['preset']}, data: {result['data']}"]
+    for (name, record), path in zip(claims.items(), drawn, strict=True):
+        sections += [f"## {record['title']}", *TABLES[name](record), f"![{name}]({path.name})"]
     report = directory / "report.md"
-    report.write_text("\n\n".join(sections) + "\n")
-    return [report, *written]
+    report.write_text(document("The paper's claims", result, sections))
+    return [report, *drawn]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.report.figures import merge
 from sdkernels import DepthPlan
+from sdkernels.measure.turns import time_in_turns
 
 CONSTANT, SKELETON, FLOOR = "constant", "skeleton", "floor"
 
@@ -37,7 +38,14 @@ class Timed:
     @property
     def keep(self) -> float:
         """The mean survival probability."""
-        return 1 - sum(self.drop_probs) / len(self.drop_probs) if self.drop_probs else 1.0
+        return 1 - mean(self.drop_probs) if self.drop_probs else 1.0
+
+    def plan(self, step: int, batch: int, device: torch.device) -> DepthPlan | None:
+        """The rows of a step, alike for all networks of a law; None where nothing is dropped."""
+        if not self.drop_probs:
+            return None
+        law = {"mode": self.mode, "rescale": "eval", "device": device}
+        return DepthPlan.for_step(0, step, batch, self.drop_probs, **law)
 
 
 @dataclass
@@ -49,62 +57,36 @@ class Sample:
     loss: float
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def in_turns(
     networks: dict[str, Timed], images: Tensor, labels: Tensor, repeats: int
 ) -> dict[str, list[Sample]]:
     """Training steps with SGD, the networks one after the other in each repeat; a first round
     warms up. The rows of a repeat are the same for all networks of a law."""
-    device = images.device
-    optimizers = {}
-    for name, timed in networks.items():
+    device, batch = images.device, len(labels)
+    done: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
+
+    def stepper(name: str, timed: Timed) -> Callable[[], None]:
         timed.model.to(device).train()
-        optimizers[name] = torch.optim.SGD(
-            timed.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True
-        )
+        optimizer = torch.optim.SGD(timed.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
-    def step(name: str, number: int) -> Sample:
-        timed, optimizer = networks[name], optimizers[name]
-        _synchronize(device)
-        start = time.perf_counter()
-        plan = None
-        if timed.drop_probs:
-            plan = DepthPlan.for_step(
-                0,
-                number,
-                len(labels),
-                timed.drop_probs,
-                mode=timed.mode,
-                rescale="eval",
-                device=device,
-            )
-        loss = F.cross_entropy(timed.model(images, plan), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        _synchronize(device)
-        seconds = time.perf_counter() - start
-        kept = 1.0
-        if plan is not None and not timed.masked:
-            kept = sum(rows.k for rows in plan) / (len(labels) * len(plan))
-        return Sample(seconds, kept, loss.item())
+        def step() -> None:
+            plan = timed.plan(len(done[name]), batch, device)
+            loss = F.cross_entropy(timed.model(images, plan), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            computes_all = plan is None or timed.masked
+            kept = 1.0 if computes_all else sum(rows.k for rows in plan) / (batch * len(plan))
+            done[name].append((kept, loss.item()))
 
-    samples: dict[str, list[Sample]] = {name: [] for name in networks}
-    for repeat in range(repeats + 1):
-        for name in networks:
-            sample = step(name, repeat)
-            if repeat:
-                samples[name].append(sample)
-    return samples
+        return step
 
-
-def _quantiles(values: list[float]) -> tuple[float, float]:
-    merged = merge([values])
-    return merged.p20, merged.p80
+    steps = {name: stepper(name, timed) for name, timed in networks.items()}
+    seconds = time_in_turns(steps, device, repeats).seconds
+    return {
+        name: [Sample(own, *each) for own, each in zip(seconds[name], done[name][1:], strict=True)]
+        for name in networks
+    }
 
 
 def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
@@ -132,23 +114,22 @@ def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[
         ]
         ideal = (rest + (constant - rest) * timed.keep) / constant
         computed = 1.0 if timed.masked else ideal
-        low, high = _quantiles(over_ideal)
+        spread = merge([over_ideal])
         over_floor = None
         if timed.floor is not None:
             pairs = zip(samples[name], samples[timed.floor], strict=True)
             over_floor = median(own.seconds / least.seconds for own, least in pairs)
-        factor = median(over_ideal)
         rows.append(
             {
                 "variant": name,
                 "seconds": median(s.seconds for s in samples[name]),
                 "kept": timed.keep,
-                "over_ideal": factor * computed / ideal,
+                "over_ideal": spread.median * computed / ideal,
                 "over_floor": over_floor,
                 "ideal": ideal,
-                "of_constant": factor * computed,
-                "low": low * computed,
-                "high": high * computed,
+                "of_constant": spread.median * computed,
+                "low": spread.p20 * computed,
+                "high": spread.p80 * computed,
                 "losses": [s.loss for s in samples[name]],
             }
         )

@@ -9,7 +9,6 @@ the optimizer and a step number.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import time
 from collections.abc import Callable
@@ -107,20 +106,14 @@ class Recipe:
         return model
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that torchrun has started; alone where it has started none."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def join(cls, device: torch.device) -> Processes:
-        if "WORLD_SIZE" not in os.environ:
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+def _join(device: torch.device) -> tuple[int, int]:
+    """Rank among the processes that torchrun has started, and how many; alone where there are
+    none."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _generator(*key: int) -> torch.Generator:
@@ -129,10 +122,6 @@ def _generator(*key: int) -> torch.Generator:
     for number in key:
         state = (state * 1_000_003 + number + 1) % 2**63
     return torch.Generator().manual_seed(state)
-
-
-def _moved(part: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    return part[0].to(device), part[1].to(device)
 
 
 class Trainer:
@@ -161,21 +150,21 @@ class Trainer:
     ) -> None:
         self.recipe, self.data, self.device = recipe, data, device
         self.directory, self.checkpoint_every, self.advance = directory, checkpoint_every, advance
-        self.processes = Processes.join(device)
-        if recipe.batch % self.processes.world:
+        self.rank, self.world = _join(device)
+        if recipe.batch % self.world:
             raise ValueError(
-                f"--batch: expected a multiple of the {self.processes.world} processes, got "
-                f"{recipe.batch}"
+                f"--batch: expected a multiple of the {self.world} processes, got {recipe.batch}"
             )
         self.train, self.validation, self.test = (
-            _moved(part, device) for part in (data.train, data.validation, data.test)
+            (images.to(device), labels.to(device))
+            for images, labels in (data.train, data.validation, data.test)
         )
         self.steps_per_epoch = max(len(data.train[1]) // recipe.batch, 1)
         self.model = recipe.model(data).to(device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.replica: nn.Module = self.model
-        if self.processes.world > 1:
+        if self.world > 1:
             self.replica = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -199,8 +188,8 @@ class Trainer:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = torch.randperm(len(labels), generator=_generator(recipe.seed, 1, epoch))
         chosen = order[position * recipe.batch : (position + 1) * recipe.batch]
-        chosen = chosen[self.processes.rank :: self.processes.world].to(images.device)
-        moving = _generator(recipe.seed, 2, self.step, self.processes.rank)
+        chosen = chosen[self.rank :: self.world].to(images.device)
+        moving = _generator(recipe.seed, 2, self.step, self.rank)
         batch = augment(images[chosen], self.data.flips, moving)
         if recipe.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
@@ -215,7 +204,7 @@ class Trainer:
             batch,
             self.recipe.drop_probs,
             # The paper's gate is that of the whole mini-batch, whichever process has its images.
-            rank=0 if self.recipe.mode == "batch" else self.processes.rank,
+            rank=0 if self.recipe.mode == "batch" else self.rank,
             mode=self.recipe.mode,
             rescale=self.recipe.rescale,
             device=self.device,
@@ -312,16 +301,13 @@ class Trainer:
         return directory / "checkpoint.pt", directory / "steps.csv", directory / "run.json"
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "recipe": asdict(self.recipe),
-            "data": self.data.name,
-            "processes": self.processes.world,
-        }
+        """What a run must share with the one that it continues."""
+        return asdict(self.recipe) | {"data": self.data.name, "processes": self.world}
 
     def _save(self) -> None:
         """The logs first, then the checkpoint, each whole or not at all: what the log has too much
         of is cut off when the run goes on."""
-        if self.directory is None or self.processes.rank:
+        if self.directory is None or self.rank:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         checkpoint, steps, run = self._paths(self.directory)
@@ -353,11 +339,16 @@ class Trainer:
             return
         checkpoint, steps, _ = self._paths(self.directory)
         if not checkpoint.exists():
-            if steps.exists() and self.processes.rank == 0:
+            if steps.exists() and self.rank == 0:
                 steps.unlink()  # of a run that ended before its first checkpoint
             return
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        differing = _differences(state["identity"], self._identity())
+        there = state["identity"]
+        differing = [
+            f"{name} {there.get(name)!r}, now {value!r}"
+            for name, value in self._identity().items()
+            if there.get(name) != value
+        ]
         if differing:
             raise ValueError(
                 f"{checkpoint} is of another run: {', '.join(differing)}; continue it with the "
@@ -368,7 +359,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epochs = state["step"], state["epochs"]
         self.gradients = state["gradients"]
-        if self.processes.rank == 0 and steps.exists():
+        if self.rank == 0 and steps.exists():
             with steps.open(newline="") as file:
                 header, *rows = list(csv.reader(file))
             kept = [row for row in rows if len(row) == 4 and int(row[0]) < self.step]
@@ -376,22 +367,3 @@ class Trainer:
             with part.open("w", newline="") as file:
                 csv.writer(file).writerows([header, *kept])
             os.replace(part, steps)
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What two identities differ in, in words."""
-    flat = [
-        {**identity["recipe"], **{k: v for k, v in identity.items() if k != "recipe"}}
-        for identity in (there, here)
-    ]
-    comparable = [json.loads(json.dumps(one)) for one in flat]  # tuples come back as lists
-    return [
-        f"{name} {comparable[0].get(name)!r}, now {comparable[1][name]!r}"
-        for name in comparable[1]
-        if comparable[0].get(name) != comparable[1][name]
-    ]
-
-
-def train(recipe: Recipe, data: Data, device: torch.device, **options: Any) -> dict[str, Any]:
-    """Runs a recipe from the beginning, or from the checkpoint in ``directory``."""
-    return Trainer(recipe, data, device, **options).run()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -63,22 +62,6 @@ class Ruled(nn.Module):
         with in_place_of_the_op(rule), self.report.use(rows) if given else nullcontext():
             y: Tensor = self.module(x)
         return y
-
-
-def give_drop_paths(model: nn.Module, patched: Ruled, make: Callable[[], nn.Module]) -> bool:
-    """Sets the drop path of every branch of an unpatched model, which ``patched`` is a copy of.
-
-    Returns whether the model has them: torchvision's ResNet has none.
-    """
-    modules = dict(model.named_modules())
-    for entry in patched.report.patched:
-        for name in (branch.drop for branch in entry.branches):
-            if name is None:
-                return False
-            owner, _, attribute = name.rpartition(".")
-            block = modules[entry.name]
-            setattr(attrgetter(owner)(block) if owner else block, attribute, make())
-    return True
 
 
 @contextmanager

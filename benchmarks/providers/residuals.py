@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,157 +24,128 @@ from sdkernels.backends import choice, traceable
 Rule = Callable[..., Tensor]
 
 
-def _run(
-    kept: Tensor,
-    branch: Callable[..., Tensor],
-    norm: nn.Module | None = None,
-    layer_scale: Tensor | None = None,
-    args: Sequence[Any] = (),
-    **_: Any,
-) -> Tensor:
-    """``layer_scale * branch(norm(kept), *args)``."""
-    out = branch(kept if norm is None else norm(kept), *_arguments(args))
-    return out if layer_scale is None else out * layer_scale
+class Addition:
+    """What one residual addition is given, as :func:`sdkernels.fused_stochastic_depth` is."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        branch: Callable[..., Tensor],
+        p: float = 0.0,
+        *_law: Any,
+        residual: Tensor | None = None,
+        rows: KeptRows | None = None,
+        norm: nn.Module | None = None,
+        layer_scale: Tensor | None = None,
+        args: Sequence[Any] = (),
+        **_options: Any,
+    ) -> None:
+        self.x, self.branch, self.p, self.rows = x, branch, p, rows
+        self.norm, self.layer_scale, self.args = norm, layer_scale, args
+        self.stream = x if residual is None else residual
+
+    def run(self, index: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """``layer_scale * branch(norm(x), *args)`` of all rows, those of ``index``, or ``kept``."""
+        if kept is None:
+            kept = self.x if index is None else self.x[index]
+        args = [_argument(arg, index) for arg in self.args]
+        out = self.branch(kept if self.norm is None else self.norm(kept), *args)
+        return out if self.layer_scale is None else out * self.layer_scale
+
+    def index_and_alpha(self) -> tuple[Tensor, float]:
+        """Of the given rows; else DINOv2's and DINOv3's fixed count, and the factor that makes up
+        for it."""
+        if self.rows is not None:
+            return self.rows.index, self.rows.scale
+        batch = self.x.shape[0]
+        kept = max(int(batch * (1 - self.p)), 1)
+        return torch.randperm(batch, device=self.x.device)[:kept], batch / kept
 
 
-def _arguments(args: Sequence[Any]) -> list[Any]:
-    """The further inputs of a branch, of all rows."""
-    marks = (sdkernels.PerSample, sdkernels.Shared)
-    return [arg.value if isinstance(arg, marks) else arg for arg in args]
+def _argument(arg: Any, index: Tensor | None) -> Any:
+    """A further input of a branch: of the rows that it runs on, unless all of them share it."""
+    value = arg.value if isinstance(arg, (sdkernels.PerSample, sdkernels.Shared)) else arg
+    shared = index is None or not isinstance(value, Tensor) or isinstance(arg, sdkernels.Shared)
+    return value if shared else value[index]
 
 
-def _index_and_alpha(x: Tensor, p: float, rows: KeptRows | None) -> tuple[Tensor, float]:
-    """Of the given rows; else DINOv2's and DINOv3's fixed count, and the factor that makes up for
-    it."""
-    if rows is not None:
-        return rows.index, rows.scale
-    kept = max(int(x.shape[0] * (1 - p)), 1)
-    return torch.randperm(x.shape[0], device=x.device)[:kept], x.shape[0] / kept
-
-
-def activated(rule: Rule) -> Rule:
+def rule(add: Callable[[Addition], Tensor]) -> Rule:
     """A rule that adds; an activation follows in place, as the libraries' blocks write it."""
 
-    @functools.wraps(rule)
-    def add(*given: Any, activation: str | None = None, **options: Any) -> Tensor:
-        total = rule(*given, **options)
+    @functools.wraps(add)
+    def added(*given: Any, activation: str | None = None, **options: Any) -> Tensor:
+        total = add(Addition(*given, **options))
         return total if activation is None else total.relu_()
 
-    return add
+    return added
 
 
-@activated
-def naive(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    residual: Tensor | None = None,
-    rows: KeptRows | None = None,
-    **given: Any,
-) -> Tensor:
+@rule
+def naive(a: Addition) -> Tensor:
     """torchvision: a mask of Bernoulli values, divided by the survival probability."""
-    run = partial(_run, branch=branch, **given)
-    return reference.naive_masking(x, run, p, residual=residual, rows=rows)
+    return reference.naive_masking(a.x, lambda _: a.run(), a.p, residual=a.stream, rows=a.rows)
 
 
-@activated
-def naive_timm(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    residual: Tensor | None = None,
-    rows: KeptRows | None = None,
-    **given: Any,
-) -> Tensor:
-    """timm: the same, drawn into a new tensor of the branch's dtype."""
-    if p == 0 and rows is None:
-        return dense(x, branch, residual=residual, **given)
-    out = _run(x, branch, **given)
+def _masked(a: Addition) -> Tensor:
+    out = a.run()
+    if a.p == 0 and a.rows is None:
+        return a.stream + out
     size = (out.shape[0],) + (1,) * (out.ndim - 1)
-    if rows is None:
-        mask = out.new_empty(size).bernoulli_(1 - p)
-        if p < 1:
-            mask.div_(1 - p)
+    if a.rows is None:
+        mask = out.new_empty(size).bernoulli_(1 - a.p)
+        if a.p < 1:
+            mask.div_(1 - a.p)
     else:
-        mask = ((rows.slot >= 0).to(out.dtype) * rows.scale).view(size)
-    return (x if residual is None else residual) + out * mask
+        mask = ((a.rows.slot >= 0).to(out.dtype) * a.rows.scale).view(size)
+    return a.stream + out * mask
 
 
-@activated
-def dinov2(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    residual: Tensor | None = None,
-    rows: KeptRows | None = None,
-    **given: Any,
-) -> Tensor:
+@rule
+def naive_timm(a: Addition) -> Tensor:
+    """timm: the same, drawn into a new tensor of the branch's dtype."""
+    return _masked(a)
+
+
+@rule
+def dinov2(a: Addition) -> Tensor:
     """Gather, branch, ``index_add`` of flattened rows with alpha; masking up to p = 0.1."""
-    if p <= 0.1:
-        return naive_timm(x, branch, p, residual=residual, rows=rows, **given)
-    index, alpha = _index_and_alpha(x, p, rows)
-    stream = x if residual is None else residual
-    out = _run(x[index], branch, **given).to(stream.dtype)
-    if not stream.is_contiguous():  # of images, channels last: flattening would copy them
-        return torch.index_add(stream, 0, index, out, alpha=alpha)
-    added = torch.index_add(stream.flatten(1), 0, index, out.flatten(1), alpha=alpha)
-    return added.view_as(stream)
+    if a.p <= 0.1:
+        return _masked(a)
+    index, alpha = a.index_and_alpha()
+    out = a.run(index).to(a.stream.dtype)
+    if not a.stream.is_contiguous():  # of images, channels last: flattening would copy them
+        return torch.index_add(a.stream, 0, index, out, alpha=alpha)
+    added = torch.index_add(a.stream.flatten(1), 0, index, out.flatten(1), alpha=alpha)
+    return added.view_as(a.stream)
 
 
-@activated
-def dinov3(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    residual: Tensor | None = None,
-    rows: KeptRows | None = None,
-    **given: Any,
-) -> Tensor:
+@rule
+def dinov3(a: Addition) -> Tensor:
     """The same at every p > 0, on rows as they are: for a stream and a branch of one dtype."""
-    if p == 0 and rows is None:
-        return dense(x, branch, residual=residual, **given)
-    index, alpha = _index_and_alpha(x, p, rows)
-    out = _run(x[index], branch, **given)
-    return torch.index_add(x if residual is None else residual, 0, index, out, alpha=alpha)
+    if a.p == 0 and a.rows is None:
+        return a.stream + a.run()
+    index, alpha = a.index_and_alpha()
+    return torch.index_add(a.stream, 0, index, a.run(index), alpha=alpha)
 
 
-@activated
-def xformers(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    layer_scale: Tensor | None = None,
-    rows: KeptRows | None = None,
-    **given: Any,
-) -> Tensor:
+@rule
+def xformers(a: Addition) -> Tensor:
     """DINOv2 with xFormers: its gather, and its fused layer scale and addition in place."""
     operators = importlib.import_module("xformers.ops")
-    index, alpha = _index_and_alpha(x, p, rows)
-    kept = operators.index_select_cat([x.flatten(1)], [index]).view(len(index), *x.shape[1:])
-    out = _run(kept, branch, **given)
+    index, alpha = a.index_and_alpha()
+    kept = operators.index_select_cat([a.x.flatten(1)], [index]).view(len(index), *a.x.shape[1:])
+    scaling, a.layer_scale = a.layer_scale, None
+    out = a.run(kept=kept).to(a.x.dtype)
     # A leaf can't be written into; in a model the stream of the first block is none.
-    stream = x.clone() if x.is_leaf else x
-    total: Tensor = operators.scaled_index_add(
-        stream, index, out.to(stream.dtype), scaling=layer_scale, alpha=alpha
-    )
+    stream = a.x.clone() if a.x.is_leaf else a.x
+    total: Tensor = operators.scaled_index_add(stream, index, out, scaling=scaling, alpha=alpha)
     return total
 
 
-@activated
-def dense(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    *_: Any,
-    residual: Tensor | None = None,
-    **given: Any,
-) -> Tensor:
+@rule
+def dense(a: Addition) -> Tensor:
     """Nothing dropped. On a batch of only the kept rows it is the floor for every provider."""
-    return (x if residual is None else residual) + _run(x, branch, **given)
+    return a.stream + a.run()
 
 
 class _FirstRows(torch.autograd.Function):
@@ -204,37 +174,29 @@ class _Beside(torch.autograd.Function):
         return grad, grad[: ctx.k]
 
 
-@activated
-def beside(
-    x: Tensor,
-    branch: Callable[..., Tensor],
-    p: float,
-    *_: Any,
-    residual: Tensor | None = None,
-    rows: KeptRows,
-    **given: Any,
-) -> Tensor:
+@rule
+def beside(a: Addition) -> Tensor:
     """The floor of a net whose stream holds all rows: the stream is passed on as a copy, and the
     branch runs beside it, on as many rows as are kept.
 
     These are the first ones, as views: nothing is gathered, added or merged with a gradient. A
     branch without kept rows is left out. What the net computes is worth nothing.
     """
-    if rows.k == 0:
-        return skipped(x, branch, p, residual=residual)
-    out = _run(_FirstRows.apply(x, rows.k), branch, **given)
-    stream: Tensor = _Beside.apply(x if residual is None else residual, out)
+    assert a.rows is not None
+    if a.rows.k == 0:
+        return a.stream.clone()
+    out = a.run(kept=_FirstRows.apply(a.x, a.rows.k))
+    stream: Tensor = _Beside.apply(a.stream, out)
     return stream
 
 
-@activated
-def skipped(x: Tensor, branch: Callable[..., Tensor], p: float, *_: Any, **options: Any) -> Tensor:
+@rule
+def skipped(a: Addition) -> Tensor:
     """No branch at all: what is left of a model is its stem, its shortcuts and its head.
 
     The stream is passed on as a copy: an addition, too, writes it for every row.
     """
-    residual: Tensor | None = options.get("residual")
-    return (x if residual is None else residual).clone()
+    return a.stream.clone()
 
 
 def fused(**fixed: Any) -> Rule:

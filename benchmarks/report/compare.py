@@ -11,13 +11,14 @@ in A and could not run in B.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import command
 from benchmarks.measure.workload import matches
 from benchmarks.report.page import BadResults, read
 from benchmarks.report.table import Table, ratio, spread, window
@@ -139,31 +140,26 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return found
 
 
+_COLUMNS: dict[str, Callable[[Change], object]] = {
+    "case": lambda change: change.case,
+    "provider": lambda change: change.provider,
+    "figure": lambda change: change.figure,
+    "B / A": lambda change: ratio(change.ratio),
+    "noise": lambda change: spread(change.noise),
+    "verdict": lambda change: ": ".join(filter(None, (change.verdict, change.note))),
+}
+
+
 def _table(changes: list[Change]) -> Table:
-    made = Table("B / A", ("case", "provider", "figure", "B / A", "noise", "verdict"), names=3)
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Change]] = {}
     for change in changes:
-        groups.setdefault(change.case, []).append(
-            [
-                change.case,
-                change.provider,
-                change.figure,
-                ratio(change.ratio),
-                spread(change.noise),
-                f"{change.verdict}: {change.note}" if change.note else change.verdict,
-            ]
-        )
-    made.groups += groups.values()
-    return made
+        groups.setdefault(change.case, []).append(change)
+    return Table.of("B / A", _COLUMNS, groups.values(), names=3)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the ratios; returns 0, 1 where something got worse, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("compare", __doc__)
     parser.add_argument("a", type=Path, metavar="A.json", help="the older run")
     parser.add_argument("b", type=Path, metavar="B.json", help="the newer run")
     parser.add_argument(

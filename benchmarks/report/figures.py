@@ -1,5 +1,4 @@
-"""From samples to figures: merges the turns of every provider and forms the ratios. Plain numbers,
-no PyTorch.
+"""From samples to figures: merges the turns of every provider and forms the ratios.
 
 A *turn* is what one provider did in one repeat. The median is taken over the samples of all turns;
 the spread is half the distance between the fastest and the slowest turn's median, relative to the
@@ -8,10 +7,12 @@ median. Ratios are ratios of medians.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
+
+from sdkernels.measure.turns import quartiles
 
 SCHEMA = 2
 
@@ -60,6 +61,16 @@ def merge(turns: Iterable[list[float]]) -> Merged:
         samples=len(samples),
         turn_medians=turn_medians,
     )
+
+
+def quartile_spread(values: Sequence[float]) -> float:
+    """Of single calls: half the distance between their quartiles, relative to the median.
+
+    >>> quartile_spread([1.0, 2.0, 3.0, 2.0])
+    0.125
+    """
+    low, middle, high = quartiles(values)
+    return (high - low) / 2 / middle
 
 
 def turn_ratios(numerator: Merged, denominator: Merged) -> tuple[float, float]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure.environment import environment_line
 from benchmarks.measure.memory import PEAK, SAVED
 from benchmarks.measure.store import read_json
 from benchmarks.report.figures import SCHEMA, disturbed
-from benchmarks.report.table import Table, percent, ratio, seconds, spread
+from benchmarks.report.table import Table, document, percent, ratio, seconds, spread
 from benchmarks.report.targets import Outcome
 
 SHORT_NAMES = {
@@ -195,107 +195,105 @@ KINDS = {
 
 def _break_even_table(cases: list[Case]) -> Table:
     """One line per block and share of dropped rows."""
-    made = Table(
-        "Few rows dropped, forward + backward",
-        ("block", "batch", "dropped", "naive", "whole", "compact", "compact / whole"),
-        ["Whole: the branch on every row; compact: on the kept rows."],
-        names=1,
-    )
-    for case in cases:
-        medians = {name: figures["median"] for name, figures in case["providers"].items()}
-        if {"naive", "whole", "compact"} <= medians.keys():
-            times = [seconds(medians[name]) for name in ("naive", "whole", "compact")]
-            share = ratio(medians["compact"] / medians["whole"])
-            row = [case["block"], str(case["batch"]), percent(case["dropped"]), *times, share]
-            made.groups.append([row])
-    return made
+
+    def time(name: str) -> Callable[[Case], str]:
+        return lambda case: seconds(case["providers"][name]["median"])
+
+    def share(case: Case) -> str:
+        compact, whole = (case["providers"][name]["median"] for name in ("compact", "whole"))
+        return ratio(compact / whole)
+
+    whole = [c for c in cases if {"naive", "whole", "compact"} <= c["providers"].keys()]
+    columns: dict[str, Callable[[Case], object]] = {
+        "block": lambda case: case["block"],
+        "batch": lambda case: case["batch"],
+        "dropped": lambda case: percent(case["dropped"]),
+        **{name: time(name) for name in ("naive", "whole", "compact")},
+        "compact / whole": share,
+    }
+    notes = ["Whole: the branch on every row; compact: on the kept rows."]
+    title = "Few rows dropped, forward + backward"
+    return Table.of(title, columns, [[case] for case in whole], notes, names=1)
 
 
 def _training_table(training: dict[str, Any]) -> Table:
     """One line per variant."""
-    shares = ", ".join(
-        f"{name} {100 * share:.1f} %" for name, share in training["kept_share"].items()
-    )
-    plans = ", ".join(f"{name} {seconds(value)}" for name, value in training["plan_median"].items())
-    made = Table(
+    kept, plans = training["kept_share"].items(), training["plan_median"].items()
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in kept)
+    drawing = ", ".join(f"{name} {seconds(value)}" for name, value in plans)
+    apart = training["largest_loss_difference"]
+    columns: dict[str, Callable[[tuple[str, Figures]], object]] = {
+        "variant": lambda row: row[0],
+        "sampler": lambda row: row[1]["sampler"],
+        "step": lambda row: seconds(row[1]["step"]["median"]),
+        "spread": lambda row: spread(row[1]["step"]["spread"]),
+        "naive / this": lambda row: ratio(row[1]["speedup"]),
+        "final loss": lambda row: f"{row[1]['losses'][-1]:.4f}",
+        "loss difference": lambda row: f"{apart[row[0]]:.2e}" if row[0] in apart else "-",
+        "validation accuracy": lambda row: percent(row[1]["validation_accuracy"][-1]),
+    }
+    return Table.of(
         f"Training a small ViT on handwritten digits: {training['train_samples']} images, "
         f"{training['validation_samples']} held out, {training['steps']} steps",
-        (
-            *("variant", "sampler", "step", "spread", "naive / this", "final loss"),
-            *("loss difference", "validation accuracy"),
-        ),
+        columns,
+        [list(training["variants"].items())],
         [
-            f"Rows kept, over all branches: {shares}. Drawing a plan, not in the step: {plans}.",
+            f"Rows kept, over all branches: {shares}. Drawing a plan, not in the step: {drawing}.",
             "Loss difference: largest over all steps, against naive masking with the same kept "
             "rows; the last line is the yardstick: naive masking itself from weights changed by "
             "1e-7.",
         ],
     )
-    rows = []
-    for name, variant in training["variants"].items():
-        difference = training["largest_loss_difference"].get(name)
-        rows.append(
-            [
-                name,
-                variant["sampler"],
-                seconds(variant["step"]["median"]),
-                spread(variant["step"]["spread"]),
-                ratio(variant["speedup"]),
-                f"{variant['losses'][-1]:.4f}",
-                "-" if difference is None else f"{difference:.2e}",
-                percent(variant["validation_accuracy"][-1]),
-            ]
-        )
-    made.groups.append(rows)
-    return made
+
+
+def _in_unit(value: float | None, outcome: Outcome) -> str:
+    return percent(value) if outcome.unit == "%" else ratio(value)
+
+
+def _measured(outcome: Outcome) -> str:
+    """With the range of the repeats, where it is known."""
+    text = _in_unit(outcome.measured, outcome)
+    if outcome.low is None or outcome.high is None:
+        return text
+    return f"{text} [{_in_unit(outcome.low, outcome)} to {_in_unit(outcome.high, outcome)}]"
+
+
+_REACH: dict[str, Callable[[Outcome], object]] = {
+    "target": lambda outcome: outcome.target,
+    "case": lambda outcome: outcome.case,
+    "bound": lambda o: f"{'<=' if o.at_most else '>='} {_in_unit(o.bound, o)}",
+    "measured": _measured,
+    "floor's": lambda outcome: _in_unit(outcome.floor, outcome),
+    "verdict": lambda outcome: outcome.verdict,
+}
 
 
 def targets_table(outcomes: list[Outcome]) -> Table:
     """Each target whose case was run beside what was measured."""
-
-    def figure(value: float | None, unit: str) -> str:
-        return percent(value) if unit == "%" else ratio(value)
-
     missing = sum(outcome.measured is None for outcome in outcomes)
     notes = [
         "Medians of this run; in brackets the smallest and largest ratio of a single repeat; "
         "inconclusive where they lie on both sides of the bound. "
         "Floor's: the same figure for a floor, which no provider can be far ahead of: for dense on "
-        "k where naive is divided by it, else for the branches on k beside the stream."
+        "k where naive is divided by it, else for the branches on k beside the stream.",
+        *([f"Not measured, a provider was skipped: {missing} targets."] if missing else []),
     ]
-    if missing:
-        notes.append(f"Not measured, a provider was skipped: {missing} targets.")
-    made = Table("Reach", ("target", "case", "bound", "measured", "floor's", "verdict"), notes)
-    groups: dict[str, list[Sequence[str]]] = {}
+    groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.measured is None:
-            continue
-        unit, measured = outcome.unit, figure(outcome.measured, outcome.unit)
-        if outcome.low is not None and outcome.high is not None:
-            measured += f" [{figure(outcome.low, unit)} to {figure(outcome.high, unit)}]"
-        bound = f"{'<=' if outcome.at_most else '>='} {figure(outcome.bound, unit)}"
-        groups.setdefault(outcome.target, []).append(
-            [
-                *(outcome.target, outcome.case, bound, measured),
-                *(figure(outcome.floor, unit), outcome.verdict),
-            ]
-        )
-    made.groups += groups.values()
-    return made
+        if outcome.measured is not None:
+            groups.setdefault(outcome.target, []).append(outcome)
+    return Table.of("Reach", _REACH, groups.values(), notes)
 
 
 def _skipped_table(cases: list[Case]) -> Table:
     """Every provider that was not timed, with the reason and how many cases that is."""
-    reasons: dict[tuple[str, str], int] = {}
-    for case in cases:
-        for provider, reason in case["skipped"].items():
-            key = ("all providers" if provider == "*" else provider, reason)
-            reasons[key] = reasons.get(key, 0) + 1
-    made = Table("Skipped", ("provider", "reason", "cases"))
-    made.groups.append(
-        [[provider, reason, str(count)] for (provider, reason), count in reasons.items()]
+    reasons = Counter(
+        ("all providers" if provider == "*" else provider, reason)
+        for case in cases
+        for provider, reason in case["skipped"].items()
     )
-    return made
+    rows = [[*why, str(count)] for why, count in reasons.items()]
+    return Table("Skipped", ("provider", "reason", "cases"), groups=[rows])
 
 
 def tables(result: dict[str, Any], outcomes: list[Outcome]) -> list[Table]:
@@ -338,17 +336,13 @@ def outcomes_of(result: dict[str, Any]) -> list[Outcome]:
 
 
 def markdown(result: dict[str, Any], plots: Sequence[Path]) -> str:
-    """The same as a page, with the plots that lie beside it."""
-    minutes = result["seconds"] / 60
-    head = [
-        f"# Benchmarks, preset {result['preset']}",
-        f"`{result['command']}`: {minutes:.0f} minutes.",
-        environment_line(result["environment"]),
+    """The page of a run, with the plots that lie beside it."""
+    sections = [
         *(f"**{warning}**" for warning in warnings(result)),
+        *(f"![{path.stem}]({path.name})" for path in plots),
+        *(table.markdown() for table in tables(result, outcomes_of(result))),
     ]
-    found = [table.markdown() for table in tables(result, outcomes_of(result))]
-    images = [f"![{path.stem}]({path.name})" for path in plots]
-    return "\n\n".join([*head, *images, *found]) + "\n"
+    return document(f"Benchmarks, preset {result['preset']}", result, sections)
 
 
 class BadResults(ValueError):

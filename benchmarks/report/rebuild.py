@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import command
 from benchmarks.report import page, plots
 from benchmarks.report.summary import summary
 from benchmarks.report.table import window
@@ -30,7 +30,7 @@ def print_targets(result: dict[str, Any]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 2 for bad input, or 3 where a target was missed that was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser = command.parser("report", __doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds results.json")
     parser.add_argument(
         "--targets", action="store_true", help="print them; exit code 3 where one is missed"

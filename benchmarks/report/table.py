@@ -1,15 +1,19 @@
-"""The one table of the benchmarks, as text that fits its window and as Markdown; and how figures
-are written."""
+"""The one table of the benchmarks, as text that fits its window and as Markdown; the report that
+tables stand in; and how figures are written."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any, TypeVar
 
+from benchmarks.measure.environment import environment_line
+
+T = TypeVar("T")
 NARROWEST = 16  # of a column of words
 
 
@@ -59,6 +63,19 @@ class Table:
     notes: Sequence[str] = ()
     names: int = 2
     groups: list[list[Sequence[object]]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Mapping[str, Callable[[T], object]],
+        groups: Iterable[Iterable[T]],
+        notes: Sequence[str] = (),
+        names: int = 2,
+    ) -> Table:
+        """What every column, under its head, shows of every row."""
+        cells = [[[cell(row) for cell in columns.values()] for row in rows] for rows in groups]
+        return cls(title, list(columns), notes, names, cells)
 
     def markdown(self) -> str:
         align = ["---" if i < self.names else "---:" for i in range(len(self.columns))]
@@ -135,6 +152,30 @@ def markdown(
 
     lines = [head, align or ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def by_column(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -> str:
+    """A table of a line a row: what every column, under its head, shows of it.
+
+    >>> print(by_column([2, 3], {"n": lambda n: n, "square": lambda n: n * n}))
+    | n | square |
+    | --- | --- |
+    | 2 | 4 |
+    | 3 | 9 |
+    """
+    made = Table.of("", columns, [rows])
+    return markdown(made.columns, made.groups[0])
+
+
+def document(title: str, result: Mapping[str, Any], sections: Iterable[str]) -> str:
+    """A report: its title, the command and the machine of the run, and its parts.
+
+    Args:
+        result: holds ``command``, ``seconds`` and ``environment``.
+    """
+    about = f"`{result['command']}`, {result['seconds']:.0f} s"
+    head = [f"# {title}", about, environment_line(result["environment"])]
+    return "\n\n".join([*head, *sections]) + "\n"
 
 
 def printed(page: str, width: int) -> str:

@@ -7,7 +7,6 @@ come apart while the weights stand still, and what accuracy both reach when trai
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from statistics import mean
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.cases.training import load_digits_split
+from benchmarks.measure import command
 from benchmarks.providers.libraries import import_module
 
 DROP = 0.5  # of the last block, rising linearly from 0
@@ -97,9 +97,7 @@ def train(data: tuple[Tensor, ...], batch: int, epochs: int, seed: int, patch: b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks batch-norm", description=__doc__.splitlines()[0]
-    )
+    parser = command.parser("batch-norm", __doc__)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)

@@ -9,13 +9,13 @@ every row. Where the line crosses 1 is the break-even. What it prints is the ent
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import command
 from benchmarks.measure.store import read_json
 
 Points = tuple[tuple[float, float], ...]
@@ -79,7 +79,7 @@ def entry(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the entry; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks break-even", description=__doc__)
+    parser = command.parser("break-even", __doc__)
     parser.add_argument("results", type=Path, help="results.json of a run of the preset")
     options = parser.parse_args(arguments)
     try:

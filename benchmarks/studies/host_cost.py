@@ -6,7 +6,6 @@ figures hold on a machine that does other work besides. Writes ``out/host-cost.j
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,21 +21,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.host import HOST_PROVIDERS, HostCase
+from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.store import write_json
 from benchmarks.report.table import Table, window
 from sdkernels import KeptRows, functional
 from sdkernels.backends import autograd, namespace
 
 CALLS = 20  # a turn
-PARTS = {
-    "index_add-rows": "PyTorch's calls with PyTorch's nodes",
-    "nodes": "two empty autograd functions in Python",
-    "calls": "PyTorch's calls of forward and backward, without autograd",
-    "library": "the same as ops of torch.library in Python, with their checks",
-    "node": "PyTorch's calls, with the one node in Python that the op has",
-    "front": "the op's arguments, above the backend",
-}
 Part = Callable[[Tensor, Tensor, KeptRows], Tensor]
 
 
@@ -118,30 +110,32 @@ class _NoBackend:
         return residual + out
 
 
-@contextmanager
-def _no_backend() -> Any:
-    def kernels() -> type[_NoBackend]:
-        return _NoBackend
+def _no_backend() -> type[_NoBackend]:
+    return _NoBackend  # at once, as a mock would not
 
-    with mock.patch.object(functional, "kernels", kernels):
-        yield
+
+# What is timed beside the providers: its text, and what calls it (None: a provider, or see there).
+PARTS: dict[str, tuple[str, Part | None]] = {
+    "index_add-rows": ("PyTorch's calls with PyTorch's nodes", None),
+    "nodes": ("two empty autograd functions in Python", _nodes),
+    "calls": ("PyTorch's calls of forward and backward, without autograd", _calls),
+    "library": ("the same as ops of torch.library in Python, with their checks", _library),
+    "node": ("PyTorch's calls, with the one node in Python that the op has", _node),
+    "front": ("the op's arguments, above the backend", None),
+}
 
 
 def measure(turns: int) -> dict[str, float]:
     """Seconds of forward and backward, for everything."""
     case = HostCase()
-    x, grad, rows = case._inputs(torch.device("cpu"))
-    parts: dict[str, Part] = {
-        "nodes": _nodes,
-        "calls": _calls,
-        "library": _library,
-        "node": _node,
-    }
+    x, grad, rows = case.inputs(torch.device("cpu"))
     functions: dict[str, Callable[[], Tensor]] = {
         name: lambda function=function: function(x, 1 - case.keep, rows)
         for name, function in HOST_PROVIDERS.items()
     }
-    functions |= {name: lambda part=part: part(x, grad, rows) for name, part in parts.items()}
+    functions |= {
+        name: lambda part=part: part(x, grad, rows) for name, (_, part) in PARTS.items() if part
+    }
     for function in functions.values():
         _turn(function, x, grad)  # a first call loads what it needs
     times: dict[str, list[float]] = {name: [] for name in (*functions, "front")}
@@ -149,7 +143,7 @@ def measure(turns: int) -> dict[str, float]:
     for turn in range(turns):
         for name, function in functions.items():
             times[name].append(_turn(function, x, grad))
-        with _no_backend():
+        with mock.patch.object(functional, "kernels", _no_backend):
             times["front"].append(_turn(functions["fused-rows"], x, grad))
         if turn % 50 == 0:
             gc.collect()
@@ -168,31 +162,28 @@ def _turn(function: Callable[[], Tensor], x: Tensor, grad: Tensor) -> float:
 
 def table(runs: dict[str, dict[str, float]]) -> str:
     """Extras over `plain`, in microseconds and as shares of naive masking's."""
-    rows = []
     texts = {
         "naive": "naive masking",
         "fused-rows": "the op, rows given",
         "fused": "the op, drawing Bernoulli rows",
-        **PARTS,
+        **{name: text for name, (text, _) in PARTS.items()},
     }
-    for name, text in texts.items():
-        cells = [text]
-        for seconds in runs.values():
-            extra, naive = (seconds[each] - seconds["plain"] for each in (name, "naive"))
-            cells.append(f"{1e6 * extra:.1f} us, {extra / naive:.2f}")
-        rows.append(cells)
-    return Table("", ("", "extension", "without it"), names=1, groups=[rows]).text(window())
+
+    def extra(run: str) -> Callable[[str], str]:
+        of = runs[run]
+        naive = of["naive"] - of["plain"]
+        return lambda name: (
+            f"{1e6 * (of[name] - of['plain']):.1f} us, {(of[name] - of['plain']) / naive:.2f}"
+        )
+
+    columns = {"": texts.get, "extension": extra("extension"), "without it": extra("without")}
+    return Table.of("", columns, [texts], names=1).text(window())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table and writes the figures; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks host-cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("host-cost", __doc__, out=Path("out"))
     parser.add_argument("--turns", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--here", action="store_true", help="this process alone, as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -203,18 +194,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = environment(torch.device("cpu"))
     runs = {}
     for name, extension in (("extension", "auto"), ("without", "off")):
-        command = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
+        program = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
         environ = os.environ | {"SDKERNELS_EXTENSION": extension}
         output = subprocess.run(
-            [*command, f"--turns={options.turns}"],
+            [*program, f"--turns={options.turns}"],
             env=environ,
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
         runs[name] = json.loads(output.stdout)
-    record = {"environment": described, "turns": options.turns, "calls": CALLS, "seconds": runs}
-    (options.out / "host-cost.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "command": command.command_line("host-cost", arguments),
+        "environment": described,
+        "turns": options.turns,
+        "calls": CALLS,
+        "seconds": runs,
+    }
+    write_json(options.out / "host-cost.json", record)
     print(environment_line(described))
     print(table(runs))
     return 0

@@ -11,12 +11,11 @@ smallest architecture that has it, on real inputs; ``--write`` puts those that a
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -28,8 +27,10 @@ import torch
 from torch import nn
 
 import sdkernels
+from benchmarks.measure import command
 from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
-from benchmarks.providers.zoo import TINY, Net, nets
+from benchmarks.providers.zoo import TINY, nets
+from benchmarks.report.table import by_column
 from sdkernels.models.comparing import verified
 from sdkernels.models.comparing.verified import VERIFIED
 from sdkernels.models.parts import drop_law, is_drop_path
@@ -56,49 +57,39 @@ def timm_architectures() -> Iterator[Architecture]:
     timm: Any = import_module("timm")
 
     def image(model: Any, name: str) -> tuple[Any, ...]:
-        size = model.pretrained_cfg["input_size"]
+        channels, height, width = model.pretrained_cfg["input_size"]
         if not model.pretrained_cfg.get("fixed_input_size") and "vit" not in name:
-            size = (size[0], SMALL, SMALL)
-        return (torch.randn(2, *size),)
+            height = width = SMALL
+        return (torch.randn(2, channels, height, width),)
 
     for name in timm.list_models():
-
-        def make(name: str = name) -> nn.Module:
-            model: nn.Module = timm.create_model(name, drop_path_rate=RATE)
-            return model
-
+        make = partial(timm.create_model, name, drop_path_rate=RATE)
         yield Architecture(name, make, partial(image, name=name))
 
 
 def torchvision_architectures() -> Iterator[Architecture]:
     models: Any = import_module("torchvision.models")
+
+    def make(name: str) -> nn.Module:
+        hint = models.get_model_builder(name).__annotations__.get("weights_backbone", "")
+        options = {"weights_backbone": None} if "backbone" in hint else {}
+        model: nn.Module = models.get_model(name, weights=None, **options)
+        for module in model.modules():
+            if type(module).__name__ == "StochasticDepth":
+                module.p = RATE  # type: ignore[assignment]
+        return model
+
+    def inputs(model: nn.Module, name: str) -> tuple[Any, ...]:
+        if name.startswith("mvit"):
+            return (torch.randn(2, 3, 16, 224, 224),)
+        if name.startswith("swin3d"):
+            return (torch.randn(2, 3, 4, 64, 64),)
+        size = 224 if name.startswith("maxvit") else SMALL
+        return (torch.randn(2, 3, size, size),)
+
     for name in models.list_models():
-        if name.startswith("quantized_"):
-            continue
-
-        def make(name: str = name) -> nn.Module:
-            model: nn.Module = (
-                models.get_model(name, weights=None, weights_backbone=None)
-                if (
-                    "backbone"
-                    in models.get_model_builder(name).__annotations__.get("weights_backbone", "")
-                )
-                else models.get_model(name, weights=None)
-            )
-            for module in model.modules():
-                if type(module).__name__ == "StochasticDepth":
-                    module.p = RATE  # type: ignore[assignment]
-            return model
-
-        def inputs(model: nn.Module, name: str = name) -> tuple[Any, ...]:
-            if name.startswith("mvit"):
-                return (torch.randn(2, 3, 16, 224, 224),)
-            if name.startswith("swin3d"):
-                return (torch.randn(2, 3, 4, 64, 64),)
-            size = 224 if name.startswith("maxvit") else SMALL
-            return (torch.randn(2, 3, size, size),)
-
-        yield Architecture(name, make, inputs)
+        if not name.startswith("quantized_"):
+            yield Architecture(name, partial(make, name), partial(inputs, name=name))
 
 
 def _with_drop_path(config: Any) -> bool:
@@ -120,36 +111,32 @@ def _with_drop_path(config: Any) -> bool:
 def transformers_architectures() -> Iterator[Architecture]:
     transformers: Any = import_module("transformers")
     auto: Any = import_module("transformers.models.auto.modeling_auto")
-    for kind in sorted(transformers.CONFIG_MAPPING.values(), key=lambda kind: str(kind.model_type)):
-        chosen = None
+
+    def model_of(kind: Any) -> Any:
+        """The class for a configuration; None where this version has none."""
         for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_BACKBONE_MAPPING):
             try:
                 chosen = mapping[kind]
-                break
             except (KeyError, ValueError):  # not there, or not in this version
                 continue
-        if chosen is None:
-            continue
+            return chosen[0] if isinstance(chosen, (list, tuple)) else chosen
+        return None
+
+    def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(2, channels, height, width)}
+
+    for kind in sorted(transformers.CONFIG_MAPPING.values(), key=lambda kind: str(kind.model_type)):
+        chosen = model_of(kind)
         try:
             config = kind()
         except Exception:  # one that has no defaults
             continue
-        if not _with_drop_path(config):
-            continue
-        if isinstance(chosen, (list, tuple)):
-            chosen = chosen[0]
-
-        def make(chosen: Any = chosen, config: Any = config) -> nn.Module:
-            model: nn.Module = chosen(config)
-            return model
-
-        def inputs(model: nn.Module, config: Any = config) -> dict[str, Any]:
-            size = getattr(config, "image_size", 224)
-            height, width = size if isinstance(size, (list, tuple)) else (size, size)
-            channels = getattr(config, "num_channels", 3)
-            return {"pixel_values": torch.randn(2, channels, height, width)}
-
-        yield Architecture(kind.model_type, make, inputs)
+        if chosen is not None and _with_drop_path(config):
+            make = partial(chosen, config)
+            yield Architecture(kind.model_type, make, partial(inputs, config=config))
 
 
 SOURCES = {
@@ -263,13 +250,9 @@ def zoo(library: str) -> dict[Any, tuple[int, Architecture]]:
     found: dict[Any, tuple[int, Architecture]] = {}
     for name, net in nets(TINY).items():
         if name.partition("-")[0] == library:
-
-            def inputs(model: nn.Module, net: Net = net) -> tuple[Any, ...]:
-                return (net.inputs(4),)
-
             model = net.model()
             sdkernels.patch(model, drop_probs=net.drop_probs)
-            each = Architecture(name, net.model, inputs)
+            each = Architecture(name, net.model, lambda model, net=net: (net.inputs(4),))
             found.update(dict.fromkeys(written_for(model), (0, each)))
     return found
 
@@ -311,33 +294,33 @@ def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
 # The table
 
 
-def table(library: str, found: list[Counted]) -> str:
+def _sum(found: list[Counted]) -> tuple[int, int, int]:
+    """Architectures that are wholly patched, drop path modules, and those that are patched."""
     whole = sum(each.patched == each.modules for each in found)
-    partly = sum(0 < each.patched < each.modules for each in found)
-    modules, patched = sum(e.modules for e in found), sum(e.patched for e in found)
-    lines = [
-        f"| {library} {version(library)} | {len(found)} | {whole} ({whole / len(found):.1%}) | "
-        f"{partly} | {modules} | {patched} ({patched / modules:.1%}) |"
-    ]
-    return "\n".join(lines)
+    return whole, sum(each.modules for each in found), sum(each.patched for each in found)
 
 
-HEADER = (
-    "| library | architectures | wholly patched | partly | drop path modules | patched |\n"
-    "| --- | --- | --- | --- | --- | --- |"
-)
+def table(surveyed: dict[str, list[Counted]]) -> str:
+    columns: dict[str, Callable[[tuple[str, list[Counted]]], object]] = {
+        "library": lambda row: f"{row[0]} {version(row[0])}",
+        "architectures": lambda row: len(row[1]),
+        "wholly patched": lambda row: f"{_sum(row[1])[0]} ({_sum(row[1])[0] / len(row[1]):.1%})",
+        "partly": lambda row: sum(0 < each.patched < each.modules for each in row[1]),
+        "drop path modules": lambda row: _sum(row[1])[1],
+        "patched": lambda row: f"{_sum(row[1])[2]} ({_sum(row[1])[2] / _sum(row[1])[1]:.1%})",
+    }
+    return by_column(surveyed.items(), columns)
 
 
 def reasons(found: list[Counted]) -> str:
-    counts: Counter[str] = Counter()
+    """Why something is left, and where: the most frequent first."""
     names: dict[str, list[str]] = defaultdict(list)
     for each in found:
         for reason in each.left:
-            counts[reason] += 1
             names[reason].append(each.name)
     return "\n".join(
-        f"- {reason} [{count}: {', '.join(names[reason][:3])}{', ...' if count > 3 else ''}]"
-        for reason, count in counts.most_common()
+        f"- {reason} [{len(of)}: {', '.join(of[:3])}{', ...' if len(of) > 3 else ''}]"
+        for reason, of in sorted(names.items(), key=lambda item: -len(item[1]))
     )
 
 
@@ -354,9 +337,7 @@ def write(equal: Iterable[Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks patch-coverage", description=__doc__.partition("\n")[0]
-    )
+    parser = command.parser("patch-coverage", __doc__)
     parser.add_argument("--library", choices=SOURCES, action="append")
     parser.add_argument("--filter", default="", help="architectures whose names have this part")
     parser.add_argument("--every", type=int, default=1, help="one in so many: a sample")
@@ -365,7 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="keep what was found equal")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
-    rows, details = [HEADER], []
+    surveyed: dict[str, list[Counted]] = {}
+    details: list[str] = []
     equal: list[Any] = []
     for library in filter(is_installed, options.library or LIBRARIES):
         if options.zoo:
@@ -374,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
             found, smallest = survey(library, options.filter, options.every)
             if not found:
                 continue
-            rows.append(table(library, found))
+            surveyed[library] = found
             details.append(f"{library}:\n{reasons(found)}")
         if options.check or options.write:
             results = check(smallest)
@@ -386,9 +368,5 @@ def main(arguments: list[str] | None = None) -> int:
             equal += [key for key, reason in results.items() if not reason]
     if options.write:
         write(equal)
-    print("\n".join([*rows, "", *details]))
+    print("\n".join([table(surveyed), "", *details]))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,34 +13,36 @@ masks of the same rows. All providers take turns, one call each.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import fnmatch
-import json
-import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sdkernels
+from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.environment import environment
+from benchmarks.measure.store import write_json
 from benchmarks.providers.libraries import LIBRARIES, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
+from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
-from benchmarks.report.table import markdown, printed, window
+from benchmarks.report.figures import quartile_spread
+from benchmarks.report.table import by_column, document, printed, window
 from benchmarks.studies.patched_subjects import (
     DROP,
     Subject,
     drop_path_of,
     give_drop_paths,
-    index_add,
     masked,
     subjects,
 )
@@ -63,6 +65,12 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {"output": y.detach(), **named}
 
 
+def patch(model: nn.Module, subject: Subject) -> PatchReport:
+    """Of the classes that drop, with a fixed count."""
+    probs = subject.drop_probs(sdkernels.patch(model, drop_probs=DROP))
+    return sdkernels.patch(model, drop_probs=probs, sampler="fixed")
+
+
 def check(subject: Subject, x: Tensor) -> None:
     """Ends the program if a provider computes something else than masks of the same rows."""
 
@@ -74,14 +82,12 @@ def check(subject: Subject, x: Tensor) -> None:
         return made
 
     patched = model()
-    report = sdkernels.patch(patched, drop_probs=DROP)
-    probs = subject.drop_probs(report)
-    report = sdkernels.patch(patched, drop_probs=probs, sampler="fixed")
+    report = patch(patched, subject)
     plan = report.plan(len(x), generator=torch.Generator().manual_seed(1))
     expected = gradients(masked(model(), subject, list(plan)), x)
     with report.use(plan):
         found = {"fused": gradients(patched, x)}
-        with in_place_of_the_op(index_add):
+        with in_place_of_the_op(dinov3):
             found["index_add"] = gradients(patched, x)
     for provider, tensors in found.items():
         try:
@@ -92,20 +98,19 @@ def check(subject: Subject, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """Forward, loss and backward of a model."""
+    """Forward, loss and backward of a model.
+
+    Args:
+        context: entered around the forward pass.
+    """
 
     model: nn.Module
     x: Tensor
-    replacing: bool = False  # index_add in the place of the op
-    report: PatchReport | None = None
-    plan: Any = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(self) -> Tensor:
-        if self.replacing:
-            assert self.report is not None
-            with in_place_of_the_op(index_add), self.report.use(self.plan):
-                return output_of(self.model(self.x)).square().mean()
-        return output_of(self.model(self.x)).square().mean()
+        with self.context():
+            return output_of(self.model(self.x)).square().mean()
 
     def parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -118,16 +123,20 @@ def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport
     def model() -> nn.Module:
         return subject.net.model(torch.float32).to(x.device).train()
 
-    naive = model()
+    naive, fused, gathered = model(), model(), model()
     drop = drop_path_of(naive)
     give_drop_paths(naive, subject, lambda _: copy.deepcopy(drop))
-    fused, gathered = model(), model()
-    probs = subject.drop_probs(sdkernels.patch(fused, drop_probs=DROP))
-    report = sdkernels.patch(fused, drop_probs=probs, sampler="fixed")
-    other = sdkernels.patch(gathered, drop_probs=probs, sampler="fixed")
+    report, other = patch(fused, subject), patch(gathered, subject)
+    plan = other.plan(len(x))
+
+    @contextmanager
+    def by_index_add() -> Iterator[None]:
+        with in_place_of_the_op(dinov3), other.use(plan):
+            yield
+
     steps = {
         "naive": Step(naive, x),
-        "index_add": Step(gathered, x, True, other, other.plan(len(x))),
+        "index_add": Step(gathered, x, by_index_add),
         "fused": Step(fused, x),
     }
     if subject.whole:
@@ -147,8 +156,8 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
         for name in ("naive", "fused")
     }
     seconds = time_in_turns(steps, device, turns).seconds
-    speedups = [n / f for n, f in zip(seconds["naive"], seconds["fused"], strict=True)]
-    low, speedup, high = quartiles(speedups)
+    pairs = zip(seconds["naive"], seconds["fused"], strict=True)
+    low, speedup, high = quartiles([naive / fused for naive, fused in pairs])
     saving = report.expected_saving(x[:1])
     return {
         "name": subject.name,
@@ -156,11 +165,8 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
         "whole": subject.whole,
         "batch_norm": subject.net.batch_norm,
         "seconds": seconds,
-        "median": {name: statistics.median(each) for name, each in seconds.items()},
-        "spread": {
-            name: (quartiles(each)[2] - quartiles(each)[0]) / 2 / statistics.median(each)
-            for name, each in seconds.items()
-        },
+        "median": {name: median(each) for name, each in seconds.items()},
+        "spread": {name: quartile_spread(each) for name, each in seconds.items()},
         "speedup": speedup,  # medians and quartiles of naive / fused, turn by turn
         "speedup_low": low,
         "speedup_high": high,
@@ -172,30 +178,37 @@ def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> d
     }
 
 
-COLUMNS = (
-    "model", "classes that drop", "naive", "index_add", "fused", "dense on k", "naive / fused",
-    "quartiles", "ideal by operations", "saved activations",
-)  # fmt: skip
+Line = dict[str, Any]
 
 
-def cells(line: dict[str, Any]) -> list[str]:
-    median, spread = line["median"], line["spread"]
-
-    def of(name: str) -> str:
-        return f"{median[name] * 1e3:.0f} ms ± {spread[name]:.0%}" if name in median else "-"
-
-    return [
-        line["name"],
-        ", ".join(kind.rpartition(".")[2] for kind in line["classes"]),
-        *(of(name) for name in ("naive", "index_add", "fused", "dense")),
-        f"{line['speedup']:.2f}",
-        f"{line['speedup_low']:.2f} to {line['speedup_high']:.2f}",
-        f"{line['ideal_speedup']:.2f}",
-        f"{line['memory']:.0%}",
-    ]
+def _classes(line: Line) -> str:
+    return ", ".join(kind.rpartition(".")[2] for kind in line["classes"])
 
 
-def verdict(lines: Sequence[dict[str, Any]]) -> str:
+def _time(name: str) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        if name not in line["median"]:
+            return "-"
+        return f"{line['median'][name] * 1e3:.0f} ms ± {line['spread'][name]:.0%}"
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "model": lambda line: line["name"],
+    "classes that drop": _classes,
+    "naive": _time("naive"),
+    "index_add": _time("index_add"),
+    "fused": _time("fused"),
+    "dense on k": _time("dense"),
+    "naive / fused": lambda line: f"{line['speedup']:.2f}",
+    "quartiles": lambda line: f"{line['speedup_low']:.2f} to {line['speedup_high']:.2f}",
+    "ideal by operations": lambda line: f"{line['ideal_speedup']:.2f}",
+    "saved activations": lambda line: f"{line['memory']:.0%}",
+}
+
+
+def verdict(lines: Sequence[Line]) -> str:
     """Which classes are not faster, and how much of a step their branches are."""
     slow = [line for line in lines if not line["faster"]]
     if not slow:
@@ -203,7 +216,7 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
     text = [f"Not faster (lower quartile at most 1), {len(slow)} of {len(lines)} lines:"]
     for line in slow:
         text.append(
-            f"- {line['name']}, {cells(line)[1]}: {line['speedup']:.2f}; its branches are "
+            f"- {line['name']}, {_classes(line)}: {line['speedup']:.2f}; its branches are "
             f"{line['share_of_branches']:.0%} of the step's operations, so that "
             f"{line['ideal_speedup']:.2f} is the most there is to gain"
         )
@@ -212,36 +225,26 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
 
 def run(
     zoo: dict[str, Net], pattern: str, batch: int, turns: int, device: torch.device
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     """Measures every subject whose name matches, and prints its line."""
     chosen = {name: net for name, net in zoo.items() if fnmatch.fnmatch(name, pattern)}
     lines = []
     for subject in subjects(chosen):
         lines.append(measure(subject, batch, turns, device))
-        print("  ".join(cells(lines[-1])), flush=True)
+        print("  ".join(cell(lines[-1]) for cell in COLUMNS.values()), flush=True)
     return lines
-
-
-def write(folder: Path, lines: Iterable[dict[str, Any]], env: dict[str, Any], text: str) -> None:
-    data = {"schema": 1, "drop": DROP, "environment": env, "lines": list(lines)}
-    (folder / "patched-classes.json").write_text(json.dumps(data, indent=1) + "\n")
-    (folder / "patched-classes.md").write_text(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks patched-classes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("patched-classes", __doc__, out=Path("out"))
     parser.add_argument("--filter", default="*", help="shell pattern of the models' names")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"samples (default {BATCH})")
     parser.add_argument("--turns", type=int, default=5, help="calls of each provider (default 5)")
     parser.add_argument("--sizes", choices=("wide", "tiny"), default="wide")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder (default out)")
     options = parser.parse_args(arguments)
+    called = command.command_line("patched-classes", arguments)
     device = torch.device(options.device)
     env, start = environment(device), time.perf_counter()
     missing = [library for library in LIBRARIES if not is_installed(library)]
@@ -250,15 +253,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = run(zoo, options.filter, options.batch, options.turns, device)
     if not lines:
         parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
-    text = "\n\n".join(
-        [
-            f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
-            environment_line(env) + f" | {time.perf_counter() - start:.0f} s",
-            *([f"Not installed: {', '.join(missing)}."] if missing else []),
-            markdown(COLUMNS, map(cells, lines)),
-            verdict(lines),
-        ]
-    )
+    data = {
+        "schema": 1,
+        "drop": DROP,
+        "command": called,
+        "seconds": time.perf_counter() - start,
+        "environment": env,
+        "lines": lines,
+    }
+    sections = [
+        f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
+        *([f"Not installed: {', '.join(missing)}."] if missing else []),
+        by_column(lines, COLUMNS),
+        verdict(lines),
+    ]
+    text = document("Every class that patch() knows", data, sections)
     print(f"\n{printed(text, window())}")
-    write(options.out, lines, env, text + "\n")
+    write_json(options.out / "patched-classes.json", data)
+    (options.out / "patched-classes.md").write_text(text)
     return 0

@@ -1,6 +1,6 @@
 """The models of ``patched_classes.py``: which blocks drop, and by what.
 
-Drop path of the library, masks of given rows, or gather and index_add in the place of the op.
+Drop path of the library, or masks of given rows.
 """
 
 from __future__ import annotations
@@ -8,39 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sdkernels
 from benchmarks.providers.libraries import import_module, is_installed
-from benchmarks.providers.residuals import activated, dense
 from benchmarks.providers.zoo import Net
-from sdkernels import KeptRows, PerSample, Shared, reference
+from sdkernels import KeptRows
 from sdkernels.measure import masking
 from sdkernels.models import PatchedEntry, PatchReport
 from sdkernels.models.parts import looks_like_drop_path
 from sdkernels.models.registry import original_class
 
 DROP = 0.4
-
-
-@activated
-def index_add(
-    x: Tensor, branch: Callable[..., Tensor], p: float, mode: str, training: bool, **options: Any
-) -> Tensor:
-    """fused_stochastic_depth with given rows in PyTorch's ops."""
-    rows = options["rows"]
-    if rows is None:  # nothing is dropped
-        return dense(x, branch, p, **options)
-    args = [arg.value if isinstance(arg, (PerSample, Shared)) else arg for arg in options["args"]]
-    kept = [
-        arg[rows.index] if isinstance(arg, Tensor) and not isinstance(given, Shared) else arg
-        for arg, given in zip(args, options["args"], strict=True)
-    ]
-    used = {name: options[name] for name in ("norm", "layer_scale", "residual", "rows")}
-    return reference.index_add(x, lambda rows_of_x: branch(rows_of_x, *kept), **used)
 
 
 @dataclass(frozen=True)

@@ -71,161 +71,104 @@ def timm_vit(sizes: Sizes, **options: Any) -> Callable[[], nn.Module]:
 
 
 def timm_nets(sizes: Sizes) -> dict[str, Net]:
-    width, wider = sizes.efficientnet
-    relpos = "vision_transformer_relpos:VisionTransformerRelPos"
     vit_options = {"img_size": sizes.image, **sizes.vit}
     swin_options = {"img_size": sizes.image, "window_size": sizes.window, **sizes.swin}
+    convnext_options = {"depths": (1, 2, 1, 1), **sizes.convnext}
+    rope = vit_options | {"use_rot_pos_emb": True}
+    width, wider = sizes.efficientnet
     uir, down, last = (f"uir_r{n}_a3_k3_s{s}_e4_c{width}" for n, s in ((3, 2), (1, 2), (1, 1)))
     mqa = f"mqa_r1_k3_h2_s1_d{width}_c{width}"
-    convnext_options = {"depths": (1, 2, 1, 1), **sizes.convnext}
+    resnet_options = {"layers": (1, 2, 1, 1), "channels": sizes.resnet}
+    bottleneck = resnet_options | {
+        "channels": tuple(c // 4 for c in sizes.resnet),
+        "block_args": {"attn_layer": "se"},
+    }
+
+    def vit(block: str = "Block", **options: Any) -> Net:
+        return Net(timm_vit(sizes, block=block, **options), (block,))
+
+    def net(path: str, *classes: str, **options: Any) -> Net:
+        return Net(timm_model(path, **options), classes)
+
+    def relpos(block: str, **options: Any) -> Net:
+        path = "vision_transformer_relpos:VisionTransformerRelPos"
+        return net(path, block, **vit_options, block=block, **options)
+
+    def swin(path: str, block: str, **options: Any) -> Net:
+        return net(path, block, **swin_options, **options)
+
+    def mixed(*classes: str, batch_norm: bool = True, **options: Any) -> Net:
+        return Net(maxxvit(sizes, **options), classes, batch_norm=batch_norm)
+
+    def mobile(stages: list[list[str]], *classes: str) -> Net:
+        return Net(efficientnet(width, stages), classes, batch_norm=True)
+
+    def resnet(block: str, **options: Any) -> Net:
+        make = timm_model("resnet:ResNet", block=block, **options)
+        return Net(make, (block,), batch_norm=True)
+
     return {
-        "timm-vit": Net(timm_vit(sizes), ("Block",)),
-        "timm-deit3": Net(timm_vit(sizes, init_values=0.1, qk_norm=True), ("Block",)),
-        "timm-vit-post-norm": Net(
-            timm_vit(sizes, block="ResPostBlock", init_values=0.5), ("ResPostBlock",)
+        "timm-vit": vit(),
+        "timm-deit3": vit(init_values=0.1, qk_norm=True),
+        "timm-vit-post-norm": vit("ResPostBlock", init_values=0.5),
+        "timm-vit-parallel": vit("ParallelScalingBlock", qk_norm=True),
+        "timm-vit-things": vit("ParallelThingsBlock", init_values=0.1),
+        "timm-relpos": relpos("RelPosBlock", init_values=0.1),
+        "timm-relpos-post-norm": relpos(
+            "ResPostRelPosBlock", shared_rel_pos=True, rel_pos_type="bias"
         ),
-        "timm-vit-parallel": Net(
-            timm_vit(sizes, block="ParallelScalingBlock", qk_norm=True), ("ParallelScalingBlock",)
+        "timm-eva": net("eva:Eva", "EvaBlock", **rope, init_values=0.1),
+        "timm-eva-post-norm": net(
+            "eva:Eva", "EvaBlockPostNorm", **rope, use_post_norm=True, swiglu_mlp=True
         ),
-        "timm-vit-things": Net(
-            timm_vit(sizes, block="ParallelThingsBlock", init_values=0.1), ("ParallelThingsBlock",)
+        "timm-eva-patch-drop": net(
+            "eva:Eva", "EvaBlock", **rope, patch_drop_rate=0.5, qkv_fused=False
         ),
-        "timm-relpos": Net(
-            timm_model(relpos, **vit_options, init_values=0.1),
-            ("RelPosBlock",),
+        "timm-beit": net(
+            "beit:Beit", "Block", **vit_options, init_values=0.1, use_shared_rel_pos_bias=True
         ),
-        "timm-relpos-post-norm": Net(
-            timm_model(
-                relpos,
-                **vit_options,
-                shared_rel_pos=True,
-                rel_pos_type="bias",
-                block="ResPostRelPosBlock",
-            ),
-            ("ResPostRelPosBlock",),
+        "timm-beit-v2": net("beit:Beit", "Block", **vit_options, use_rel_pos_bias=True),
+        "timm-cait": net("cait:Cait", "LayerScaleBlock", "LayerScaleBlockClassAttn", **vit_options),
+        "timm-swin": swin("swin_transformer:SwinTransformer", "SwinTransformerBlock"),
+        "timm-swin-v2": swin("swin_transformer_v2:SwinTransformerV2", "SwinTransformerV2Block"),
+        "timm-swin-v2-cr": swin(
+            "swin_transformer_v2_cr:SwinTransformerV2Cr",
+            "SwinTransformerV2CrBlock",
+            extra_norm_period=2,
         ),
-        "timm-eva": Net(
-            timm_model("eva:Eva", **vit_options, use_rot_pos_emb=True, init_values=0.1),
-            ("EvaBlock",),
+        "timm-convnext": net("convnext:ConvNeXt", "ConvNeXtBlock", **convnext_options),
+        "timm-convnext-v2": net(
+            *("convnext:ConvNeXt", "ConvNeXtBlock"),
+            **convnext_options,
+            **{"use_grn": True, "conv_mlp": True, "ls_init_value": None},
         ),
-        "timm-eva-post-norm": Net(
-            timm_model(
-                "eva:Eva", **vit_options, use_rot_pos_emb=True, use_post_norm=True, swiglu_mlp=True
-            ),
-            ("EvaBlockPostNorm",),
+        "timm-maxvit": mixed("MbConvBlock", "PartitionAttentionCl"),
+        "timm-maxvit-2d": mixed(
+            *("MbConvBlock", "PartitionAttention2d"),
+            transformer={"use_nchw_attn": True, "init_values": 0.1},
         ),
-        "timm-eva-patch-drop": Net(
-            timm_model(
-                "eva:Eva", **vit_options, use_rot_pos_emb=True, patch_drop_rate=0.5, qkv_fused=False
-            ),
-            ("EvaBlock",),
+        "timm-maxvit-parallel": mixed(
+            "MbConvBlock", "ParallelPartitionAttention", kinds=("PM", "PM")
         ),
-        "timm-beit": Net(
-            timm_model("beit:Beit", **vit_options, init_values=0.1, use_shared_rel_pos_bias=True),
-            ("Block",),
+        "timm-coatnet": mixed(
+            *("MbConvBlock", "TransformerBlock2d"),
+            kinds=("C", "T"),
+            transformer={"init_values": 0.1},
         ),
-        "timm-beit-v2": Net(
-            timm_model("beit:Beit", **vit_options, use_rel_pos_bias=True), ("Block",)
+        "timm-maxxvit": mixed(
+            *("ConvNeXtBlock", "PartitionAttentionCl"),
+            batch_norm=False,
+            conv={"block_type": "convnext", "init_values": 0.1},
         ),
-        "timm-cait": Net(
-            timm_model("cait:Cait", **vit_options), ("LayerScaleBlock", "LayerScaleBlockClassAttn")
+        "timm-resnet": resnet("BasicBlock", **resnet_options),
+        "timm-resnet-bottleneck": resnet("Bottleneck", **bottleneck),
+        "timm-efficientnet": mobile([[f"ir_r4_k3_s2_e4_c{wider}_se0.25"]], "InvertedResidual"),
+        "timm-efficientnet-separable": mobile(
+            [[f"ds_r3_k3_s1_e1_c{width}_se0.25"]], "DepthwiseSeparableConv"
         ),
-        "timm-swin": Net(
-            timm_model("swin_transformer:SwinTransformer", **swin_options),
-            ("SwinTransformerBlock",),
-        ),
-        "timm-swin-v2": Net(
-            timm_model("swin_transformer_v2:SwinTransformerV2", **swin_options),
-            ("SwinTransformerV2Block",),
-        ),
-        "timm-swin-v2-cr": Net(
-            timm_model(
-                "swin_transformer_v2_cr:SwinTransformerV2Cr",
-                **swin_options,
-                extra_norm_period=2,
-            ),
-            ("SwinTransformerV2CrBlock",),
-        ),
-        "timm-convnext": Net(
-            timm_model("convnext:ConvNeXt", **convnext_options),
-            ("ConvNeXtBlock",),
-        ),
-        "timm-convnext-v2": Net(
-            timm_model(
-                "convnext:ConvNeXt",
-                **convnext_options,
-                use_grn=True,
-                conv_mlp=True,
-                ls_init_value=None,
-            ),
-            ("ConvNeXtBlock",),
-        ),
-        "timm-maxvit": Net(
-            maxxvit(sizes), ("MbConvBlock", "PartitionAttentionCl"), batch_norm=True
-        ),
-        "timm-maxvit-2d": Net(
-            maxxvit(sizes, transformer={"use_nchw_attn": True, "init_values": 0.1}),
-            ("MbConvBlock", "PartitionAttention2d"),
-            batch_norm=True,
-        ),
-        "timm-maxvit-parallel": Net(
-            maxxvit(sizes, kinds=("PM", "PM")),
-            ("MbConvBlock", "ParallelPartitionAttention"),
-            batch_norm=True,
-        ),
-        "timm-coatnet": Net(
-            maxxvit(sizes, kinds=("C", "T"), transformer={"init_values": 0.1}),
-            ("MbConvBlock", "TransformerBlock2d"),
-            batch_norm=True,
-        ),
-        "timm-maxxvit": Net(
-            maxxvit(sizes, conv={"block_type": "convnext", "init_values": 0.1}),
-            ("ConvNeXtBlock", "PartitionAttentionCl"),
-        ),
-        "timm-resnet": Net(
-            timm_model(
-                "resnet:ResNet",
-                block="BasicBlock",
-                layers=(1, 2, 1, 1),
-                channels=sizes.resnet,
-            ),
-            ("BasicBlock",),
-            batch_norm=True,
-        ),
-        "timm-resnet-bottleneck": Net(
-            timm_model(
-                "resnet:ResNet",
-                block="Bottleneck",
-                layers=(1, 2, 1, 1),
-                channels=tuple(c // 4 for c in sizes.resnet),
-                block_args={"attn_layer": "se"},
-            ),
-            ("Bottleneck",),
-            batch_norm=True,
-        ),
-        "timm-efficientnet": Net(
-            efficientnet(width, [[f"ir_r4_k3_s2_e4_c{wider}_se0.25"]]),
-            ("InvertedResidual",),
-            batch_norm=True,
-        ),
-        "timm-efficientnet-separable": Net(
-            efficientnet(width, [[f"ds_r3_k3_s1_e1_c{width}_se0.25"]]),
-            ("DepthwiseSeparableConv",),
-            batch_norm=True,
-        ),
-        "timm-efficientnet-edge": Net(
-            efficientnet(width, [[f"er_r4_k3_s2_e2_c{wider}"]]),
-            ("EdgeResidual",),
-            batch_norm=True,
-        ),
-        "timm-efficientnet-conv": Net(
-            efficientnet(width, [[f"cn_r3_k3_s1_c{width}_skip"]]),
-            ("ConvBnAct",),
-            batch_norm=True,
-        ),
-        "timm-mobilenet-v4": Net(
-            efficientnet(width, [[uir], [down, mqa, last]]),
-            ("UniversalInvertedResidual", "MobileAttention"),
-            batch_norm=True,
+        "timm-efficientnet-edge": mobile([[f"er_r4_k3_s2_e2_c{wider}"]], "EdgeResidual"),
+        "timm-efficientnet-conv": mobile([[f"cn_r3_k3_s1_c{width}_skip"]], "ConvBnAct"),
+        "timm-mobilenet-v4": mobile(
+            [[uir], [down, mqa, last]], "UniversalInvertedResidual", "MobileAttention"
         ),
     }

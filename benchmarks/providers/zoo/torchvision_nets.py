@@ -79,13 +79,15 @@ def torchvision_resnet(sizes: Sizes, block: str) -> Callable[[], nn.Module]:
 
 
 def torchvision_nets(sizes: Sizes) -> dict[str, Net]:
+    def swin(block: str) -> Net:
+        return Net(torchvision_swin(sizes, block), (block,))
+
+    def resnet(block: str, **options: Any) -> Net:
+        return Net(torchvision_resnet(sizes, block), (block,), batch_norm=True, **options)
+
     return {
-        "torchvision-swin": Net(
-            torchvision_swin(sizes, "SwinTransformerBlock"), ("SwinTransformerBlock",)
-        ),
-        "torchvision-swin-v2": Net(
-            torchvision_swin(sizes, "SwinTransformerBlockV2"), ("SwinTransformerBlockV2",)
-        ),
+        "torchvision-swin": swin("SwinTransformerBlock"),
+        "torchvision-swin-v2": swin("SwinTransformerBlockV2"),
         "torchvision-convnext": Net(torchvision_convnext(sizes), ("CNBlock",)),
         "torchvision-efficientnet": Net(
             torchvision_efficientnet(sizes), ("MBConv", "FusedMBConv"), batch_norm=True
@@ -93,17 +95,6 @@ def torchvision_nets(sizes: Sizes) -> dict[str, Net]:
         "torchvision-maxvit": Net(
             torchvision_maxvit(sizes), ("MBConv", "PartitionAttentionLayer"), batch_norm=True
         ),
-        "torchvision-resnet": Net(
-            torchvision_resnet(sizes, "BasicBlock"),
-            ("BasicBlock",),
-            batch_norm=True,
-            drop_probs=linear_decay(5, DROP),
-        ),
-        "torchvision-resnet-bottleneck": Net(
-            torchvision_resnet(sizes, "Bottleneck"),
-            ("Bottleneck",),
-            batch_norm=True,
-            drop_probs=DROP,
-            memory=0.7,
-        ),
+        "torchvision-resnet": resnet("BasicBlock", drop_probs=linear_decay(5, DROP)),
+        "torchvision-resnet-bottleneck": resnet("Bottleneck", drop_probs=DROP, memory=0.7),
     }

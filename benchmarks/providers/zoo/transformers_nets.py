@@ -22,20 +22,15 @@ def hugging_face(model: str, config: str, name: str, **options: Any) -> Callable
 
 
 def transformers_nets(sizes: Sizes) -> dict[str, Net]:
+    common = {"image_size": sizes.image, "drop_path_rate": DROP}
     vit = {
-        "image_size": sizes.image,
+        **common,
         "num_hidden_layers": 2,
-        "drop_path_rate": DROP,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         **sizes.hugging_face_vit,
     }
-    swin = {
-        "image_size": sizes.image,
-        "depths": [2, 2],
-        "drop_path_rate": DROP,
-        **sizes.hugging_face_swin,
-    }
+    swin = {**common, "depths": [2, 2], **sizes.hugging_face_swin}
     stages = {
         "depths": [2, 2],
         "drop_path_rate": DROP,
@@ -43,62 +38,25 @@ def transformers_nets(sizes: Sizes) -> dict[str, Net]:
         **sizes.hugging_face_stages,
     }
     convnext = {"num_stages": 2, **stages}
+
+    def net(module: str, prefix: str, memory: float = Net.memory, **options: Any) -> Net:
+        make = hugging_face(module, f"{prefix}Config", f"{prefix}Model", **options)
+        return Net(make, (f"{prefix}Layer",), memory=memory)
+
     return {
-        "transformers-dinov2": Net(
-            hugging_face("dinov2", "Dinov2Config", "Dinov2Model", **vit, layerscale_value=0.5),
-            ("Dinov2Layer",),
+        "transformers-dinov2": net("dinov2", "Dinov2", **vit, layerscale_value=0.5),
+        "transformers-dinov2-registers": net(
+            "dinov2_with_registers", "Dinov2WithRegisters", **vit, use_swiglu_ffn=True
         ),
-        "transformers-dinov2-registers": Net(
-            hugging_face(
-                "dinov2_with_registers",
-                "Dinov2WithRegistersConfig",
-                "Dinov2WithRegistersModel",
-                **vit,
-                use_swiglu_ffn=True,
-            ),
-            ("Dinov2WithRegistersLayer",),
+        "transformers-dinov3": net("dinov3_vit", "DINOv3ViT", **vit),
+        "transformers-beit": net("beit", "Beit", **vit, use_relative_position_bias=True),
+        "transformers-data2vec": net(
+            "data2vec", "Data2VecVision", **vit, use_shared_relative_position_bias=True
         ),
-        "transformers-dinov3": Net(
-            hugging_face("dinov3_vit", "DINOv3ViTConfig", "DINOv3ViTModel", **vit),
-            ("DINOv3ViTLayer",),
-        ),
-        "transformers-beit": Net(
-            hugging_face("beit", "BeitConfig", "BeitModel", **vit, use_relative_position_bias=True),
-            ("BeitLayer",),
-        ),
-        "transformers-data2vec": Net(
-            hugging_face(
-                "data2vec",
-                "Data2VecVisionConfig",
-                "Data2VecVisionModel",
-                **vit,
-                use_shared_relative_position_bias=True,
-            ),
-            ("Data2VecVisionLayer",),
-        ),
-        "transformers-swin": Net(
-            hugging_face("swin", "SwinConfig", "SwinModel", **swin), ("SwinLayer",), memory=0.7
-        ),
-        "transformers-donut-swin": Net(
-            hugging_face("donut", "DonutSwinConfig", "DonutSwinModel", **swin),
-            ("DonutSwinLayer",),
-            memory=0.7,
-        ),
-        "transformers-swin-v2": Net(
-            hugging_face("swinv2", "Swinv2Config", "Swinv2Model", **swin), ("Swinv2Layer",)
-        ),
-        "transformers-convnext": Net(
-            hugging_face("convnext", "ConvNextConfig", "ConvNextModel", **convnext),
-            ("ConvNextLayer",),
-        ),
-        "transformers-convnext-v2": Net(
-            hugging_face("convnextv2", "ConvNextV2Config", "ConvNextV2Model", **convnext),
-            ("ConvNextV2Layer",),
-        ),
-        "transformers-dinov3-convnext": Net(
-            hugging_face(
-                "dinov3_convnext", "DINOv3ConvNextConfig", "DINOv3ConvNextModel", **stages
-            ),
-            ("DINOv3ConvNextLayer",),
-        ),
+        "transformers-swin": net("swin", "Swin", **swin, memory=0.7),
+        "transformers-donut-swin": net("donut", "DonutSwin", **swin, memory=0.7),
+        "transformers-swin-v2": net("swinv2", "Swinv2", **swin),
+        "transformers-convnext": net("convnext", "ConvNext", **convnext),
+        "transformers-convnext-v2": net("convnextv2", "ConvNextV2", **convnext),
+        "transformers-dinov3-convnext": net("dinov3_convnext", "DINOv3ConvNext", **stages),
     }

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.report.plots.blocks import plot_batch, plot_blocks, plot_keep, plot_memory
+from benchmarks.report.plots.bars import (
+    plot_blocks,
+    plot_compiled,
+    plot_host,
+    plot_models,
+    plot_ops,
+)
 from benchmarks.report.plots.break_even import plot_break_even
-from benchmarks.report.plots.models import plot_compiled, plot_depth, plot_host, plot_models
-from benchmarks.report.plots.ops import plot_ops
-from benchmarks.report.plots.style import STYLE, Case
+from benchmarks.report.plots.style import Case, save
+from benchmarks.report.plots.sweeps import plot_batch, plot_depth, plot_keep, plot_memory, sweeps
 from benchmarks.report.plots.timeline import plot_timeline
 from benchmarks.report.plots.training import plot_training
 
 __all__ = ["save_plots"]
 
-_PLOTS = {
-    "blocks": ("block", plot_blocks),
+
+def _blocks(cases: list[Case]) -> Figure | None:
+    return plot_blocks(cases, {case["name"] for group in sweeps(cases, "batch") for case in group})
+
+
+# file: the kind of case, and what draws all of them
+_PLOTS: dict[str, tuple[str, Callable[[list[Case]], Figure | None]]] = {
+    "blocks": ("block", _blocks),
     "speedup-keep": ("block", plot_keep),
     "memory-keep": ("block", plot_memory),
     "scaling-batch": ("block", plot_batch),
@@ -31,34 +43,24 @@ _PLOTS = {
 }
 
 
-def _figures(result: dict[str, Any]) -> dict[str, Figure]:
-    drawn: dict[str, Figure] = {}
-    measured = [case for case in result["cases"] if case["providers"]]
-    for name, (kind, plot) in _PLOTS.items():
-        cases = [case for case in measured if case["kind"] == kind]
-        figure = plot(cases) if cases else None
-        if figure is not None:
-            drawn[name] = figure
-    ops: dict[tuple[Any, ...], list[Case]] = {}
-    for case in measured:
-        if case["kind"] == "op":
-            ops.setdefault((tuple(case["shape"]), case["k"]), []).append(case)
-    for (shape, k), cases in ops.items():
-        drawn[f"ops-{'x'.join(str(n) for n in shape)}-k{k}"] = plot_ops(cases)
-    if result["timeline"]:
-        drawn["timeline"] = plot_timeline(result["timeline"])
-    if result["training"]:
-        drawn["training"] = plot_training(result["training"])
-    return drawn
-
-
 def save_plots(result: dict[str, Any], directory: Path) -> list[Path]:
     """Writes the plots whose cases were run; returns their paths."""
-    paths = []
-    with plt.rc_context(STYLE):
-        for name, figure in _figures(result).items():
-            path = directory / f"{name}.png"
-            figure.savefig(path, dpi=130)
-            plt.close(figure)
-            paths.append(path)
-    return paths
+    of_kind: dict[str, list[Case]] = {}
+    for case in result["cases"]:
+        if case["providers"]:
+            of_kind.setdefault(case["kind"], []).append(case)
+    plots = {
+        name: partial(plot, of_kind[kind])
+        for name, (kind, plot) in _PLOTS.items()
+        if kind in of_kind
+    }
+    ops: dict[str, list[Case]] = {}
+    for case in of_kind.get("op", []):
+        shape = "x".join(str(n) for n in case["shape"])
+        ops.setdefault(f"ops-{shape}-k{case['k']}", []).append(case)
+    plots |= {name: partial(plot_ops, cases) for name, cases in ops.items()}
+    if result["timeline"]:
+        plots["timeline"] = partial(plot_timeline, result["timeline"])
+    if result["training"]:
+        plots["training"] = partial(plot_training, result["training"])
+    return save(plots, directory)

@@ -35,7 +35,6 @@ def plot_break_even(cases: list[Case]) -> Figure | None:
         sharex=True,
         sharey=True,
         squeeze=False,
-        layout="constrained",
     )
     for line, (other, text) in zip(panels, MAPS.items(), strict=True):
         values = {

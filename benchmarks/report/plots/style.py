@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display where benchmarks run
 
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Okabe and Ito's palette, told apart also by colour-blind readers; one colour per provider in every
 # plot.
@@ -66,6 +69,9 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "lines.markersize": 4,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 10,
@@ -91,20 +97,86 @@ def figure_of(case: Case, provider: str, key: str) -> Any:
     return case["providers"].get(provider, {}).get(key)
 
 
+def save(plots: Mapping[str, Callable[[], Figure | None]], directory: Path) -> list[Path]:
+    """Draws every plot for which there is something to draw; returns the files' paths."""
+    paths = []
+    with plt.rc_context(STYLE):
+        for name, plot in plots.items():
+            figure = plot()
+            if figure is not None:
+                paths.append(directory / f"{name}.png")
+                figure.savefig(paths[-1], dpi=130)
+                plt.close(figure)
+    return paths
+
+
+def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
+    """A figure, and its axes as [rows][columns], each so large in inches."""
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+
+
 def legend(figure: Figure, columns: int = 3) -> None:
     """Below the figure, of all its panels, every name once."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
-        handles, names = axes.get_legend_handles_labels()
-        for handle, name in zip(handles, names, strict=True):
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-    )
+    place = "outside lower center"
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns)
+
+
+def log_axis(axes: Axes, ticks: Sequence[float], which: str = "x", **labels: str) -> None:
+    """A logarithmic axis whose ticks are these plain numbers."""
+    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{which}scale": "log"}, **labels)
+    axis.set_ticks(ticks)
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def lines(
+    axes: Axes,
+    cases: Sequence[Case],
+    over: str,
+    providers: Iterable[str],
+    value: Callable[[Case, str], float | None],
+) -> None:
+    """A line a provider: ``value(case, provider)`` at ``case[over]``; the floor's is dotted."""
+    for provider in providers:
+        points = [(case[over], value(case, provider)) for case in cases]
+        points = [point for point in points if point[1] is not None]
+        if points:
+            look = {"linestyle": ":", "marker": "s"} if provider == "dense" else {"marker": "o"}
+            look |= {"color": colour(provider), "label": label(provider)}
+            axes.plot(*zip(*points, strict=True), **look)
+
+
+def ideal_line(axes: Axes, at: float, text: str = "ideal, 1 / keep") -> None:
+    axes.axhline(at, color="black", linestyle="--", linewidth=1, label=text)
+
+
+def speedup_bars(
+    cases: Sequence[Case],
+    providers: Iterable[str],
+    names: Sequence[str],
+    ideals: Sequence[float | None],
+    ideal: str,
+    baseline: str,
+    **text: str,
+) -> Figure:
+    """Speed-ups over the baseline: a group of bars a case, and its ideal beside them."""
+    providers = [p for p in providers if any(p in case["providers"] for case in cases)]
+    figure, axes = plt.subplots(figsize=(8.4, 1.9 + 0.2 * (len(providers) + 1) * len(cases)))
+    of_all = [(p, [figure_of(case, p, "speedup") for case in cases]) for p in providers]
+    grouped_bars(axes, names, of_all)
+    for y, at in enumerate(ideals):
+        if at:
+            axes.vlines(at, y - 0.45, y + 0.45, "black", linestyles="--", label=ideal)
+    axes.axvline(1, color="#555555", linewidth=1, label=baseline)
+    axes.set(**text)
+    legend(figure)
+    return figure
 
 
 def grouped_bars(
@@ -118,13 +190,9 @@ def grouped_bars(
         shown = [(y, v) for y, v in zip(places, values, strict=True) if v is not None]
         if not shown:
             continue
-        bars = axes.barh(
-            [y for y, _ in shown],
-            [v for _, v in shown],
-            height * 0.92,
-            color=colour(provider),
-            label=label(provider),
-        )
+        ys, widths = zip(*shown, strict=True)
+        look = {"color": colour(provider), "label": label(provider)}
+        bars = axes.barh(ys, widths, height * 0.92, **look)
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8, bbox=LABEL_BOX)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -25,7 +25,7 @@ COLOURS = {
 def plot_timeline(timeline: dict[str, Any]) -> Figure:
     """A lane for every provider; a line where its backward begins."""
     providers = timeline["providers"]
-    figure, axes = plt.subplots(figsize=(11, 1.6 + 0.9 * len(providers)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 1.6 + 0.9 * len(providers)))
     seen = []
     for y, record in enumerate(providers.values()):
         for kind, colour in COLOURS.items():
@@ -48,5 +48,5 @@ def plot_timeline(timeline: dict[str, Any]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="time (ms), one profiled step", title=timeline["case"])
     handles = [Patch(color=COLOURS[kind], label=kind) for kind in COLOURS if kind in seen]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=8)
     return figure

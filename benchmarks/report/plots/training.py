@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report.plots.style import COLOURS
+from benchmarks.report.plots.style import BLUE, COLOURS, GREY, ORANGE
 
 
 def _plot_curves(axes: Axes, variants: dict[str, Any], names: tuple[str, str], title: str) -> None:
     """Naive masking as a broad band, the fused op as a thin line on it."""
-    looks = (("#999999", 5.0), ("#0072B2", 1.4))
+    looks = ((GREY, 5.0), (BLUE, 1.4))
     for name, (colour, width) in zip(names, looks, strict=True):
         losses, accuracy = variants[name]["losses"], variants[name]["validation_accuracy"][-1]
         label = f"{name}, validation accuracy {100 * accuracy:.1f} %"
@@ -29,9 +29,7 @@ def _plot_curves(axes: Axes, variants: dict[str, Any], names: tuple[str, str], t
 def plot_training(training: dict[str, Any]) -> Figure:
     """Loss curves, how far each pair of them is apart, and what a step costs."""
     variants = training["variants"]
-    figure, ((bernoulli, fixed), (apart, cost)) = plt.subplots(
-        2, 2, figsize=(12, 8.4), layout="constrained"
-    )
+    figure, ((bernoulli, fixed), (apart, cost)) = plt.subplots(2, 2, figsize=(12, 8.4))
     _plot_curves(bernoulli, variants, ("naive", "fused"), "Handwritten digits, Bernoulli rows")
     _plot_curves(fixed, variants, ("naive-fixed", "fused-fixed"), "Handwritten digits, fixed count")
 
@@ -39,11 +37,11 @@ def plot_training(training: dict[str, Any]) -> Figure:
         (
             "naive-perturbed",
             "naive",
-            "#999999",
+            GREY,
             "yardstick: naive from weights changed by 1e-7 - naive",
         ),
-        ("fused", "naive", "#0072B2", "fused - naive, Bernoulli"),
-        ("fused-fixed", "naive-fixed", "#E69F00", "fused - naive, fixed count"),
+        ("fused", "naive", BLUE, "fused - naive, Bernoulli"),
+        ("fused-fixed", "naive-fixed", ORANGE, "fused - naive, fixed count"),
     ):
         pairs = zip(variants[name]["losses"], variants[other]["losses"], strict=True)
         differences = [abs(a - b) for a, b in pairs]

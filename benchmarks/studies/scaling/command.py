@@ -7,8 +7,6 @@ and writes ``scaling.json``, ``scaling.md`` and plots.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import command
 from benchmarks.measure.correctness import ProviderMismatch
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
-from benchmarks.measure.store import read_json
+from benchmarks.measure.store import read_json, write_json
 from benchmarks.report.table import printed, window
 from benchmarks.studies.scaling.model import (
     KIND_NAMES,
@@ -314,10 +313,9 @@ def run(preset: Preset, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     listed = "; ".join(f"{name}: {preset.duration}" for name, preset in PRESETS.items())
-    parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
+    parser = command.parser("scaling", __doc__, out=Path("benchmarks/out/scaling"))
     parser.add_argument("--preset", choices=PRESETS, default="quick", help=listed)
     parser.add_argument("--device", default="cpu", help="where branches are timed (default cpu)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/scaling"))
     parser.add_argument(
         "--rebuild", action="store_true", help="report and plots of OUT/scaling.json; no run"
     )
@@ -342,10 +340,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ProviderMismatch, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 1
-        results = {"preset": options.preset, **results}
-        written.write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "scaling.md").write_text(report(results))
+        called = command.command_line("scaling", arguments)
+        results = {"preset": options.preset, "command": called, **results}
+        write_json(written, results)
+    page = report(results)
+    (options.out / "scaling.md").write_text(page)
     for path in save_plots(results, options.out):
         print(f"wrote {path}")
-    print(printed(report(results), window()))
+    print(printed(page, window()))
     return 0

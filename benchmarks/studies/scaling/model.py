@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure.correctness import TOLERANCE, ProviderMismatch, largest_error
+from benchmarks.measure.correctness import compare
 from benchmarks.measure.memory import saved_activation_bytes
+from benchmarks.measure.workload import values
 from benchmarks.providers.residuals import Rule, dense, dinov3, naive
 from benchmarks.providers.vit import Block
+from benchmarks.report.figures import quartile_spread
 from benchmarks.studies.scaling.simulation import KINDS
 from sdkernels import KeptRows, fused_stochastic_depth
 
@@ -153,21 +155,16 @@ def check(name: str, net: Net, variants: Mapping[Any, Variant], reference: Any) 
         ProviderMismatch: one of them computes something else.
     """
 
-    def results(variant: Variant) -> list[Tensor]:
+    def results(variant: Variant) -> dict[str, Tensor]:
         patches, labels = variant.batch
         logits = net(patches, [variant.rows] * KINDS * len(net.blocks), variant.residual)
         loss = F.cross_entropy(logits, labels)
-        return [logits.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+        found = values(loss, dict(net.named_parameters()), torch.ones_like(loss))
+        return found | {"output": logits.detach()}
 
     expected = results(variants[reference])
     for key, variant in variants.items():
-        for got, wanted in zip(results(variant), expected, strict=True):
-            error = largest_error(got, wanted)
-            if not error <= TOLERANCE[wanted.dtype]:
-                raise ProviderMismatch(
-                    f"{name}: {key!r} differs from {reference!r} by {error:.3g} of the largest "
-                    f"entry, allowed {TOLERANCE[wanted.dtype]:.3g}"
-                )
+        compare(f"{name}: {key!r}", results(variant), expected)
 
 
 def saved_bytes(net: Net, kind: int, x: Tensor, rows: KeptRows) -> int:
@@ -244,7 +241,7 @@ def measure_branches(
                 "batch": batch,
                 "counts": counts,
                 "seconds": [median[k] for k in counts],
-                "spread": [relative_spread(of_kind[k]) for k in counts],
+                "spread": [quartile_spread(of_kind[k]) for k in counts],
                 "half": half,
                 "at_half": {
                     key: median[half if key == "fused" else key]
@@ -254,12 +251,6 @@ def measure_branches(
             }
         )
     return measured
-
-
-def relative_spread(seconds: Sequence[float]) -> float:
-    """Half the distance between the quartiles, over the median."""
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return (high - low) / 2 / median
 
 
 def measure_rest(shape: Shape, batch: int, turns: int, device: torch.device) -> dict[str, float]:

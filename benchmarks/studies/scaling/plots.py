@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from benchmarks.report.plots.style import STYLE
+from benchmarks.report.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    ideal_line,
+    legend,
+    panels,
+    save,
+)
 from benchmarks.studies.scaling.report import WHERE, batches_of, hardest
 from benchmarks.studies.scaling.simulation import (
     KINDS,
@@ -21,44 +32,30 @@ from benchmarks.studies.scaling.simulation import (
     largest_of,
 )
 
-# Okabe and Ito's palette; the markers tell curves apart that lie on each other.
+# The markers tell curves apart that lie on each other.
 LOOKS = {
-    "bernoulli": ("#D55E00", "o"),
-    "total": ("#E69F00", "v"),
-    "dealt": ("#009E73", "s"),
-    "rounded": ("#0072B2", "D"),
-    "fixed": ("#999999", "x"),
+    "bernoulli": (RED, "o"),
+    "total": (ORANGE, "v"),
+    "dealt": (GREEN, "s"),
+    "rounded": (BLUE, "D"),
+    "fixed": (GREY, "x"),
 }
 
 
 def plot_ranks(results: dict[str, Any]) -> Figure:
     """Step time over the ideal by number of ranks: a column a batch, a row a way to wait."""
     ranks, batches = results["ranks"], batches_of(results)
-    figure, panels = plt.subplots(
-        len(SYNCS),
-        len(batches),
-        figsize=(2 + 3.6 * len(batches), 7.4),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    width = 3.6 + 2 / len(batches)
+    figure, grid = panels(len(SYNCS), len(batches), width, 3.7, sharex=True, sharey="row")
     for column, batch in enumerate(batches):
         case = hardest(results["cases"], batch)
         for row, sync in enumerate(SYNCS):
-            axes = panels[row][column]
+            axes = grid[row][column]
             for sampler, (colour, marker) in LOOKS.items():
                 over = np.array(case["samplers"][sampler][sync]["over_ideal"])
-                axes.plot(
-                    ranks,
-                    1 + over,
-                    color=colour,
-                    marker=marker,
-                    markersize=5,
-                    markerfacecolor="none",
-                    label=sampler,
-                )
-            axes.axhline(1, color="black", linewidth=1, linestyle="--", label="ideal")
+                look = {"color": colour, "marker": marker, "markerfacecolor": "none"}
+                axes.plot(ranks, 1 + over, label=sampler, **look)
+            ideal_line(axes, 1, "ideal")
             axes.set_xscale("log", base=2)
             axes.set_xticks(ranks[:: 2 if len(ranks) > 6 else 1])
             axes.xaxis.set_major_formatter("{x:g}")
@@ -70,8 +67,7 @@ def plot_ranks(results: dict[str, Any]) -> Figure:
                 axes.set_xlabel("data-parallel ranks")
             if column == 0:
                 axes.set_ylabel(f"step time / ideal\n(ranks wait once a {sync})")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    legend(figure, 6)
     shape = results["shape"]
     figure.suptitle(
         f"What the slowest rank adds: simulated from measured times, ViT D={shape['width']}, "
@@ -92,7 +88,7 @@ def plot_distribution(results: dict[str, Any]) -> Figure:
     fixed = case["branches"] / KINDS * sum(line["fixed"] for line in lines)
     values = values + fixed + measured["ends_seconds"] + measured["optimizer_seconds"]
     mean = float(values @ probabilities)
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.6))
     chosen = [r for r in ranks if r in (1, 8, 64, 512, 1024, 4096)]
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(chosen)))
     first, last = np.interp(
@@ -118,37 +114,23 @@ def plot_distribution(results: dict[str, Any]) -> Figure:
         f"{case['branches']} branches",
     )
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
 def plot_branches(results: dict[str, Any]) -> Figure:
     """Seconds by kept rows with the fitted lines, and how far off the lines are."""
     batches = list(results["measured"])
-    figure, panels = plt.subplots(
-        2,
-        len(batches),
-        figsize=(2 + 3.6 * len(batches), 6),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        height_ratios=(2, 1),
-        layout="constrained",
-    )
+    shared = {"sharex": "col", "sharey": "row", "height_ratios": (2, 1)}
+    figure, grid = panels(2, len(batches), 3.6 + 2 / len(batches), 3, **shared)
     for column, batch in enumerate(batches):
-        above, below = panels[0][column], panels[1][column]
+        above, below = grid[0][column], grid[1][column]
         for branch, colour, marker in zip(
-            results["measured"][batch]["branches"], ("#0072B2", "#D55E00"), "os", strict=True
+            results["measured"][batch]["branches"], (BLUE, RED), "os", strict=True
         ):
-            points = [
-                point
-                for point in zip(
-                    branch["counts"], branch["seconds"], branch["residuals"], strict=True
-                )
-                if point[0] > 0  # a logarithm has no place for none
-            ]
+            first = int(branch["counts"][0] == 0)  # a logarithm has no place for none
             counts, seconds, residuals = (
-                np.array(each, float) for each in zip(*points, strict=True)
+                np.array(branch[key][first:]) for key in ("counts", "seconds", "residuals")
             )
             line = branch["line"]["fixed"] + branch["line"]["per_row"] * counts
             above.plot(counts, 1e3 * seconds, marker, color=colour, label=branch["kind"])
@@ -162,11 +144,10 @@ def plot_branches(results: dict[str, Any]) -> Figure:
         below.xaxis.set_major_formatter("{x:g}")
         below.minorticks_off()
         below.set_xlabel("kept samples k")
-    panels[0][0].set_ylabel("branch, forward + backward (ms)")
-    panels[0][0].yaxis.set_major_formatter("{x:g}")
-    panels[1][0].set_ylabel("measured / line - 1")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    grid[0][0].set_ylabel("branch, forward + backward (ms)")
+    grid[0][0].yaxis.set_major_formatter("{x:g}")
+    grid[1][0].set_ylabel("measured / line - 1")
+    legend(figure, 4)
     shape = results["shape"]
     figure.suptitle(
         f"A branch by number of kept samples, ViT D={shape['width']}, N={shape['tokens']}, "
@@ -177,9 +158,7 @@ def plot_branches(results: dict[str, Any]) -> Figure:
 
 def plot_validation(results: dict[str, Any]) -> Figure:
     """Measured excess of the slowest rank beside the simulated one."""
-    figure, panels = plt.subplots(
-        1, len(SYNCS), figsize=(11, 4.6), squeeze=False, layout="constrained"
-    )
+    figure, (line,) = panels(1, len(SYNCS), 5.5, 4.6)
     groups = [
         (f"{sampler}\n{outcome['ranks']} ranks", found["excess"])
         for outcome in results["validation"]
@@ -187,13 +166,13 @@ def plot_validation(results: dict[str, Any]) -> Figure:
     ]
     places = np.arange(len(groups))
     bars = (
-        ("counts", "simulated, counts alone", "#E69F00"),
-        ("counts_and_noise", "simulated, counts and machine noise", "#0072B2"),
+        ("counts", "simulated, counts alone", ORANGE),
+        ("counts_and_noise", "simulated, counts and machine noise", BLUE),
     )
-    for axes, sync in zip(panels[0], SYNCS, strict=True):
+    for axes, sync in zip(line, SYNCS, strict=True):
         measured = 100 * np.array([excess[sync]["measured"] for _, excess in groups])
         interval = 100 * np.array([excess[sync]["interval"] for _, excess in groups]).T
-        axes.bar(places - 0.27, measured, 0.25, color="#999999", label="measured, 90 % interval")
+        axes.bar(places - 0.27, measured, 0.25, color=GREY, label="measured, 90 % interval")
         errors = np.abs(interval - measured)
         axes.errorbar(places - 0.27, measured, errors, fmt="none", color="black", capsize=3)
         for i, (key, label, colour) in enumerate(bars):
@@ -203,9 +182,8 @@ def plot_validation(results: dict[str, Any]) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"ranks wait {WHERE[sync].partition(' (')[0]}")
         axes.grid(axis="x", visible=False)
-    panels[0][0].set_ylabel("slowest rank's time over the mean rank's (%)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    line[0].set_ylabel("slowest rank's time over the mean rank's (%)")
+    legend(figure, 3)
     case = results["validation"][0]["case"]
     figure.suptitle(
         f"Real DDP processes and the simulation, B = {case['batch']} a rank, p = {case['p']:g}"
@@ -223,11 +201,4 @@ PLOTS = {
 
 def save_plots(results: dict[str, Any], directory: Path) -> list[Path]:
     """Writes all plots; returns their paths."""
-    paths = []
-    with plt.rc_context(STYLE):
-        for name, plot in PLOTS.items():
-            figure = plot(results)
-            paths.append(directory / f"{name}.png")
-            figure.savefig(paths[-1], dpi=150)
-            plt.close(figure)
-    return paths
+    return save({name: partial(plot, results) for name, plot in PLOTS.items()}, directory)

@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from digits import digits
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -263,9 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sharded = world_size > 1
     if sharded:
         dist.init_process_group("nccl" if on_gpu else "gloo")
-        init_device_mesh("cuda" if on_gpu else "cpu", (world_size,))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu"
-    torch.set_num_threads(1)  # tensors are so small that several would wait for each other
+    if on_gpu:
+        torch.cuda.set_device(device)
 
     torch.manual_seed(0)
     train_x, train_y, val_x, val_y = (tensor.to(device) for tensor in digits())
@@ -330,4 +329,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # tensors are so small that several would wait for each other
     main()

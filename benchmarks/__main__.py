@@ -18,6 +18,7 @@ COMMANDS = {
     "batch-norm": "benchmarks.studies.batch_norm",
     "scaling": "benchmarks.studies.scaling.command",
     "host-cost": "benchmarks.studies.host_cost",
+    "multi-crop": "benchmarks.studies.multi_crop",
     "cuda-bandwidth": "benchmarks.studies.cuda_bandwidth",
 }
 

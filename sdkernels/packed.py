@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .backends.ops import is_compiling
 from .building_blocks import STRIDED, check_tensor
@@ -21,8 +22,8 @@ class Packed:
     """The tokens of all kept samples of several crops, one after the other.
 
     What a branch gets with ``packed=True``. Layers that treat tokens independently (norms, linear
-    layers, an MLP) run once on `values`; attention runs on :meth:`split`, one tensor a crop, or on
-    `values` with `cu_seqlens` by a kernel for sequences of several lengths.
+    layers, an MLP) run once on `values`; what needs samples runs on :meth:`split`, one tensor a
+    crop. :meth:`attention` does so; kernels for sequences of several lengths take `cu_seqlens`.
 
     Attributes:
         values: [T, C], crop after crop and in it sample after sample; zeros behind them where T was
@@ -106,6 +107,50 @@ class Packed:
             flat.append(flat[0].new_zeros((self.padding, *flat[0].shape[1:])))
         return torch.cat(flat)
 
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        varlen: bool = False,
+    ) -> Tensor:
+        """Softmax attention within every sample.
+
+        Args:
+            query, key, value: [T, heads, D], of the tokens of `values`.
+            scale: of the products. Default: 1 / sqrt(D).
+            varlen: one call of ``torch.nn.attention.varlen.varlen_attn`` for all crops, on a CUDA
+                device in float16 or bfloat16. Default: ``scaled_dot_product_attention`` crop by
+                crop, and a concatenation.
+
+        Returns:
+            [T, heads, D]. Nothing is said of the rows of the padding.
+
+        Raises:
+            TypeError, ValueError: tensors that do not belong to these tokens.
+            RuntimeError: `varlen` where there is no such kernel.
+        """
+        tensors = {"query": query, "key": key, "value": value}
+        for name, tensor in tensors.items():
+            _check_tokens(tensor, self.values.shape[0], name)
+            if tensor.dim() != 3:
+                raise ValueError(f"{name}: expected [T, heads, D], got shape {tuple(tensor.shape)}")
+        if varlen:
+            attend = _varlen_attn(query)
+            if query.shape[0] > 0:  # such kernels refuse an empty batch
+                starts, longest = self.cu_seqlens, self.max_length
+                options = {} if scale is None else {"scale": scale}
+                out: Tensor = attend(query, key, value, starts, starts, longest, longest, **options)
+                return out
+        outs = []
+        for parts in zip(*map(self.split, tensors.values()), strict=True):
+            q, k, v = (part.flatten(1, -3).transpose(1, 2) for part in parts)
+            out = scaled_dot_product_attention(q, k, v, scale=scale)
+            outs.append(out.transpose(1, 2).reshape(*parts[0].shape[:-1], v.shape[-1]))
+        return self.join(outs)
+
     @property
     def lengths(self) -> Tensor:
         """[S] int32: how many tokens each sample has; with ``multiple_of``, the padding last."""
@@ -145,6 +190,22 @@ class Packed:
             starts = lengths.cumsum(0, dtype=torch.int32)
             self._lengths[device] = lengths, torch.cat([starts.new_zeros(1), starts])
         return self._lengths[device]
+
+
+def _varlen_attn(query: Tensor) -> Callable[..., Any]:
+    """PyTorch's kernel for sequences of several lengths."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError(
+            "varlen: expected float16 or bfloat16 on a CUDA device, which PyTorch's varlen_attn is "
+            f"for, got {query.dtype} on {query.device}"
+        )
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise RuntimeError(
+            f"varlen: expected a PyTorch with torch.nn.attention.varlen, got {torch.__version__}"
+        ) from None
+    return varlen_attn
 
 
 def check_multiple_of(multiple_of: object) -> int:

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sdkernels
-from sdkernels import DepthPlan, KeptRows, StochasticDepth, fused_stochastic_depth
+from sdkernels import DepthPlan, KeptRows, Packed, StochasticDepth, fused_stochastic_depth
 
 TIMEOUT = datetime.timedelta(seconds=60)
 WIDTH, DEPTH, BATCH, STEPS = 8, 3, 2, 6
@@ -100,8 +102,9 @@ def all_rows(p: float, mode: str, forwards: int) -> list[list[list[KeptRows]]]:
 
 def joined(rows: list[KeptRows]) -> KeptRows:
     """The rows of all ranks as those of one large batch."""
-    index = torch.cat([each.index + rank * BATCH for rank, each in enumerate(rows)])
-    return KeptRows.from_index(index, BATCH * len(rows), rows[0].scale)
+    batch = rows[0].batch
+    index = torch.cat([each.index + rank * batch for rank, each in enumerate(rows)])
+    return KeptRows.from_index(index, batch * len(rows), rows[0].scale)
 
 
 def assert_ranks_disagree(rows: list[list[list[KeptRows]]]) -> None:
@@ -350,6 +353,224 @@ if importlib.util.find_spec("timm") is not None:
     check(ddp_patched_timm_vit)
     check(ddp_patched_timm_vit_with_no_sync)
     check(fsdp2_patched_timm_vit)
+
+
+# Crops in one tensor, and layers on one set of rows
+
+
+def mask_of(rows: KeptRows) -> Tensor:
+    return ((rows.slot >= 0) * rows.scale).view(-1, 1, 1)
+
+
+class CropBranch(nn.Module):
+    """Linear layers on all tokens; between them the tokens of a sample see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, packed: Packed) -> Tensor:
+        parts = packed.split(self.first(packed.values))
+        return self.second(packed.join([part.softmax(1) for part in parts]))
+
+
+class CropModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, WIDTH)
+        self.blocks = nn.ModuleList(
+            StochasticDepth(CropBranch(), 0.7, norm=nn.LayerNorm(WIDTH), packed=True, multiple_of=8)
+            for _ in range(DEPTH)
+        )
+        self.head = nn.Linear(WIDTH, 1)
+        self.checkpointed = False
+
+    def forward(self, crops: list[Tensor], plan: list[list[KeptRows]]) -> Tensor:
+        xs = list(map(self.stem, crops))
+        for block, rows in zip(self.blocks, plan, strict=True):
+            if self.checkpointed:
+                xs = checkpoint(block, xs, rows=rows, use_reentrant=False)
+            else:
+                xs = block(xs, rows=rows)
+        return self.loss(xs)
+
+    def masked(self, crops: list[Tensor], plan: list[list[KeptRows]]) -> Tensor:
+        """All samples of every crop through every branch, times a mask."""
+        xs = list(map(self.stem, crops))
+        for block, rows in zip(self.blocks, plan, strict=True):
+            outs = [block.branch(Packed.of([block.norm(x)])).view(x.shape) for x in xs]
+            xs = [x + mask_of(r) * out for x, r, out in zip(xs, rows, outs, strict=True)]
+        return self.loss(xs)
+
+    def loss(self, xs: list[Tensor]) -> Tensor:
+        return torch.stack([loss_of(self.head(x)) for x in xs]).sum()
+
+
+CROPS = [(BATCH, 5), (2 * BATCH, 3)]  # samples of a rank and their tokens
+
+
+def crops_of(step: int, rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return [torch.randn(batch, tokens, 4, generator=generator) for batch, tokens in CROPS]
+
+
+def assert_crops_as_masked(wrap: Callable[[nn.Module], nn.Module], checkpointed: bool) -> None:
+    """Gradients of three steps, added up, against masks in a single process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CropModel()
+    single = copy.deepcopy(model)
+    model.checkpointed = checkpointed
+    wrapped = wrap(model)
+    drawn = []
+    for step in range(3):
+        batches = [batch for batch, _ in CROPS]
+        plans = [DepthPlan.for_step(7, step, batches, [0.7] * DEPTH, rank=r) for r in range(world)]
+        by_crop = [list(zip(*branch, strict=True)) for branch in zip(*plans, strict=True)]
+        drawn.append([list(ranks) for branch in by_crop for ranks in branch])
+        wrapped(crops_of(step, rank), list(plans[rank])).backward()
+        of_ranks = zip(*(crops_of(step, r) for r in range(world)), strict=True)
+        joint = [torch.cat(parts) for parts in of_ranks]
+        single.masked(joint, [[joined(list(r)) for r in each] for each in by_crop]).backward()
+    assert_ranks_disagree(drawn)
+    for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad)
+
+
+@check
+def ddp_packed_crops() -> None:
+    for checkpointed in (False, True):
+        assert_crops_as_masked(DistributedDataParallel, checkpointed)
+
+
+@check
+def fsdp2_packed_crops() -> None:
+    for checkpointed in (False, True):
+        assert_crops_as_masked(sharded, checkpointed)
+
+
+@check
+def fsdp2_patched_crops_checkpointed() -> None:
+    """DINOv3's order: what is patched is checkpointed, then sharded.
+
+    The first rank keeps nothing of one branch, the others nothing of one crop.
+    """
+    import test_dino
+
+    save = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sizes = [(BATCH, 5, test_dino.C), (2 * BATCH, 3, test_dino.C)]
+    kept = [[[], [0, 2, 3]] if r else [[], []] for r in range(world)]
+    turned = [[[1], [0, 1]] if r else [[0, 1], [2]] for r in range(world)]
+    rows = [
+        [
+            [
+                KeptRows.from_index(torch.tensor(own, dtype=torch.int64), size[0], 2.0)
+                for own, size in zip(of_rank, sizes, strict=True)
+            ]
+            for of_rank in branch
+        ]
+        for branch in (kept, turned)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    crops = [
+        torch.randn(world * size[0], *size[1:], dtype=torch.float64, generator=generator)
+        for size in sizes
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        test_dino.know_styles(patched)
+        single = test_dino.made(test_dino.Third)
+        model = nn.Sequential(copy.deepcopy(single))
+        report = sdkernels.patch(model, strict=True)
+        model[0] = checkpoint_wrapper(model[0], context_fn=save)
+        fully_shard(model[0])
+        fully_shard(model)
+        with report.use([branch[rank] for branch in rows]):
+            ys = model([x.chunk(world)[rank] for x in crops])
+            torch.stack([y.square().mean() for y in ys]).sum().backward()
+    of_all = [[joined(list(ranks)) for ranks in zip(*branch, strict=True)] for branch in rows]
+    expected = test_dino.masked(single, of_all, crops)
+    torch.stack([y.square().mean() for y in expected]).sum().backward()
+    for parameter, other in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), other.grad)
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep
+
+
+class Layer(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mix, self.mlp = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop_path1, self.drop_path2 = DropPath(p), DropPath(p)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.mix(self.norm1(x)).softmax(1)
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.first(x))
+        return x + self.drop_path2(self.second(x))
+
+
+def assert_layers_as_masked(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """`rows="block"` on the ranks, against masks of both branches in a single process."""
+    rank, world, p = dist.get_rank(), dist.get_world_size(), 0.7
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Layer(p) for _ in range(DEPTH)))
+    single = copy.deepcopy(model)
+    report = sdkernels.patch(model, rows="block", strict=True)
+    batches = [
+        [torch.randn(BATCH, 5, WIDTH, generator=generator) for _ in range(world)]
+        for generator in (torch.Generator().manual_seed(step) for step in range(3))
+    ]
+    report.check(batches[0][0])
+    wrapped = wrap(model)
+    drawn = []
+    for step, xs in enumerate(batches):
+        plans = [report.plan_for_step(1, step, BATCH, rank=r) for r in range(world)]
+        rows = [list(each) for each in zip(*plans, strict=True)]
+        drawn.append(rows)
+        with report.use(plans[rank]):
+            wrapped(xs[rank]).square().mean().backward()
+        x = torch.cat(xs)
+        for layer, each in zip(single, rows, strict=True):
+            mask = mask_of(joined(each))
+            x = x + mask * layer.first(x)
+            x = x + mask * layer.second(x)
+        x.square().mean().backward()
+    assert_ranks_disagree(drawn)
+    for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad)
+
+
+@check
+def ddp_layer_dropout() -> None:
+    assert_layers_as_masked(DistributedDataParallel)
+
+
+@check
+def fsdp2_layer_dropout() -> None:
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in model:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    assert_layers_as_masked(wrap)
 
 
 # Rows and ranks

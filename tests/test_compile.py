@@ -162,6 +162,22 @@ def test_relu_of_what_is_stored():
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_with_symbolic_sizes(several):
+    gamma = torch.rand(6)
+
+    def evaluate(x: Any) -> Any:
+        branch = (lambda xs: [2 * x for x in xs]) if several else (lambda x: 2 * x)
+        return fused_stochastic_depth(x, branch, 0.5, training=False, layer_scale=gamma)
+
+    with compilation():
+        compiled = torch.compile(evaluate, backend="eager", fullgraph=True, dynamic=True)
+        for batch in (3, 5):
+            x = torch.randn(batch, 4, 6)
+            given = [x, x[:2]] if several else x
+            torch.testing.assert_close(compiled(given), evaluate(given))
+
+
 def test_options():
     """Those that change what is traced, in one graph each."""
     block, x = make_block(), torch.randn(8, 5, 6, requires_grad=True)

@@ -170,8 +170,7 @@ STYLES = {
 each_style = pytest.mark.parametrize("kind", STYLES, ids=["dinov2", "dinov3"])
 
 
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch):
+def know_styles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forwards of the repositories' blocks for those of this file, which are known in full."""
     monkeypatch.setattr(dino, "_KNOWN", {})
     for kind, path in STYLES.items():
@@ -184,6 +183,11 @@ def by_hand(monkeypatch):
     ):
         known = getattr(dino, name) | {fingerprint(function)}
         monkeypatch.setattr(dino, name, known)
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch):
+    know_styles(monkeypatch)
 
 
 @pytest.fixture
@@ -344,6 +348,21 @@ def test_linear_layers_run_once_on_the_kept_tokens(kind):
         block(crops_of())
     tokens = sum(len(own) * shape[1] for own, shape in zip(KEPT["some"], SHAPES, strict=True))
     assert [shape[-2:] for shape in seen] == [(tokens, width) for width in (C, C, C, 2 * C)]
+
+
+@each_style
+@each_kept
+def test_multiple_of(kind, kept):
+    """Tokens are rounded up, and nothing else changes; one tensor is not rounded."""
+    assert_as_masked(made(kind), kept, multiple_of=32)
+    block = made(kind)
+    report = sdkernels.patch(block, multiple_of=32)
+    seen = shapes_seen(block.attn.qkv, block.mlp[0])
+    with report.use(plan_of(kept)):
+        block(crops_of())
+    tokens = sum(len(own) * shape[1] for own, shape in zip(kept, SHAPES, strict=True))
+    if tokens > 0:
+        assert [shape[-2] for shape in seen] == [-(-tokens // 32) * 32] * 2
 
 
 @pytest.mark.parametrize("why", ["hook", "dropout", "forward", "class"])

@@ -12,6 +12,8 @@ import libraries
 import pytest
 import torch
 
+from sdkernels import Packed
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
@@ -29,7 +31,7 @@ def epochs_of(output: str) -> dict[int, tuple[float, float]]:
     return {int(epoch): (float(loss), float(right)) for epoch, loss, right in found}
 
 
-def torchrun(script: str, *arguments: str) -> dict[int, tuple[float, float]]:
+def torchrun(script: str, *arguments: str, seconds: int = 180) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -40,12 +42,12 @@ def torchrun(script: str, *arguments: str) -> dict[int, tuple[float, float]]:
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its workers
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
-    return epochs_of(output)
+    return output
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_torchvision_of_another_build_of_torch(tmp_path):
 
 @needs_gloo
 def test_ddp():
-    epochs = torchrun("ddp_digits.py", "--epochs", "2")
+    epochs = epochs_of(torchrun("ddp_digits.py", "--epochs", "2"))
     assert epochs[2][0] < epochs[1][0]
     assert epochs[2][1] > 0.3
 
@@ -118,7 +120,7 @@ def test_ddp_goes_on_where_it_stopped(example, capsys, monkeypatch, tmp_path):
 
 @needs_gloo
 def test_fsdp2():
-    epochs = torchrun("fsdp2_digits.py", "--epochs", "2", "--bf16")
+    epochs = epochs_of(torchrun("fsdp2_digits.py", "--epochs", "2", "--bf16"))
     assert epochs[2][0] < epochs[1][0]
     assert epochs[2][1] > 0.25
 
@@ -157,6 +159,66 @@ def test_multi_crop(example, capsys):
     for epoch, (loss, right) in epochs.items():  # the same numbers, but for rounding
         assert packed[epoch][0] == pytest.approx(loss, abs=0.01)
         assert packed[epoch][1] == pytest.approx(right, abs=0.05)
+
+
+def neighbours_of(output: str) -> list[tuple[float, float]]:
+    """Loss (0 of the untrained net) and accuracy of every epoch."""
+    found = re.findall(r"epoch +\d+  (?:loss (\S+)  )?k-NN accuracy (\S+)", output)
+    return [(float(loss or 0), float(right)) for loss, right in found]
+
+
+SMALL_DINO = ("--depth", "2", "--width", "32", "--batch-size", "128", "--epochs", "2")
+
+
+def test_dino_as_masked(example, capsys, monkeypatch):
+    """The same training with masks of the same rows; and its loss falls."""
+    script = example("dino_digits")
+    script.main(SMALL_DINO)
+    output = capsys.readouterr().out
+    packed = neighbours_of(output)
+    assert len(packed) == 3
+    assert packed[2][0] < packed[1][0]
+    assert 37 <= saved(output) <= 43
+
+    def masked(xs, branch, p, *, rows, norm, layer_scale, training, packed):
+        ys = []
+        for i, x in enumerate(xs):
+            out = branch(Packed.of([norm(x)])).view(x.shape) * layer_scale
+            if rows is not None and training:
+                out = out * ((rows[i].slot >= 0) * rows[i].scale).view(-1, 1, 1)
+            ys.append(x + out)
+        return ys
+
+    monkeypatch.setattr(script, "fused_stochastic_depth", masked)
+    script.main(SMALL_DINO)
+    for (loss, right), (expected, other) in zip(
+        packed, neighbours_of(capsys.readouterr().out), strict=True
+    ):
+        assert loss == pytest.approx(expected, abs=0.01)
+        assert right == pytest.approx(other, abs=0.03)
+
+
+@needs_gloo
+def test_dino_sharded():
+    """Checkpointed, and sharded on two processes."""
+    epochs = neighbours_of(torchrun("dino_digits.py", *SMALL_DINO))
+    assert epochs[2][0] < epochs[1][0]
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_dino_compiled_and_sharded():
+    """Two processes compile the blocks that are checkpointed, and shard them."""
+    epochs = neighbours_of(torchrun("dino_digits.py", *SMALL_DINO, "--compile", seconds=400))
+    assert epochs[2][0] < epochs[1][0]
+
+
+@pytest.mark.slow
+def test_dino_learns(example, capsys):
+    """Nearest neighbours tell more than those of the untrained net."""
+    example("dino_digits").main([])
+    untrained, *_, (_, trained) = neighbours_of(capsys.readouterr().out)
+    assert trained > untrained[1] + 0.05
 
 
 def test_layer_dropout(example, capsys, tmp_path):

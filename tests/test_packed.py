@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cases import TOLERANCE
 from checkpointing import each_variant
 from comparison import assert_close
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +33,7 @@ KEPT = {
     "none": [[], [], []],
     "all": [list(range(shape[0])) for shape in SHAPES],
 }
+SIZES = [(3, 5), (4, 2)]  # samples that are kept and their tokens
 each_kept = pytest.mark.parametrize("index", KEPT.values(), ids=KEPT.keys())
 
 
@@ -392,6 +395,87 @@ def test_lengths():
     assert padded.max_length == 14
     assert len(padded) == 3
     assert Packed.of(crops, 18).lengths.tolist() == [3, 3, 4, 4, 4, 0]  # as many as ever
+
+
+def attention_by_sample(packed: Packed, *qkv: Tensor, scale: float | None = None) -> Tensor:
+    """[T, heads, D] each: softmax(q k^T) v of every sequence by itself, in float64."""
+    starts = packed.cu_seqlens_host.tolist()
+    outs = []
+    for start, end in pairwise(starts):
+        q, k, v = (each[start:end].double().transpose(0, 1) for each in qkv)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        outs.append(((q @ k.mT * factor).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outs) if outs else qkv[2].double()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("multiple_of", [1, 16])
+def test_attention(multiple_of, scale):
+    """Within every sample, of crops that nobody kept too; values and gradients."""
+    crops = [torch.zeros(3, 5, C), torch.zeros(0, 4, C), torch.zeros(2, 2, 3, C)]
+    packed = Packed.of([crop.double() for crop in crops], multiple_of)
+    tokens = 3 * 5 + 2 * 6
+    qkv = torch.randn(len(packed.values), 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(tokens, 2, 4, dtype=torch.float64)
+    expected = attention_by_sample(packed, *qkv.unbind(1), scale=scale)[:tokens]
+    out = packed.attention(*qkv.unbind(1), scale=scale)
+    assert out.shape == (len(packed.values), 2, 4)
+    assert not out[tokens:].any()
+    torch.testing.assert_close(out[:tokens], expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, qkv, grad)[0] for each in (out[:tokens], expected))
+    )
+
+
+@pytest.mark.parametrize("multiple_of", [1, 16])
+def test_what_varlen_attn_gets(multiple_of, monkeypatch):
+    """By its documentation: int32 starts where the tensors are, and the longest sequence."""
+    packed = Packed.of([torch.zeros(3, 5, C), torch.zeros(4, 2, C)], multiple_of)
+    calls = []
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        calls.append(options)
+        assert cu_seq_q is cu_seq_k
+        assert cu_seq_q.dtype == torch.int32
+        assert cu_seq_q.device == query.device
+        assert cu_seq_q[0] == 0
+        assert cu_seq_q[-1] == len(query)
+        assert max_q == max_k == cu_seq_q.diff().max()
+        return attention_by_sample(packed, query, key, value, **options).to(query.dtype)
+
+    monkeypatch.setattr("sdkernels.packed._varlen_attn", lambda query: varlen_attn)
+    qkv = torch.randn(len(packed.values), 3, 2, 4).unbind(1)
+    for scale in (None, 0.3):
+        expected = packed.attention(*qkv, scale=scale)[: 3 * 5 + 4 * 2]
+        out = packed.attention(*qkv, scale=scale, varlen=True)[: 3 * 5 + 4 * 2]
+        torch.testing.assert_close(out, expected)
+    assert calls == [{}, {"scale": 0.3}]
+    nothing = Packed.of([torch.zeros(0, 5, C)], multiple_of)  # which its kernels refuse
+    assert nothing.attention(*torch.zeros(0, 3, 2, 4).unbind(1), varlen=True).shape == (0, 2, 4)
+    assert len(calls) == 2
+
+
+def test_varlen_attn_takes_it():
+    """PyTorch's own op on fake CUDA tensors, as torch.compile sees it; no kernel runs."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    with FakeTensorMode():
+        crops = [torch.empty(k, n, C, dtype=torch.bfloat16, device="cuda") for k, n in SIZES]
+        packed = Packed.of(crops, 16)
+        qkv = torch.empty(len(packed.values), 3, 2, 4, dtype=torch.bfloat16, device="cuda")
+        out = packed.attention(*qkv.unbind(1), varlen=True)
+        assert out.shape == (len(packed.values), 2, 4)
+        assert out.device.type == "cuda"
+
+
+def test_attention_of_something_else():
+    packed = Packed.of([torch.zeros(3, 5, C)])
+    good = torch.zeros(15, 2, 4)
+    with pytest.raises(ValueError, match=r"key: expected 15 tokens as went in, got shape \(14, 2"):
+        packed.attention(good, good[1:], good)
+    with pytest.raises(ValueError, match=r"value: expected \[T, heads, D\], got shape \(15, 8\)"):
+        packed.attention(good, good, good.flatten(1))
+    with pytest.raises(RuntimeError, match="varlen: expected float16 or bfloat16 on a CUDA device"):
+        packed.attention(good, good, good, varlen=True)
 
 
 def test_split_and_join():

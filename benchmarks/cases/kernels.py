@@ -137,6 +137,71 @@ def _scatter_add_backward(
     return op, calls
 
 
+def _scatter(inplace: bool) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
+    """Rows that replace those of the stream: also the backward of opening a layer's rows."""
+
+    def op(t: Tensors) -> Call:
+        y, rows = t.x.clone(), t.kept.neg()
+        if not inplace:
+            return lambda: (own.scatter_rows.default(t.x, rows, t.index, t.slot),)
+
+        def run() -> Outputs:
+            own.scatter_rows_.default(y, rows, t.index, t.slot)
+            return (y,)
+
+        return run
+
+    def calls(t: Tensors) -> Call:
+        y, rows = t.x.clone(), t.kept.neg()
+        if inplace:
+            return lambda: (aten.index_copy_(y, 0, t.index, rows),)
+        return lambda: (aten.index_copy(t.x, 0, t.index, rows),)
+
+    return op, calls
+
+
+def _into(
+    written: Callable[[Tensors], Tensor],
+    op: Callable[[Tensors, Tensor], Outputs],
+    calls: Callable[[Tensors], Call],
+) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
+    """What is written into a crop's part of the packed tensor.
+
+    By the op at once; PyTorch's calls make a tensor, which is then copied there as `cat` does.
+    """
+
+    def ours(t: Tensors) -> Call:
+        part = torch.empty_like(written(t), memory_format=torch.contiguous_format)
+        return lambda: (part, *op(t, part))
+
+    def theirs(t: Tensors) -> Call:
+        part = torch.empty_like(written(t), memory_format=torch.contiguous_format)
+        run = calls(t)
+
+        def copied() -> Outputs:
+            first, *others = run()
+            return (part.copy_(first), *others)
+
+        return copied
+
+    return ours, theirs
+
+
+def _compact_into(t: Tensors, part: Tensor) -> Outputs:
+    own.compact_rows_into.default(part, t.x, t.index)
+    return ()
+
+
+def _norm_into(t: Tensors, part: Tensor) -> Outputs:
+    into = own.compact_norm_into.default
+    return into(part, t.x, t.index, t.width, t.weight, t.bias, EPS, False, True)[:1]  # type: ignore[no-any-return]
+
+
+def _scatter_add_backward_into(t: Tensors, part: Tensor) -> Outputs:
+    into, wanted = own.scatter_add_rows_backward_into.default, [True, False]
+    return into(part, t.x, t.out, t.index, t.layer_scale, None, SCALE, wanted)[:1]  # type: ignore[no-any-return]
+
+
 def _relu_op(t: Tensors) -> Call:
     add = own.scatter_add_relu_rows.default
     return lambda: add(t.x, t.out, t.index, t.slot, None, None, SCALE)[:1]
@@ -258,6 +323,24 @@ KERNELS: dict[str, Kernel] = {
     "scatter_add_backward": Kernel(*_scatter_add_backward(False), traffic=(0, 1, 1), copies=True),
     "scatter_add_layer_scale_backward": Kernel(
         *_scatter_add_backward(True), traffic=(0, 1, 2), copies=True
+    ),
+    "scatter": Kernel(*_scatter(False), traffic=(2, 0, 0), copies=True),
+    "scatter_inplace": Kernel(*_scatter(True), traffic=(0, 2, 0), copies=True),
+    # Of packed crops, each a part of one tensor.
+    "compact_into": Kernel(
+        *_into(
+            lambda t: t.kept, _compact_into, lambda t: lambda: (aten.index_select(t.x, 0, t.index),)
+        ),
+        traffic=(0, 2, 0),
+        copies=True,
+    ),
+    "compact_layer_norm_into": Kernel(
+        *_into(lambda t: t.out, _norm_into, _norm(False)[1]), traffic=(0, 2, 1), norm=True
+    ),
+    "scatter_add_layer_scale_backward_into": Kernel(
+        *_into(lambda t: t.out, _scatter_add_backward_into, _scatter_add_backward(True)[1]),
+        traffic=(0, 1, 2),
+        copies=True,
     ),
     "scatter_add_relu": Kernel(_relu_op, _relu_calls, traffic=(2, 0, 1), copies=True),
     "scatter_add_relu_backward": Kernel(

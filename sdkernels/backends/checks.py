@@ -131,7 +131,8 @@ def check_out(residual: Tensor, out: Tensor, index: Tensor) -> None:
 def check_layer_scale(layer_scale: Tensor, row: Sequence[int]) -> None:
     """It must broadcast against one row without enlarging it."""
     sizes = zip(reversed(layer_scale.shape), reversed(row), strict=False)
-    if layer_scale.dim() > len(row) or any(size not in (1, full) for size, full in sizes):
+    # Two comparisons: Dynamo does not find a number among symbolic ones that equal it.
+    if layer_scale.dim() > len(row) or any(not (s == 1 or s == full) for s, full in sizes):
         raise ValueError(
             f"layer_scale: shape {list(layer_scale.shape)} does not broadcast against one row "
             f"of shape {list(row)}"

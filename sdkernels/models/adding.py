@@ -44,6 +44,7 @@ class Options:
     inplace: bool | None = None  # None: where nobody can see it
     min_saving: float | str = 0.0
     check: str = "first"
+    multiple_of: int = 1  # of the tokens of a list of crops that go packed
 
     def rescale_of(self, law: Law) -> str:
         """The rule for a branch: one that a library does not scale is not scaled in training."""
@@ -272,6 +273,7 @@ class Add:
             inplace=bool(options.inplace) and is_own,
             min_saving=options.min_saving,
             packed=True,
+            multiple_of=options.multiple_of,
         )
         own = [total for total in totals if not any(total is x for x in xs)]
         if own:

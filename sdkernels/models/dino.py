@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..packed import Packed
 from .branches import per_sample
@@ -70,8 +69,8 @@ def dinov2(block: Any, add: Any, x: Any) -> Any:
     def attend(packed: Packed) -> Tensor:
         if not knows_attention:
             return packed.join([attn(part) for part in packed.split(packed.values)])
-        parts = packed.split(attn.qkv(packed.values))
-        out = packed.join([_attention(part, attn.num_heads) for part in parts])
+        qkv = attn.qkv(packed.values).unflatten(-1, (3, attn.num_heads, -1))
+        out = packed.attention(*qkv.unbind(1)).flatten(1)
         return attn.proj_drop(attn.proj(out))  # type: ignore[no-any-return]
 
     def feed(packed: Packed) -> Tensor:
@@ -89,14 +88,6 @@ def _drops(dropout: Any) -> bool:
     """Whether attention drops entries: xFormers' does not, so that the module itself must run."""
     p = dropout.p if isinstance(dropout, nn.Dropout) else dropout  # as versions have it
     return bool(p > 0.0)
-
-
-def _attention(qkv: Tensor, heads: int) -> Tensor:
-    k, tokens, width = qkv.shape
-    split = qkv.view(k, tokens, 3, heads, width // (3 * heads))
-    q, key, v = (each.transpose(1, 2) for each in split.unbind(2))
-    out = scaled_dot_product_attention(q, key, v)
-    return out.transpose(1, 2).reshape(k, tokens, width // 3)
 
 
 # DINOv3

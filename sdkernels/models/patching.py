@@ -13,6 +13,7 @@ from torch import nn
 
 from ..empty import Empty
 from ..functional import fused_stochastic_depth
+from ..packed import check_multiple_of
 from ..sampling import Mode, Rescale, Sampler, check_choice
 from ..schedules import check_probability, linear_decay
 from .adding import BlockState, Options
@@ -41,6 +42,7 @@ def patch(
     min_saving: float | Literal["auto"] = 0.0,
     rows: Literal["branch", "block"] = "branch",
     check: Literal["first", "always", "never"] = "first",
+    multiple_of: int = 1,
     strict: bool = False,
 ) -> PatchReport:
     """Put the op into the blocks of a model, in place.
@@ -81,11 +83,15 @@ def patch(
             (:func:`sdkernels.fused_layer_dropout`); blocks of any class that have a drop path are
             patched, and with `drop_probs` the layers of a model that have none too: the entries of
             a list of layers of one class with an attention, as in transformers and timm. The
-            guide "Layer dropout" says more. `inplace` and `min_saving` have no effect then.
+            guide "Layer dropout" says more. `inplace`, `min_saving` and `multiple_of` have no
+            effect then.
         check: when a rewritten forward is compared with the original, once for each class and
             configuration: "first", in the first training step, unless the tests have done so for
             this very source; "always", for those too; "never". ``report.check(*inputs)`` does it
             ahead of time, which compiled and sharded models need.
+        multiple_of: what the number of tokens is rounded up to where a block's list of crops goes
+            packed, as the blocks of DINOv2 and DINOv3 have it; see
+            :func:`sdkernels.fused_stochastic_depth`.
         strict: raise where blocks are left alone, or none was found. Default: they stay as they
             are, and the report says why; one warning says that none was found.
 
@@ -120,7 +126,8 @@ def patch(
     check_choice("rows", rows, ("branch", "block"))
     # The op checks its own options; without training nothing is drawn.
     check_choice("check", check, CHECKS)
-    options = Options(mode, sampler, rescale, empty, inplace, min_saving, check)
+    multiple_of = check_multiple_of(multiple_of)
+    options = Options(mode, sampler, rescale, empty, inplace, min_saving, check, multiple_of)
     fused_stochastic_depth(
         torch.zeros(1, 1),
         torch.neg,

@@ -74,9 +74,9 @@ void run(const Types& types, int64_t len) {
   auto x = numbers(types.stream, elements, 1), y = x, out = numbers(types.branch, elements, 2);
   auto d_out = out, residual = numbers(types.stream, elements, 3);
   const auto gamma = numbers(Dtype::f32, row, 4), beta = numbers(Dtype::f32, row, 5);
-  std::vector<int64_t> index(kRows), half(kRows, -1);
+  std::vector<int64_t> index(kRows), half(kRows, -1), even(kRows / 2);
   for (int64_t i = 0; i < kRows; ++i) index[i] = i;
-  for (int64_t i = 0; i < kRows; i += 2) half[i] = i / 2;
+  for (int64_t i = 0; i < kRows; i += 2) half[i] = i / 2, even[i / 2] = i;
   std::vector<uint8_t> positive(kRows * ((row + 7) / 8) + 1);
   std::vector<float> mean(kRows * kLines), rstd(kRows * kLines), sums(2 * row);
   const Stride stride{row, len};
@@ -91,6 +91,16 @@ void run(const Types& types, int64_t len) {
   rows.bytes = len * size;
   rows.y_stride = rows.x_stride = {row * size, len * size};
   count(name("copy_rows"), elements, [&] { kernels.copy_rows(rows, 0, elements * size); });
+  // The same with rows of a base in the place of zeros, and half of the rows put back in place.
+  CopyRows onto = rows;
+  onto.base = residual.data();
+  onto.base_stride = rows.x_stride;
+  count(name("copy_rows_onto"), elements, [&] { kernels.copy_rows(onto, 0, elements * size); });
+  CopyRows back_in = rows;
+  back_in.map = even.data();
+  back_in.scatters = true;
+  count(name("copy_rows_in_place"), elements / 2,
+        [&] { kernels.copy_rows(back_in, 0, elements / 2 * size); });
 
   ScatterAdd add{};
   add.y = y.data();

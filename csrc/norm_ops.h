@@ -63,10 +63,10 @@ inline void check_compact_norm_backward(const std::optional<at::Tensor>& d_strea
       d_stream->sizes(), " and ", d_stream->scalar_type());
 }
 
-// A parameter in the type of the arithmetic.
-inline std::optional<at::Tensor> in_acc(const std::optional<at::Tensor>& parameter,
-                                        at::ScalarType acc) {
-  return parameter ? std::optional(parameter->to(acc).contiguous()) : parameter;
+// A parameter in the type that the kernels read it in.
+inline std::optional<at::Tensor> in_type(const std::optional<at::Tensor>& parameter,
+                                         at::ScalarType type) {
+  return parameter ? std::optional(parameter->to(type).contiguous()) : parameter;
 }
 
 // Lines of a norm are the normalized dimensions; whatever stands between them and the batch counts

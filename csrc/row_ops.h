@@ -325,16 +325,17 @@ inline std::optional<RowGeometry> row_geometry(c10::ArrayRef<const at::Tensor*> 
   return geometry;
 }
 
-// The layer scale written out for one row of y, in the type of the arithmetic.
+// The layer scale written out for one row of y.
 inline at::Tensor layer_scale_of_row(const at::Tensor& layer_scale, const at::Tensor& y,
-                                     at::ScalarType acc) {
+                                     at::ScalarType type) {
   const at::Tensor row = y.select(0, 0);
-  return at::empty_like(row, row.options().dtype(acc)).copy_(layer_scale.expand(row.sizes()));
+  return at::empty_like(row, row.options().dtype(type)).copy_(layer_scale.expand(row.sizes()));
 }
 
-// The layer scale in the type of the arithmetic, and the geometry that it shares with `tensors`.
-// A shape that two levels cannot express (say [C, 1, W]) is written out for one whole row, as is
-// one that is constant along lines shorter than `least_line`.
+// The layer scale in the type that the kernels read it in, and the geometry that it shares with
+// `tensors`. A shape that two levels cannot express (say [C, 1, W]) is written out for one whole
+// row, as is one that is constant along lines shorter than `least_line`, or along lines without a
+// whole number of vectors of `width` elements where the row has one.
 struct ScaledGeometry {
   std::optional<RowGeometry> rows;
   std::optional<at::Tensor> layer_scale;
@@ -342,13 +343,19 @@ struct ScaledGeometry {
 
 inline ScaledGeometry scaled_geometry(c10::ArrayRef<const at::Tensor*> tensors,
                                       const std::optional<at::Tensor>& layer_scale,
-                                      at::ScalarType acc, int64_t least_line = 0) {
+                                      at::ScalarType type, int64_t least_line = 0,
+                                      int64_t width = 1) {
   if (!layer_scale) return {row_geometry(tensors), {}};
-  at::Tensor gamma = layer_scale->to(acc).contiguous();
+  at::Tensor gamma = layer_scale->to(type).contiguous();
   const auto rows = row_geometry(tensors, &gamma);
-  if (rows && (rows->lines == 1 || rows->layer_scale_element || rows->len >= least_line))
+  const auto has_vectors = [&] {
+    return rows->len % width == 0 || rows->lines * rows->len % width != 0 ||
+           row_geometry(tensors)->lines > 1;
+  };
+  if (rows &&
+      (rows->lines == 1 || rows->layer_scale_element || (rows->len >= least_line && has_vectors())))
     return {rows, gamma};
-  gamma = layer_scale_of_row(gamma, *tensors[0], acc);
+  gamma = layer_scale_of_row(gamma, *tensors[0], type);
   return {row_geometry(tensors, &gamma), gamma};
 }
 

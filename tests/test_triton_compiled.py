@@ -86,6 +86,11 @@ def test_shared_memory(kernels):
     assert not names_of([k for k in kernels if k["shared"] > MOST_SHARED])
 
 
+def test_roots_are_rounded_to_nearest(kernels):
+    """An approximation takes denormal numbers for zero."""
+    assert not names_of([k for k in kernels if k["approximate_roots"]])
+
+
 def test_half_precision_is_rounded_to_nearest(kernels):
     rounding = [k for k in kernels if k["rounds"]]
     assert rounding

@@ -52,7 +52,7 @@ READ = {
     "scatter_add_relu_kernel": ("residual", "out"),
     "scatter_add_relu_backward_kernel": ("grad",),
     "compact_norm_kernel": ("x",),
-    "compact_norm_backward_kernel": ("d_normed", "kept", "d_stream", "d_stream"),
+    "compact_norm_backward_kernel": ("d_normed", "kept", "d_stream"),
     "norm_parameter_sums_kernel": ("d_normed", "kept"),
 }
 WRITTEN = {
@@ -134,6 +134,7 @@ class Launch:
             "wide_loads": wide_accesses(ptx, "ld"),
             "wide_stores": wide_accesses(ptx, "st"),
             # "rn" in cvt.rn.bf16x2.f32; in cvt.f32.bf16, which is exact, there is none.
+            "approximate_roots": re.findall(r"\br?sqrt\.approx\S*", ptx),
             "roundings": sorted(set(re.findall(r"\bcvt\.(r\w+)\.(?:satfinite\.)?b?f16", ptx))),
             "rounds": any(
                 self.arguments[name] is not None and self.arguments[name].itemsize == 2

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor&
   if (normed.numel() == 0) return {kept, mean.zero_(), rstd.zero_()};
 
   const Tensor lines_of_x = in_lines(x, normalized_shape.size());
-  const auto gamma = in_acc(weight, acc);
-  const auto beta = in_acc(bias, acc);
+  const auto gamma = in_type(weight, acc);
+  const auto beta = in_type(bias, acc);
   const auto kernel = kernels().compact_norm(dtype_of(x), dtype_of(normed));
   TORCH_INTERNAL_ASSERT(kernel);
   CompactNorm p{};
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   if (d_stream) stream = in_lines(*d_stream, normalized_shape.size());
   const Tensor dense_d_normed = d_normed.contiguous();
   const Tensor dense_kept = kept.contiguous();
-  const auto gamma = in_acc(weight, acc);
+  const auto gamma = in_type(weight, acc);
   const auto kernel = kernels().compact_norm_backward(dtype_of(kept), dtype_of(d_normed));
   TORCH_INTERNAL_ASSERT(kernel);
   CompactNormBackward p{};

@@ -11,6 +11,15 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The type that the kernels read parameters in: that of 16-bit data where all of them have it,
+// which saves a kernel for each to widen it.
+at::ScalarType parameter_type(at::ScalarType data,
+                              std::initializer_list<const OptionalTensor*> parameters) {
+  for (const OptionalTensor* parameter : parameters)
+    if (*parameter && (*parameter)->scalar_type() != data) return acc_type(data);
+  return data;
+}
+
 // Writes normed; kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
 std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor& x,
                                              const Tensor& index, at::IntArrayRef normalized_shape,
@@ -33,9 +42,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor&
   if (normed.numel() == 0) return {kept, mean.zero_(), rstd.zero_()};
 
   const Tensor lines_of_x = in_lines(x, dims);
-  const auto gamma = in_acc(weight, acc);
-  const auto beta = in_acc(bias, acc);
+  const auto type = parameter_type(x.scalar_type(), {&weight, &bias});
+  const auto gamma = in_type(weight, type);
+  const auto beta = in_type(bias, type);
   CompactNorm p{};
+  p.parameters_narrow = type != acc;
   p.normed = y.mutable_data_ptr();
   p.copy = keep_rows ? kept.mutable_data_ptr() : nullptr;
   p.mean = rms ? nullptr : mean.mutable_data_ptr();
@@ -111,8 +122,10 @@ std::tuple<Tensor, Tensor, Tensor> compact_norm_backward(
   if (d_stream) stream = in_lines(*d_stream, dims);
   const Tensor dense_d_normed = beside(d_normed, kept.scalar_type()).contiguous();
   const Tensor dense_kept = kept.contiguous();
-  const auto gamma = in_acc(weight, acc);
+  const auto type = parameter_type(kept.scalar_type(), {&weight});
+  const auto gamma = in_type(weight, type);
   CompactNormBackward p{};
+  p.weight_narrow = type != acc;
   p.d_x = wanted[0] ? d_x.mutable_data_ptr() : nullptr;
   p.d_weight = wanted[1] ? d_weight.mutable_data_ptr() : nullptr;
   p.d_bias = wanted[2] ? d_bias.mutable_data_ptr() : nullptr;

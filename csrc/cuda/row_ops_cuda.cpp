@@ -17,6 +17,20 @@ using OptionalTensor = std::optional<Tensor>;
 // written out for a row: the kernels then have longer lines.
 constexpr int64_t kLeastLine = 32;
 
+// Elements of the kernels' widest vectors.
+int64_t widest(std::initializer_list<const Tensor*> tensors) {
+  int64_t size = 1;
+  for (const Tensor* tensor : tensors) size = std::max<int64_t>(size, tensor->element_size());
+  return 16 / size;
+}
+
+// The type that the kernels read a layer scale in: that of 16-bit data where it has it, which saves
+// a kernel to widen it.
+at::ScalarType layer_scale_type(const OptionalTensor& layer_scale, at::ScalarType data,
+                                at::ScalarType acc) {
+  return layer_scale && layer_scale->scalar_type() == data ? data : acc;
+}
+
 // y from x, and base, through map; all of them are of one dtype.
 void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, Through through, const char* op,
               const Tensor* base = nullptr) {
@@ -121,8 +135,9 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   }
   // The strides of a tensor without elements mean nothing.
   const Tensor rows_of_out = beside(out.numel() > 0 ? out : residual, residual.scalar_type());
-  const auto [geometry, gamma] =
-      scaled_geometry({&y, &residual, &rows_of_out}, layer_scale, acc, kLeastLine);
+  const auto type = layer_scale_type(layer_scale, residual.scalar_type(), acc);
+  const auto [geometry, gamma] = scaled_geometry({&y, &residual, &rows_of_out}, layer_scale, type,
+                                                 kLeastLine, widest({&y, &residual, &rows_of_out}));
   if (!geometry) {
     const Tensor dense = at::empty(y.sizes(), y.options());
     scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
@@ -149,6 +164,7 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   p.out_stride = geometry->strides[2];
   p.layer_scale_line = geometry->layer_scale_line;
   p.layer_scale_element = geometry->layer_scale_element;
+  p.layer_scale_narrow = type != acc;
   const OnDevice device(y);
   check_launch(launch_scatter_add(p, dtype_of(y), dtype_of(residual), dtype_of(rows_of_out),
                                   device.stream()),
@@ -208,7 +224,9 @@ std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& gra
 
   c10::SmallVector<const Tensor*, 3> tensors{&d_out, &grad};
   if (out) tensors.push_back(&*out);
-  const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc, kLeastLine);
+  const auto type = layer_scale_type(layer_scale, grad.scalar_type(), acc);
+  const auto [geometry, gamma] =
+      scaled_geometry(tensors, layer_scale, type, kLeastLine, widest({&d_out, &grad}));
   if (!geometry) {
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
     const Tensor dense = at::empty(d_out.sizes(), d_out.options());
@@ -241,6 +259,7 @@ std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& gra
   p.layer_scale_line = geometry->layer_scale_line;
   p.layer_scale_element = geometry->layer_scale_element;
   p.layer_scale_size = gamma ? gamma->numel() : 0;
+  p.layer_scale_narrow = type != acc;
   OnDevice device(grad);
   check_launch(launch_scatter_add_backward(p, dtype_of(grad), dtype_of(dtype), device.allocate(),
                                            device.stream()),

@@ -102,7 +102,10 @@ def calls(f: torch.dtype, b: torch.dtype, row: tuple[int, ...]) -> dict[str, Cal
     slot[index] = torch.arange(KEPT)
     x, grad = torch.randn(BATCH, *row).to(f), torch.randn(BATCH, *row).to(f)
     kept, out = torch.randn(KEPT, *row).to(f), torch.randn(KEPT, *row).to(b)
-    gamma = torch.randn(row[-1])
+    written, d_out = torch.empty(KEPT, *row, dtype=f), torch.empty(KEPT, *row, dtype=b)
+    is_image = len(row) == 3
+    gamma = torch.randn(row[0], 1, 1) if is_image else torch.randn(row[-1])
+    gamma = gamma.to(f)
     length = row[-1]
     statistics = (
         torch.randn(KEPT * x[0].numel() // length),
@@ -111,8 +114,9 @@ def calls(f: torch.dtype, b: torch.dtype, row: tuple[int, ...]) -> dict[str, Cal
     bits = torch.zeros(BATCH, x[0].numel() // 8, dtype=torch.uint8)
     layout = torch.contiguous_format
     k, whole = KEPT, BATCH
-    return {
+    found = {
         "compact_rows": Call((x, index), [(x, k)], [(0, k)]),
+        "compact_rows_into": Call((written, x, index), [(x, k)], [(written, k)]),
         "expand_rows": Call((kept, index, slot), [(kept, k)], [(0, whole)]),
         "scatter_rows": Call((x, kept, index, slot), [(x, whole - k), (kept, k)], [(0, whole)]),
         "scatter_rows_": Call((x, kept, index, slot), [(kept, k)], [(x, k)]),
@@ -130,6 +134,11 @@ def calls(f: torch.dtype, b: torch.dtype, row: tuple[int, ...]) -> dict[str, Cal
             [(grad, k), (out, k)],
             [(0, k)],
         ),
+        "scatter_add_rows_backward_into (sums)": Call(
+            (d_out, grad, out, index, gamma, None, 2.0, [True, False]),
+            [(grad, k), (out, k)],
+            [(d_out, k)],
+        ),
         "scatter_add_relu_rows": Call(
             (x, out, index, slot, None, None, 2.0),
             [(x, whole), (out, k)],
@@ -143,12 +152,19 @@ def calls(f: torch.dtype, b: torch.dtype, row: tuple[int, ...]) -> dict[str, Cal
         "compact_norm": Call(
             (x, index, [length], gamma, gamma, 1e-5, False, b, True), [(x, k)], [(0, k), (1, k)]
         ),
+        "compact_norm_into": Call(
+            (d_out, x, index, [length], gamma, gamma, 1e-5, False, True),
+            [(x, k)],
+            [(d_out, k), (0, k)],
+        ),
         "compact_norm_backward": Call(
             (grad, out, kept, *statistics, index, slot, [length], gamma, False, [True] * 3),
             [(grad, whole), (out, k), (kept, k)],
             [(0, whole)],
         ),
     }  # fmt: skip
+    # Of images, the ops to which a layer scale of [C, 1, 1] makes a difference.
+    return {n: c for n, c in found.items() if not is_image or n.startswith("scatter_add_rows")}
 
 
 def count(
@@ -245,13 +261,15 @@ def counted(backend: str, few: bool, shapes: dict[str, tuple[int, ...]]) -> list
     return found
 
 
-SHAPES = {"64x768": (64, 768), "64x1280": (64, 1280)}
+SHAPES = {"64x768": (64, 768), "64x1280": (64, 1280), "256x7x7": (256, 7, 7)}
 
 HEAD = """# What the GPU kernels ask of memory
 
 Counted from the PTX of nvcc and of Triton for compute capability 9.0, executed on the CPU with
 {batch} rows of which {kept} are kept; written by `python -m tests.ptx.count`. No GPU has run for
-it. Budget, touched, again and other are sectors of 32 bytes: what the op has to read and write of
+it. Parameters are of the stream's type; the layer scale of 256x7x7 is a [256, 1, 1].
+
+Budget, touched, again and other are sectors of 32 bytes: what the op has to read and write of
 the tensors with a row for each sample, what it touches of them, accesses to one that a warp has
 touched before (served by a cache), and parameters, statistics, row numbers and partial sums. Loads
 and stores are instructions of a warp, conflicts further passes over banks of shared memory.

@@ -5,18 +5,23 @@ namespace sdkernels::cuda {
 namespace {
 
 // For the vector that begins at element first + offset.
-template <class A, class N, int W>
-__device__ __forceinline__ Vec<N, W> normalized(const CompactNorm& p, Vec<A, W> values, A mean,
-                                                A rstd, int64_t first, int offset = 0) {
+template <class X, class N, int W>
+__device__ __forceinline__ Vec<N, W> normalized(const CompactNorm& p, const Vec<X, W>& x,
+                                                Acc<X> mean, Acc<X> rstd, int64_t first,
+                                                int offset = 0) {
+  auto values = widen(x);
+  const auto load_own = [&](const void* data) {
+    return load_parameters<W, X, Acc<X>>(data, p.parameters_narrow, first, offset);
+  };
 #pragma unroll
   for (int e = 0; e < W; ++e) values.v[e] = (values.v[e] - mean) * rstd;
   if (p.weight) {
-    const auto weight = load<W>(static_cast<const A*>(p.weight) + first + offset);
+    const auto weight = load_own(p.weight);
 #pragma unroll
     for (int e = 0; e < W; ++e) values.v[e] *= weight.v[e];
   }
   if (p.bias) {
-    const auto bias = load<W>(static_cast<const A*>(p.bias) + first + offset);
+    const auto bias = load_own(p.bias);
 #pragma unroll
     for (int e = 0; e < W; ++e) values.v[e] += bias.v[e];
   }
@@ -72,8 +77,7 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 2 * kThreads / kLineT
     save(p, i, mean, rstd);
     N* const normed = static_cast<N*>(p.normed) + i * p.len;
     items.for_each([&](int n, int offset) {
-      store(normed + first + offset,
-            normalized<A, N, W>(p, widen(values[n]), mean, rstd, first, offset));
+      store(normed + first + offset, normalized<X, N, W>(p, values[n], mean, rstd, first, offset));
     });
   }
 }
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     for_line<W>(p.len, [&](int64_t element) {
       const auto values = load<W>(x + element);
       if (p.copy) store(copy + element, values);
-      store(normed + element, normalized<A, N, W>(p, widen(values), mean, rstd, element));
+      store(normed + element, normalized<X, N, W>(p, values, mean, rstd, element));
     });
   }
 }
@@ -126,8 +130,8 @@ cudaError_t launch_width(const CompactNorm& p, cudaStream_t stream) {
     const Stride dense{0, p.len};
     if (!fits(W, p.len,
               {operand<N>(p.normed, dense, 2), operand<X>(p.copy, dense, 2),
-               operand<X>(p.x, p.x_stride, p.lines), operand<A>(p.weight, {}, 1),
-               operand<A>(p.bias, {}, 1)}))
+               operand<X>(p.x, p.x_stride, p.lines), parameter<X, A>(p.weight, p.parameters_narrow),
+               parameter<X, A>(p.bias, p.parameters_narrow)}))
       return launch_width<X, N, W / 2>(p, stream);
   }
   constexpr int kItems = kHeld<A, W> / W;

@@ -22,7 +22,7 @@ __device__ __forceinline__ Vec<X, W> gradient(const CompactNormBackward& p, cons
   const auto wide = widen(x);
   auto d = widen(d_normed);
   if (p.weight) {
-    const auto weight = load<W>(static_cast<const Acc<X>*>(p.weight) + first + offset);
+    const auto weight = load_parameters<W, X, Acc<X>>(p.weight, p.weight_narrow, first, offset);
 #pragma unroll
     for (int e = 0; e < W; ++e) d.v[e] *= weight.v[e];
   }
@@ -45,7 +45,7 @@ template <class X, class N, int W, int kItems, bool kSums>
 __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
     compact_norm_backward(const CompactNormBackward p, const Divisor lines, Acc<X>* sums) {
   using A = Acc<X>;
-  __shared__ A shared[kLineThreads<A, W> * W];
+  alignas(16) __shared__ A shared[kLineThreads<A, W> * W];
   LineSum<A> line_sum(shared);
   const LineItems<kItems, W> items(p.len);
   const int first = items.first(threadIdx.x);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
       const auto wide = widen(xs[n]);
       const auto d = widen(ds[n]);
       auto weight = filled<A, W>(1);
-      if (p.weight) weight = load<W>(static_cast<const A*>(p.weight) + first + offset);
+      if (p.weight) weight = load_parameters<W, X, A>(p.weight, p.weight_narrow, first, offset);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         const A x_hat = (wide.v[e] - mean) * rstd;
@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kLineThreads<Acc<X>, W>, 1)
   const int width = blockDim.x * W;
   const auto leave = [&](const Vec<A, W>& own, int n, A* partials) {
     __syncthreads();
-#pragma unroll
-    for (int e = 0; e < W; ++e) shared[thread * W + e] = own.v[e];
+    share(shared, thread, own);
     __syncthreads();
     for (int c = thread; c < width; c += blockDim.x * blockDim.y) {
       A sum = 0;
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
       const auto wide = widen(load<W>(x + element));
       const auto d = widen(load<W>(d_normed + element));
       auto weight = filled<A, W>(1);
-      if (p.weight) weight = load<W>(static_cast<const A*>(p.weight) + element);
+      if (p.weight) weight = load_parameters<W, X, A>(p.weight, p.weight_narrow, element);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         sum_d += d.v[e] * weight.v[e];
@@ -214,7 +213,7 @@ template <class X, class N, int W>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_columns(const CompactNormBackward p, const ColumnTiles tiles, Acc<X>* sums) {
   using A = Acc<X>;
-  __shared__ A shared[2][kThreads * W];
+  alignas(16) __shared__ A shared[2][kThreads * W];
   const int thread = threadIdx.y * kWarp + threadIdx.x;
   for (int64_t block = blockIdx.x; block < tiles.tiles * tiles.slices; block += gridDim.x) {
     const int64_t slice = tiles.block_tiles.quotient(block);
@@ -236,11 +235,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-#pragma unroll
-    for (int e = 0; e < W; ++e) {
-      shared[0][thread * W + e] = weight_sum.v[e];
-      shared[1][thread * W + e] = bias_sum.v[e];
-    }
+    share(shared[0], thread, weight_sum);
+    share(shared[1], thread, bias_sum);
     __syncthreads();
     for (int c = thread; c < kWarp * W; c += kThreads) {
       A weight = 0, bias = 0;
@@ -317,7 +313,7 @@ cudaError_t launch_width(const CompactNormBackward& p, const Allocate& allocate,
     if (!fits(W, p.len,
               {operand<X>(p.d_x, dense, 2), operand<X>(p.d_stream, p.d_stream_stride, p.lines),
                operand<N>(p.d_normed, dense, 2), operand<X>(p.x, dense, 2),
-               operand<A>(p.weight, {}, 1)}))
+               parameter<X, A>(p.weight, p.weight_narrow)}))
       return launch_width<X, N, W / 2>(p, allocate, stream);
   }
   const int64_t all = p.batch * p.lines;

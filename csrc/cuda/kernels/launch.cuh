@@ -104,6 +104,12 @@ struct RowTiles {
   }
 };
 
+// A parameter, of the type A of the arithmetic or, where it is narrow, of T.
+template <class T, class A>
+Operand parameter(const void* data, bool narrow, int64_t line = 0) {
+  return {data, 0, line, static_cast<int>(narrow ? sizeof(T) : sizeof(A))};
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, cudaStream_t stream,
                    const Arguments&... arguments) {

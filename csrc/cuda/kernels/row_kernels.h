@@ -18,7 +18,8 @@ namespace sdkernels::cuda {
 
 enum class Dtype : int8_t { f32, bf16, f16, f64 };
 
-// Arithmetic is float, and double where the data are double: the types marked "acc" below.
+// Arithmetic is float, and double where the data are double: the types marked "acc" below. Of the
+// parameters of 16-bit data, those marked "acc or narrow" may be in the type that is named instead.
 
 // Memory for partial sums, alive until everything on the stream that uses it was launched.
 using Allocate = std::function<void*(int64_t bytes)>;
@@ -46,7 +47,7 @@ struct ScatterAdd {
   void* y;
   const void* residual;
   const void* out;
-  const void* layer_scale;  // acc, or null
+  const void* layer_scale;  // acc or narrow (residual's type), or null
   const void* row_weight;   // acc [k], or null
   const int64_t* slot;
   const int64_t* index;
@@ -55,6 +56,7 @@ struct ScatterAdd {
   int64_t lines, len;
   Stride y_stride, residual_stride, out_stride;
   int64_t layer_scale_line, layer_scale_element;  // strides of layer_scale; the second is 0 or 1
+  bool layer_scale_narrow;
 };
 
 // d_out = scale * row_weight * layer_scale * grad[kept]; reads k, writes k. With `out` also, in the
@@ -67,7 +69,7 @@ struct ScatterAddBackward {
   void* d_row_weight;   // acc [k], or null
   const void* grad;
   const void* out;          // null when neither sum is wanted
-  const void* layer_scale;  // acc, or null
+  const void* layer_scale;  // acc or narrow (grad's type), or null
   const void* row_weight;   // acc [k], or null
   const int64_t* index;
   int64_t batch, kept;
@@ -76,6 +78,7 @@ struct ScatterAddBackward {
   Stride d_out_stride, grad_stride, out_stride;
   int64_t layer_scale_line, layer_scale_element;
   int64_t layer_scale_size;
+  bool layer_scale_narrow;
 };
 
 // y = relu(residual), with scale * row_weight * layer_scale * out added to the kept rows before,
@@ -120,13 +123,14 @@ struct CompactNorm {
   void* mean;  // acc [k * lines]
   void* rstd;  // acc [k * lines]
   const void* x;
-  const void* weight;  // acc [len], or null
-  const void* bias;    // acc [len], or null
+  const void* weight;  // acc or narrow (x's type) [len], or null
+  const void* bias;    // likewise
   const int64_t* index;
   int64_t batch, kept;
   double eps;
   int64_t lines, len;
   Stride x_stride;
+  bool parameters_narrow;
 };
 
 // d_x = d_stream, and d_x[kept] += the norm's gradient; d_weight = sum of d_normed * x_hat, d_bias
@@ -142,12 +146,13 @@ struct CompactNormBackward {
   const void* x;       // the kept rows
   const void* mean;    // acc, or null for RMSNorm
   const void* rstd;    // acc
-  const void* weight;  // acc, or null
+  const void* weight;  // acc or narrow (x's type), or null
   const int64_t* slot;
   int64_t batch, kept;
   int64_t lines, len;
   double inverse_len;  // 1 / len: a division in double takes registers that the kernel needs
   Stride d_stream_stride;
+  bool weight_narrow;
 };
 
 // index: the positions of the true entries, ascending; slot: the inverse map, -1 where false.

@@ -8,26 +8,27 @@ namespace {
 
 // ---- d_out alone --------------------------------------------------------------------------------
 
-constexpr int kUnroll = 2;
+// As in scatter_add.cu.
+template <int N>
+constexpr int kUnroll = N == 8 ? 4 : 2;
 
 template <class G, class O, int N>
 __global__ void __launch_bounds__(kThreads, 2)
     scale_rows(const ScatterAddBackward p, const RowTiles tiles) {
   using A = Acc<G>;
-  const A* const layer_scale = static_cast<const A*>(p.layer_scale);
   for (int64_t block = blockIdx.x; block < tiles.blocks; block += gridDim.x) {
     const int64_t group = tiles.chunks.quotient(block);
     const int64_t j = group * blockDim.y + threadIdx.y;
     if (j >= tiles.rows) continue;
     const int64_t first =
-        (block - group * tiles.chunks.value()) * kUnroll * blockDim.x + threadIdx.x;
+        (block - group * tiles.chunks.value()) * kUnroll<N> * blockDim.x + threadIdx.x;
     const int64_t row = checked(p.index[j], 0, p.batch);
     A factor = static_cast<A>(p.scale);
     if (p.row_weight) factor *= static_cast<const A*>(p.row_weight)[j];
-    Vec<G, N> grad[kUnroll];
-    int64_t lines[kUnroll], elements[kUnroll];
+    Vec<G, N> grad[kUnroll<N>];
+    int64_t lines[kUnroll<N>], elements[kUnroll<N>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<N>; ++u) {
       const int64_t vector = first + u * blockDim.x;
       if (vector >= tiles.vectors) break;
       lines[u] = tiles.per_line.quotient(vector);
@@ -36,15 +37,19 @@ __global__ void __launch_bounds__(kThreads, 2)
           load<N>(at(static_cast<const G*>(p.grad), p.grad_stride, row, lines[u]) + elements[u]);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<N>; ++u) {
       if (first + u * blockDim.x >= tiles.vectors) break;
       auto d_out = widen(grad[u]);
-      if (layer_scale && p.layer_scale_element) {
-        const auto gamma = load<N>(layer_scale + lines[u] * p.layer_scale_line + elements[u]);
+      const int64_t gamma_line = lines[u] * p.layer_scale_line;
+      if (p.layer_scale && p.layer_scale_element) {
+        const auto gamma =
+            load_parameters<N, G, A>(p.layer_scale, p.layer_scale_narrow, gamma_line + elements[u]);
 #pragma unroll
         for (int e = 0; e < N; ++e) d_out.v[e] *= factor * gamma.v[e];
       } else {
-        const A all = layer_scale ? factor * layer_scale[lines[u] * p.layer_scale_line] : factor;
+        A all = factor;
+        if (p.layer_scale)
+          all *= load_parameter<G, A>(p.layer_scale, p.layer_scale_narrow, gamma_line);
 #pragma unroll
         for (int e = 0; e < N; ++e) d_out.v[e] *= all;
       }
@@ -97,14 +102,13 @@ struct SumTiles {
 };
 
 template <class G, class O, int N>
-__global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     scale_rows_and_sum(const ScatterAddBackward p, const SumTiles tiles, Acc<G>* layer_scale_sums,
                        Acc<G>* row_weight_sums) {
   using A = Acc<G>;
   constexpr int kSumUnroll = N == 4 ? 4 : 2;
-  __shared__ A shared[kThreads * N];
+  alignas(16) __shared__ A shared[kThreads * N];
   const A scale = static_cast<A>(p.scale);
-  const A* const layer_scale = static_cast<const A*>(p.layer_scale);
   const A* const row_weight = static_cast<const A*>(p.row_weight);
   const int threads = blockDim.x * blockDim.y;  // two warps at least
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -118,9 +122,12 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
     const int64_t gamma_offset = own_line * p.layer_scale_line;
 
     Vec<A, N> gamma = filled<A, N>(1);
-    if (layer_scale && active)
-      gamma = p.layer_scale_element ? load<N>(layer_scale + gamma_offset + element)
-                                    : filled<A, N>(layer_scale[gamma_offset]);
+    if (p.layer_scale && active) {
+      const bool narrow = p.layer_scale_narrow;
+      gamma = p.layer_scale_element
+                  ? load_parameters<N, G, A>(p.layer_scale, narrow, gamma_offset + element)
+                  : filled<A, N>(load_parameter<G, A>(p.layer_scale, narrow, gamma_offset));
+    }
 
     Vec<A, N> total = filled<A, N>(0);
     const int64_t last = min(tiles.items, (slice + 1) * tiles.items_per_slice);
@@ -175,8 +182,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 1 : 2)
     if (!layer_scale_sums) continue;
 
     if (p.layer_scale_element) {
-#pragma unroll
-      for (int e = 0; e < N; ++e) shared[thread * N + e] = total.v[e];
+      share(shared, thread, total);
       __syncthreads();
       const int width = blockDim.x * N;
       for (int c = thread; c < width; c += threads) {
@@ -229,15 +235,16 @@ template <class G, class O, int N>
 cudaError_t launch_width(const ScatterAddBackward& p, const Allocate& allocate,
                          cudaStream_t stream) {
   if constexpr (N > 1) {
-    const Stride gamma{0, p.layer_scale_line};
     if (!fits(N, p.len,
               {operand<O>(p.d_out, p.d_out_stride, p.lines),
                operand<G>(p.grad, p.grad_stride, p.lines), operand<O>(p.out, p.out_stride, p.lines),
-               operand<Acc<G>>(p.layer_scale_element ? p.layer_scale : nullptr, gamma, p.lines)}))
+               parameter<G, Acc<G>>(p.layer_scale_element ? p.layer_scale : nullptr,
+                                    p.layer_scale_narrow, p.layer_scale_line)}))
       return launch_width<G, O, N / 2>(p, allocate, stream);
   }
-  if (p.out) return launch_sums<G, O, N>(p, allocate, stream);
-  const RowTiles tiles(p.kept, p.lines, p.len / N, kUnroll);
+  // Of eight elements, gamma and the sums would leave registers for one block of 256 threads only.
+  if (p.out) return launch_sums<G, O, std::min(N, 4)>(p, allocate, stream);
+  const RowTiles tiles(p.kept, p.lines, p.len / N, kUnroll<N>);
   return launch(scale_rows<G, O, N>, tiles.blocks, dim3(tiles.x, tiles.y), stream, p, tiles);
 }
 

@@ -183,7 +183,7 @@ cudaError_t launch_scatter_add_relu(const ScatterAddRelu& p, Dtype y, Dtype resi
       if (y == residual) return launch_forward<R, R, O, kWidest<R, O>>(p, stream);
     }
     if constexpr (sizeof(R) == 2) {
-      if (y == Dtype::f32) return launch_forward<float, R, O, kWidest<R, O>>(p, stream);
+      if (y == Dtype::f32) return launch_forward<float, R, O, kWidest<float>>(p, stream);
     }
     return cudaErrorInvalidValue;
   });

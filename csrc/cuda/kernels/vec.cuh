@@ -28,9 +28,10 @@ struct alignas(alignment(N* static_cast<int>(sizeof(T)))) Vec {
   T v[N];
 };
 
-// Elements in a vector that takes 16 bytes in the tensor with the narrowest of these types.
+// Elements in a vector that takes 16 bytes in the tensor with the widest of these types. In more
+// than that, a warp would ask for every sector twice, half of it at a time.
 template <class... T>
-constexpr int kWidest = 16 / static_cast<int>(std::min({sizeof(T)...}));
+constexpr int kWidest = 16 / static_cast<int>(std::max({sizeof(T)...}));
 
 // Written out as words of CUDA's own vector types, stored by __stwb (a plain store): of anything
 // else the compiler may make accesses of four bytes each.
@@ -125,12 +126,43 @@ __device__ __forceinline__ Vec<T, N> narrow(const Vec<A, N>& values) {
   return packed;
 }
 
+// Elements of a parameter, which is of the type A of the arithmetic or, where it is `narrow`, of
+// the data's type T.
+template <class T, class A>
+__device__ __forceinline__ A load_parameter(const void* data, bool narrow, int64_t at) {
+  if constexpr (!std::is_same_v<T, A>) {
+    if (narrow) return widen(static_cast<const T*>(data)[at]);
+  }
+  return static_cast<const A*>(data)[at];
+}
+// A constant `offset` costs no register if it is added last.
+template <int N, class T, class A>
+__device__ __forceinline__ Vec<A, N> load_parameters(const void* data, bool narrow, int64_t first,
+                                                     int offset = 0) {
+  if constexpr (!std::is_same_v<T, A>) {
+    if (narrow) return widen(load<N>(static_cast<const T*>(data) + first + offset));
+  }
+  return load<N>(static_cast<const A*>(data) + first + offset);
+}
+
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> filled(T value) {
   Vec<T, N> values;
 #pragma unroll
   for (int i = 0; i < N; ++i) values.v[i] = value;
   return values;
+}
+
+// To shared memory, as the vector of this thread. Written one by one, the elements of a warp would
+// meet in a few banks.
+template <class A, int N>
+__device__ __forceinline__ void share(A* shared, int thread, const Vec<A, N>& value) {
+  using Word = typename WordOf<alignof(Vec<A, N>)>::type;
+  constexpr int kWords = sizeof(Vec<A, N>) / sizeof(Word);
+  Word words[kWords];
+  memcpy(words, &value, sizeof(value));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(shared)[thread * kWords + i] = words[i];
 }
 
 template <class T>

@@ -11,6 +11,15 @@ import triton.language as tl
 from .row_kernels import rounded, row_number
 
 
+@triton.jit
+def _square_root(value):
+    """Rounded to nearest: of float32, tl.sqrt is an approximation, and takes denormals for zero."""
+    if value.dtype == tl.float32:
+        return tl.sqrt_rn(value)
+    else:
+        return tl.sqrt(value)
+
+
 @triton.jit(do_not_specialize=["index", "mean", "rstd", "rows", "kept_rows"])
 def compact_norm_kernel(
     normed,
@@ -58,7 +67,7 @@ def compact_norm_kernel(
         # An element that is not there has no distance to the mean.
         centered = tl.where(inside, value - center, 0)
         square += tl.sum(centered * centered, 1, keep_dims=True)
-    inverse = 1 / tl.sqrt(square / count + tl.full((), eps, ACC))
+    inverse = 1 / _square_root(square / count + tl.full((), eps, ACC))
     normed += statistic * length
     if kept is not None:
         kept += statistic * length
@@ -115,15 +124,23 @@ def compact_norm_backward_kernel(
     line = flat[:, None]
     exists = line < lines
     columns = tl.arange(0, BLOCK_LENGTH)[None, :].to(tl.int64)
-    count = length.to(ACC)
+    inverse_length = 1 / length.to(ACC)  # a division takes registers that the loop needs
     d_weight = tl.zeros((BLOCK_LINES, BLOCK_LENGTH), ACC)
     d_bias = tl.zeros((BLOCK_LINES, BLOCK_LENGTH), ACC)
     valid = group >= 0
-    for row in range(group * GROUP, tl.minimum(group * GROUP + GROUP, rows)):
-        j = tl.load(slot + row)
+    end = tl.minimum(group * GROUP + GROUP, rows)
+    following = tl.load(slot + group * GROUP, mask=group * GROUP < end, other=-1)
+    for row in range(group * GROUP, end):
+        # What a row needs is on its way before anything waits: the next one's slot, on which all
+        # addresses depend, and the stream's gradient, which every row has.
+        j = following
+        following = tl.load(slot + row + 1, mask=row + 1 < end, other=-1)
         valid = valid & (j >= -1) & (j < kept_rows)
         stream = row * stream_row + line * stream_line
         target = (row * lines + line) * length
+        passed = tl.zeros((BLOCK_LINES, BLOCK_LENGTH), kept.dtype.element_ty)
+        if d_x is not None and d_stream is not None and BLOCKS == 1:
+            passed = tl.load(d_stream + stream + columns, exists & (columns < length), other=0)
         if (j >= 0) & (j < kept_rows):
             source = (j * lines + line) * length
             inverse = tl.load(rstd + j * lines + flat, flat < lines, other=0)[:, None]
@@ -147,33 +164,32 @@ def compact_norm_backward_kernel(
                 if d_x is not None:
                     if weight is not None:
                         d *= tl.load(weight + column, column < length, other=0).to(ACC)
-                    mean_d_x_hat += tl.sum(d * x_hat, 1, keep_dims=True) / count
+                    mean_d_x_hat += tl.sum(d * x_hat, 1, keep_dims=True) * inverse_length
                     if mean is not None:
-                        mean_d += tl.sum(d, 1, keep_dims=True) / count
+                        mean_d += tl.sum(d, 1, keep_dims=True) * inverse_length
             if d_x is not None:
                 for start in range(0, BLOCKS * BLOCK_LENGTH, BLOCK_LENGTH):
                     column = start + columns
                     inside = exists & (column < length)
                     d = tl.load(d_normed + source + column, inside, other=0).to(ACC)
                     value = tl.load(kept + source + column, inside, other=0).to(ACC)
-                    x_hat = (value - center) * inverse
                     if weight is not None:
                         d *= tl.load(weight + column, column < length, other=0).to(ACC)
-                    value = inverse * (d - mean_d - x_hat * mean_d_x_hat)
+                    slope = inverse * mean_d_x_hat
+                    value = inverse * (d - mean_d - (value - center) * slope)
                     if d_stream is not None:
-                        value += tl.load(d_stream + stream + column, inside, other=0).to(ACC)
+                        if BLOCKS > 1:
+                            passed = tl.load(d_stream + stream + column, inside, other=0)
+                        value += passed.to(ACC)
                     tl.store(d_x + target + column, rounded(value, d_x.dtype.element_ty), inside)
         elif d_x is not None:
             for start in range(0, BLOCKS * BLOCK_LENGTH, BLOCK_LENGTH):
                 column = start + columns
                 inside = exists & (column < length)
-                if d_stream is None:
-                    nothing = tl.zeros((BLOCK_LINES, BLOCK_LENGTH), d_x.dtype.element_ty)
-                    tl.store(d_x + target + column, nothing, inside)
-                else:
-                    # d_stream is of d_x's type: its bits pass.
-                    bits = tl.load(d_stream + stream + column, inside, other=0)
-                    tl.store(d_x + target + column, bits, inside)
+                if d_stream is not None and BLOCKS > 1:
+                    passed = tl.load(d_stream + stream + column, inside, other=0)
+                # d_stream is of d_x's type: its bits pass, or zeros where there is none.
+                tl.store(d_x + target + column, passed, inside)
     part = (group * tl.num_programs(0) + tl.program_id(0)) * length + columns
     # Where both dimensions of the grid are needed for the groups, some of them do not exist.
     inside = (columns < length) & (group * GROUP < rows)

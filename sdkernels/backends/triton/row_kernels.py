@@ -259,10 +259,12 @@ def scatter_add_backward_kernel(
         if row_weight is not None:
             weight = tl.load(row_weight + j).to(ACC)
         scaled = plain * tl.load(grad + row * grad_row, inside & exists, other=0).to(ACC)
+        product = scaled
+        if out is not None:  # loaded before the store: behind it, it would wait for grad
+            product = scaled * tl.load(out + j * out_row, inside, other=0).to(ACC)
         value = scaled * (weight * gamma)
         tl.store(d_out + j * d_out_row, rounded(value, d_out.dtype.element_ty), inside)
         if out is not None:
-            product = scaled * tl.load(out + j * out_row, inside, other=0).to(ACC)
             if layer_scale_sums is not None:
                 sums += weight * product
             if row_weight_sums is not None:

@@ -119,12 +119,24 @@ def _strides(tensors: Sequence[Tensor], walk: Walk) -> list[int]:
 def _walk_scaled(
     tensors: Sequence[Tensor], layer_scale: Tensor | None
 ) -> tuple[Walk | None, Tensor | None]:
-    """A layer scale whose shape two levels cannot express ([C, 1, W]) is written out for a row."""
+    """A layer scale whose shape two levels cannot express ([C, 1, W]) is written out for a row, and
+    one that keeps the row from being walked in vectors ([C, 1, 1] of an odd image).
+    """
     walk = walk_rows(tensors, layer_scale)
-    if walk is None and layer_scale is not None:
+    if layer_scale is not None and (walk is None or _parts_vectors(walk, tensors)):
         layer_scale = _written_out(layer_scale, tensors[0])
         walk = walk_rows(tensors, layer_scale)
     return walk, layer_scale
+
+
+def _parts_vectors(walk: Walk, tensors: Sequence[Tensor]) -> bool:
+    """Whether lines begin anywhere because of the layer scale alone. What Triton knows of a stride
+    is whether 16 divides it.
+    """
+    if walk.lines == 1 or walk.element_strides[-1] or walk.length % 16 == 0:
+        return False
+    alone = walk_rows(tensors)
+    return alone is not None and alone.lines == 1 and alone.length % 16 == 0
 
 
 def _written_out(layer_scale: Tensor, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .geometry import Walk
 
 _THREADS = 32
 _WARPS = 4
-_MOST_WARPS = 16
+_MOST_BYTES = 16384  # of a line that is held, in the type of the arithmetic
 
 # Terms that go into a partial sum for each one that comes out: writing and reading the partial sums
 # (float32, once each) then costs about a twentieth of the traffic of the data.
@@ -78,11 +78,12 @@ def _column_block(length: int, most: int) -> int:
 def norm_tile(lines: int, length: int, acc: torch.dtype) -> Tile:
     """The tile of a norm, which holds whole lines where that many elements fit into registers.
 
-    Longer lines are walked several times, in blocks of the tile's length. The backward keeps two
-    sums beside three tensors: a thread gets half as many elements as elsewhere.
+    Longer lines are walked several times, in blocks of the tile's length.
     """
-    per_warp = _elements_per_thread(acc) * _THREADS // 2
-    block = min(_next_power_of_two(length), per_warp * _MOST_WARPS)
+    per_warp = _elements_per_thread(acc) * _THREADS
+    if acc == torch.float64:
+        per_warp //= 2  # the two sums of the backward take as many registers again
+    block = min(_next_power_of_two(length), _MOST_BYTES // acc.itemsize)
     lines = min(max(1, per_warp * _WARPS // block), _next_power_of_two(lines))
     return Tile(lines, block, max(1, lines * block // per_warp))
 

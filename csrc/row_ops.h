@@ -233,6 +233,11 @@ inline at::Tensor empty_rows(const at::Tensor& x, int64_t rows, at::ScalarType d
   return at::empty_strided(sizes, at::empty_like(like).strides(), options);
 }
 
+// Rows in the order that those of `x` have, with which they share a geometry then.
+inline at::Tensor in_order_of(const at::Tensor& x, const at::Tensor& rows) {
+  return empty_rows(x, rows.size(0), rows.scalar_type()).copy_(rows);
+}
+
 // The format that x has; contiguous where it has none, of which a dense copy is made.
 inline at::MemoryFormat row_format(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;

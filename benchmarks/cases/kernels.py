@@ -65,7 +65,8 @@ class Kernel:
         op, torch: get tensors, do once what is not timed, and return what is.
         traffic: rows of the batch, kept rows of the stream's dtype and of the branch's that have
             to be read and written.
-        norm: whether it normalizes over the last dimension; images are [B, H, W, C] then.
+        norm: whether it normalizes over the last dimension; images are [B, H, W, C] then, as they
+            are for what writes into packed tensors.
         copies: whether it does nothing but move rows and add them, so that memory bounds it.
     """
 
@@ -171,11 +172,11 @@ def _into(
     """
 
     def ours(t: Tensors) -> Call:
-        part = torch.empty_like(written(t), memory_format=torch.contiguous_format)
+        part = torch.empty_like(written(t))
         return lambda: (part, *op(t, part))
 
     def theirs(t: Tensors) -> Call:
-        part = torch.empty_like(written(t), memory_format=torch.contiguous_format)
+        part = torch.empty_like(written(t))
         run = calls(t)
 
         def copied() -> Outputs:
@@ -410,12 +411,13 @@ class KernelCase(RowCase):
     def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
         """See ``RowCase.random``."""
         made = self.random(device, dtype)
-        if KERNELS[self.op].norm and self.is_image:
+        if self.is_image and (KERNELS[self.op].norm or self.op.endswith("_into")):
             made["layer_scale"] = made["layer_scale"].flatten()
             for name in ("x", "out"):
                 made[name] = made[name].permute(0, 2, 3, 1)
         rows = kept_rows(self.shape[0], self.k / self.shape[0], device, seed=1)
-        kept = made["x"].index_select(0, rows.index)
+        kept = torch.empty_like(made["x"][: self.k])  # in x's order, which index_select may leave
+        kept.copy_(made["x"].index_select(0, rows.index))
         return Tensors(**made, kept=kept, index=rows.index, slot=rows.slot)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:

@@ -23,6 +23,15 @@ void map_rows(const Tensor& y, const Tensor& x, const Tensor& map, const Tensor*
       y.index_copy_(0, map, x);
       return;
     }
+    if (!base && map.size(0) <= x.size(0)) {  // no row is left out
+      y.copy_(x.index_select(0, map));
+      return;
+    }
+    const Tensor ordered = in_order_of(y, x);
+    if (ordered.strides() != x.strides()) {
+      map_rows(y, ordered, map, base);
+      return;
+    }
     const Tensor dense = at::empty(y.sizes(), y.options());
     const Tensor dense_base = base ? base->contiguous() : Tensor();
     map_rows(dense, x.contiguous(), map, base ? &dense_base : nullptr);
@@ -125,6 +134,11 @@ void scatter_add_into(const Tensor& y, const Tensor& residual, const Tensor& out
   const Tensor& rows_of_out = out.numel() > 0 ? out : residual;
   const auto [geometry, gamma] = scaled_geometry({&y, &residual, &rows_of_out}, layer_scale, acc);
   if (!geometry) {
+    const Tensor ordered = in_order_of(y, out);
+    if (out.numel() > 0 && ordered.strides() != out.strides()) {
+      scatter_add_into(y, residual, ordered, index, slot, layer_scale, row_weight, scale, inplace);
+      return;
+    }
     const Tensor dense = at::empty(y.sizes(), y.options());
     scatter_add_into(dense, residual.contiguous(), out.contiguous(), index, slot, layer_scale,
                      row_weight, scale, false);
@@ -212,6 +226,15 @@ std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& gra
   if (out) tensors.push_back(&*out);
   const auto [geometry, gamma] = scaled_geometry(tensors, layer_scale, acc);
   if (!geometry) {
+    const Tensor ordered = empty_rows(grad, k, d_out.scalar_type());
+    const OptionalTensor ordered_out = out ? OptionalTensor(in_order_of(grad, *out)) : out;
+    if (ordered.strides() != d_out.strides() ||
+        (out && ordered_out->strides() != out->strides())) {
+      auto sums = gradients_into(ordered, grad, ordered_out, index, layer_scale, row_weight, scale,
+                                 wanted);
+      d_out.copy_(ordered);
+      return sums;
+    }
     const OptionalTensor dense_out = out ? OptionalTensor(out->contiguous()) : out;
     const Tensor dense = at::empty(d_out.sizes(), d_out.options());
     auto sums = gradients_into(dense, grad.contiguous(), dense_out, index, layer_scale, row_weight,

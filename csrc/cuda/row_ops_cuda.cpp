@@ -244,10 +244,9 @@ std::tuple<Tensor, Tensor> gradients_into(const Tensor& d_out, const Tensor& gra
   if (!geometry) {
     const Tensor ordered = empty_rows(grad, k, d_out.scalar_type());
     const OptionalTensor ordered_out = out ? OptionalTensor(in_order_of(grad, *out)) : out;
-    if (ordered.strides() != d_out.strides() ||
-        (out && ordered_out->strides() != out->strides())) {
-      auto sums = gradients_into(ordered, grad, ordered_out, index, layer_scale, row_weight, scale,
-                                 wanted);
+    if (ordered.strides() != d_out.strides() || (out && ordered_out->strides() != out->strides())) {
+      auto sums =
+          gradients_into(ordered, grad, ordered_out, index, layer_scale, row_weight, scale, wanted);
       d_out.copy_(ordered);
       return sums;
     }

@@ -18,6 +18,7 @@ from ..tracing import is_recorded, refuse_script
 from .adding import Add, BlockState
 from .branches import entries
 from .comparing.proving import proofs_of, warn
+from .packing import packed_form
 from .proof import Asked, Proof
 from .rewriting import Rewriting
 
@@ -121,7 +122,9 @@ def make_patched(
                     if proof.holds:
                         asked = rewriting.asked(self, kwargs)
                         add = Add(self, laws, rewriting, proofs, asked)
-                        return rewriting.forward(self, add, *args, **kwargs)
+                        several = isinstance(args[0] if args else kwargs.get(first), list)
+                        packs = packed_form(self) if several and not is_compiling() else None
+                        return (packs or rewriting.forward)(self, add, *args, **kwargs)
                 except Asked as asked:
                     proof = state.refused = Proof(False, asked.reason)
                     warn(rewriting, proof)

@@ -17,7 +17,15 @@ from .branches import per_sample
 from .fingerprint import fingerprint
 from .parts import is_bare
 
-__all__ = ["dinov2", "dinov2_nested", "dinov3", "has_xformers", "learn_dinov2", "learn_dinov3"]
+__all__ = [
+    "dinov2",
+    "dinov2_nested",
+    "dinov3",
+    "has_xformers",
+    "knows",
+    "learn_dinov2",
+    "learn_dinov3",
+]
 
 # Forwards of DINOv2's `Attention` and `MemEffAttention`: qkv, attention by sample, proj, proj_drop.
 ATTENTIONS = frozenset(
@@ -32,17 +40,17 @@ LIST_MLPS = frozenset(("d7305cd382a8",))
 _KNOWN: dict[tuple[type[nn.Module], str], bool] = {}
 
 
-def _learn(module: nn.Module, method: str, prints: frozenset[str]) -> None:
+def learn(module: nn.Module, method: str, prints: frozenset[str]) -> None:
     own = [kind.__dict__ for kind in type(module).__mro__[:-1] if kind is not nn.Module]
     bodies = [names[method] for names in own if method in names]
     found = bool(bodies) and all(fingerprint(body) in prints for body in bodies)
     _KNOWN[type(module), method] = found
 
 
-def _knows(module: nn.Module, method: str, prints: frozenset[str]) -> bool:
+def knows(module: nn.Module, method: str, prints: frozenset[str]) -> bool:
     """Whether a method is one that was read, in every class that has it; hooks want the module."""
     if (type(module), method) not in _KNOWN and not is_compiling():
-        _learn(module, method, prints)
+        learn(module, method, prints)
     known = _KNOWN.get((type(module), method), False)
     return known and method not in module.__dict__ and is_bare(module)
 
@@ -51,7 +59,7 @@ def _knows(module: nn.Module, method: str, prints: frozenset[str]) -> bool:
 
 
 def learn_dinov2(block: Any) -> None:
-    _learn(block.attn, "forward", ATTENTIONS)
+    learn(block.attn, "forward", ATTENTIONS)
 
 
 def has_xformers(kind: Any) -> bool:
@@ -64,7 +72,7 @@ def dinov2(block: Any, add: Any, x: Any) -> Any:
         x = add(0, x, block.attn, norm=block.norm1, layer_scale=block.ls1)
         return add(1, x, block.mlp, norm=block.norm2, layer_scale=block.ls2)
     attn, mlp = block.attn, block.mlp
-    knows_attention = _knows(attn, "forward", ATTENTIONS) and not _drops(attn.attn_drop)
+    knows_attention = knows(attn, "forward", ATTENTIONS) and not _drops(attn.attn_drop)
 
     def attend(packed: Packed) -> Tensor:
         if not knows_attention:
@@ -96,8 +104,8 @@ Rope = tuple[Tensor, Tensor] | None
 
 
 def learn_dinov3(block: Any) -> None:
-    _learn(block.attn, "forward_list", LIST_ATTENTIONS)
-    _learn(block.mlp, "forward_list", LIST_MLPS)
+    learn(block.attn, "forward_list", LIST_ATTENTIONS)
+    learn(block.mlp, "forward_list", LIST_MLPS)
 
 
 def dinov3(block: Any, add: Any, x_or_x_list: Any, rope_or_rope_list: Any = None) -> Any:
@@ -106,8 +114,8 @@ def dinov3(block: Any, add: Any, x_or_x_list: Any, rope_or_rope_list: Any = None
     It leaves out the dropout behind the projection, in training.
     """
     x, rope, attn, mlp = x_or_x_list, rope_or_rope_list, block.attn, block.mlp
-    knows_attention = _knows(attn, "forward_list", LIST_ATTENTIONS)
-    knows_mlp = _knows(mlp, "forward_list", LIST_MLPS)
+    knows_attention = knows(attn, "forward_list", LIST_ATTENTIONS)
+    knows_mlp = knows(mlp, "forward_list", LIST_MLPS)
 
     def attend(kept: Tensor, rope: Rope) -> Any:
         if not knows_attention:

@@ -90,7 +90,7 @@ def patch(
             this very source; "always", for those too; "never". ``report.check(*inputs)`` does it
             ahead of time, which compiled and sharded models need.
         multiple_of: what the number of tokens is rounded up to where a block's list of crops goes
-            packed, as the blocks of DINOv2 and DINOv3 have it; see
+            packed, as in blocks of DINOv2, DINOv3 and timm's ViT and EVA; see
             :func:`sdkernels.fused_stochastic_depth`.
         strict: raise where blocks are left alone, or none was found. Default: they stay as they
             are, and the report says why; one warning says that none was found.

@@ -65,8 +65,7 @@ class Kernel:
         op, torch: get tensors, do once what is not timed, and return what is.
         traffic: rows of the batch, kept rows of the stream's dtype and of the branch's that have
             to be read and written.
-        norm: whether it normalizes over the last dimension; images are [B, H, W, C] then, as they
-            are for what writes into packed tensors.
+        norm: whether it normalizes over the last dimension.
         copies: whether it does nothing but move rows and add them, so that memory bounds it.
     """
 
@@ -369,6 +368,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def takes_tokens(op: str) -> bool:
+    """Whether channels are the last dimension; images are [B, H, W, C] then."""
+    return KERNELS[op].norm or op.endswith("_into")
+
+
 @dataclass(frozen=True)
 class KernelCase(RowCase):
     """One op, dtype, shape and number of threads; beside it a clone of the stream.
@@ -411,7 +415,7 @@ class KernelCase(RowCase):
     def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
         """See ``RowCase.random``."""
         made = self.random(device, dtype)
-        if self.is_image and (KERNELS[self.op].norm or self.op.endswith("_into")):
+        if self.is_image and takes_tokens(self.op):
             made["layer_scale"] = made["layer_scale"].flatten()
             for name in ("x", "out"):
                 made[name] = made[name].permute(0, 2, 3, 1)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.kernels import KERNELS, KernelCase, Tensors
+from benchmarks.cases.kernels import KERNELS, KernelCase, Tensors, takes_tokens
 from benchmarks.measure import command, correctness
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line, serving
@@ -140,12 +140,12 @@ def measure(
 
 
 def cases(shape: str, dtype: str, batch: int, keep: float) -> list[GpuCase]:
-    """Every kernel on such rows; norms are those of tokens."""
+    """Every kernel on such rows; norms, and what writes into packed tensors, on tokens only."""
     row, channels_last = ROWS[shape]
     return [
         GpuCase(op, dtype, (batch, *row), keep=keep, channels_last=channels_last)
-        for op, kernel in KERNELS.items()
-        if not (kernel.norm and len(row) == 3)
+        for op in KERNELS
+        if not (takes_tokens(op) and len(row) == 3)
     ]
 
 

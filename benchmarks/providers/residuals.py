@@ -64,6 +64,8 @@ class Addition:
 
 def _argument(arg: Any, index: Tensor | None) -> Any:
     """A further input of a branch: of the rows that it runs on, unless all of them share it."""
+    if isinstance(arg, (list, tuple)):
+        return type(arg)(_argument(each, index) for each in arg)
     value = arg.value if isinstance(arg, (sdkernels.PerSample, sdkernels.Shared)) else arg
     shared = index is None or not isinstance(value, Tensor) or isinstance(arg, sdkernels.Shared)
     return value if shared else value[index]

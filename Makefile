@@ -69,7 +69,8 @@ test-install: $(BUILT) $(FOR_TEST) $(FOR_LINT)
 	$(RUN) -m pytest -m install
 
 test-ptx: $(BUILT) $(FOR_TEST)
-	$(RUN) -m pytest -m ptx
+	@echo 'Compiles, translates and executes every kernel: 7 to 25 minutes on two cores'
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal -m ptx --durations 0
 
 peer-tests: $(BUILT) $(FOR_TEST)
 	$(PEER_REQUIREMENTS)

@@ -5,6 +5,7 @@ and each kernel translated, at its first launch. All of it is kept under build/p
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -78,12 +79,18 @@ def digest(*parts: object) -> str:
 
 
 def compiled(target: Path, *command: object) -> Path:
-    """The file, made by a command that ends with its path, if it is not there yet."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
-        run(*command, "-o", unfinished)
-        unfinished.rename(target)
+    """The file, made by a command that ends with its path, if it is not there yet. One process makes
+    it, others that need it wait.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_suffix(f".unfinished{target.suffix}")
+            run(*command, "-o", unfinished)
+            unfinished.rename(target)
     return target
 
 

@@ -129,6 +129,8 @@ def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport
     drop = drop_path_of(naive)
     give_drop_paths(naive, subject, lambda _: copy.deepcopy(drop))
     report, other = patch(fused, subject), patch(gathered, subject)
+    for each in (report, other):
+        each.check(x)  # before gather and index_add stand in for the op: they run no empty branch so
     plan = other.plan(len(x))
 
     @contextmanager

@@ -37,12 +37,13 @@ DOCS_TOOLS := $(VENV)-docs/.tools
 PEER_REQUIREMENTS := $(PIP) parameterized
 endif
 
-.PHONY: help build test test-quick test-install test-ptx peer-tests bench paper docs gpu-check lint clean
+.PHONY: help build test test-quick test-whole test-install test-ptx peer-tests bench paper docs gpu-check lint clean
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
 	@echo 'make test        run the tests and the examples in the docstrings: 20 to 40 minutes on two cores (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-quick  those of them that take seconds, for the edit loop'
+	@echo 'make test-whole  run whole test files once more, by other backends, instruction sets and compilers'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
 	@echo 'make test-ptx    execute all compiled GPU kernels, translated: no GPU is needed, nvcc is'
 	@echo 'make peer-tests  run tests of timm and transformers on patched models, compare with unpatched ones'
@@ -63,7 +64,11 @@ test: $(BUILT) $(FOR_TEST)
 	$(SIDE_BY_SIDE) --durations 25
 
 test-quick: $(BUILT) $(FOR_TEST)
-	$(SIDE_BY_SIDE) -q -m 'not slow and not install and not ptx'
+	$(SIDE_BY_SIDE) -q -m 'not slow and not install and not ptx and not whole'
+
+test-whole: $(BUILT) $(FOR_TEST)
+	@echo 'Whole test files by other backends, instruction sets and compilers: 8 to 20 minutes on two cores'
+	$(SIDE_BY_SIDE) -m whole --durations 25
 
 test-install: $(BUILT) $(FOR_TEST) $(FOR_LINT)
 	$(RUN) -m pytest -m install

@@ -49,8 +49,17 @@ def run_tests(selection: str, **environ: str) -> str:
     return result.stdout.splitlines()[0]
 
 
-def test_traceable_backend():
-    first_line = run_tests("not layouts", SDKERNELS_BACKEND="traceable")
+def few_and(whole: str) -> pytest.MarkDecorator:
+    selections = [
+        pytest.param("named_cases", id="few"),
+        pytest.param(whole, id="whole", marks=pytest.mark.whole),
+    ]
+    return pytest.mark.parametrize("selection", selections)
+
+
+@few_and("not layouts")
+def test_traceable_backend(selection):
+    first_line = run_tests(selection, SDKERNELS_BACKEND="traceable")
     assert first_line.startswith("('traceable', 'SDKERNELS_BACKEND=traceable')")
 
 
@@ -114,13 +123,14 @@ def test_widest_instruction_set_is_chosen(capabilities):
         assert capabilities == every[-len(capabilities) :]
 
 
+@few_and("not layouts and not opcheck")
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set(capability, capabilities):
+def test_every_instruction_set(capability, selection, capabilities):
     if capability not in capabilities:
         pytest.skip(f"this processor has {', '.join(capabilities)}")
     if capability == capabilities[0]:
         pytest.skip("this one serves every other test")
-    first_line = run_tests("not layouts and not opcheck", SDKERNELS_CPU_CAPABILITY=capability)
+    first_line = run_tests(selection, SDKERNELS_CPU_CAPABILITY=capability)
     assert first_line.endswith(capability)
 
 

@@ -180,6 +180,7 @@ def usages(cuobjdump: Path, path: Path) -> Iterator[tuple[Kernel, Usage]]:
             yield parse(architecture, function), Usage(*map(int, found.groups()))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", KERNELS)
 def test_registers(name, objects, cuobjdump):
     """Nothing spills, nothing lives on a stack, and enough threads fit on a multiprocessor."""
@@ -191,6 +192,7 @@ def test_registers(name, objects, cuobjdump):
     assert architectures == set(ARCHITECTURES)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "compact_mask"])
 def test_wide_accesses(name, objects, cuobjdump):
     """The widest vectors are read and written 16 bytes at a time, whatever else a kernel does; a
@@ -219,6 +221,7 @@ def test_wide_accesses(name, objects, cuobjdump):
     assert {kernel.architecture for kernel in widest} == set(ARCHITECTURES)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", KERNELS_OF_WIDTHS)
 def test_widths(name, objects, cuobjdump):
     """Rows that do not allow the widest vectors still get wider ones than single elements."""

@@ -2,7 +2,8 @@
 
 ``cuda_emulation/`` compiles the sources of ``csrc/cuda`` with g++ and registers the ops for the
 CPU; test files that know nothing of it then run in a process of their own. Every tensor has the
-sanitizer's guard zones around it, and threads take turns in three orders.
+sanitizer's guard zones around it, and threads take turns in three orders. A few of them run always,
+with kernels of few dtypes, all with `make test-whole`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ RUNS = {
 }
 
 
+# Of float32 alone and beside bfloat16.
+FEW = (
+    "test_functional.py test_kernel_traps.py "
+    "-k emulated_trap|(named_cases and f32 and not f16- and not conv)"
+)
+
+
 @pytest.fixture(scope="module")
 def sanitizers() -> list[str]:
     """The libraries to load before Python's own."""
@@ -39,8 +47,10 @@ def sanitizers() -> list[str]:
         pytest.skip(str(error))
 
 
-def start(order: str, library: Path, sanitizers: list[str]) -> subprocess.Popen[str]:
-    files, _, selection = RUNS[order].partition("-k ")
+def start(
+    what: str, order: str, library: Path, sanitizers: list[str]
+) -> subprocess.Popen[str]:
+    files, _, selection = what.partition("-k ")
     environment = {
         **{name: v for name, v in os.environ.items() if not name.startswith("SDKERNELS_")},
         "SDKERNELS_EMULATED": str(library),
@@ -68,18 +78,27 @@ def start(order: str, library: Path, sanitizers: list[str]) -> subprocess.Popen[
 def runs(sanitizers: list[str]) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All of them, side by side."""
     library = build.emulated_ops()
-    processes = {order: start(order, library, sanitizers) for order in RUNS}
+    processes = {order: start(what, order, library, sanitizers) for order, what in RUNS.items()}
     yield processes
     for process in processes.values():
         process.kill()
         process.wait()
 
 
+def check(process: subprocess.Popen[str]) -> None:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "Overriding a previously registered kernel" in output  # the emulated ops did serve
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("order", RUNS)
 def test_emulated(order, runs):
-    output = runs[order].communicate()[0]
-    assert runs[order].returncode == 0, output
-    assert "Overriding a previously registered kernel" in output  # the emulated ops did serve
+    check(runs[order])
+
+
+def test_few_emulated(sanitizers):
+    check(start(FEW, "shuffled", build.emulated_ops(few=True), sanitizers))
 
 
 @pytest.fixture(scope="module")

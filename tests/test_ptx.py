@@ -159,6 +159,13 @@ def test_triton(order, sanitizers, triton):
     run_tests("triton_plugin", TRITON[order], environment(sanitizers, order))
 
 
+@pytest.mark.ptx
+@pytest.mark.parametrize("architecture", ["80", "100"])
+def test_triton_of_other_architectures(architecture, sanitizers, triton):
+    env = environment(sanitizers, "shuffled", SDKERNELS_PTX_ARCH=architecture)
+    run_tests("triton_plugin", ("test_functional.py", "named_cases"), env)
+
+
 @pytest.mark.parametrize("dtypes", ["few", pytest.param("all", marks=pytest.mark.ptx)])
 def test_launches_of_a_branch(dtypes, sanitizers, nvcc):
     """As many as the documentation says, and fewer than naive masking starts."""

@@ -52,14 +52,23 @@ TOO_LARGE = (
 )
 
 
+FEW = ["test_functional.py"]
+
+
 @needs_triton
-def test_in_the_interpreter():
+@pytest.mark.parametrize(
+    ("files", "selection"),
+    [
+        pytest.param(FEW, "named_cases and (k0 or f32+bf16)", id="few"),
+        pytest.param(CASES, f"not ({TOO_LARGE})", id="whole", marks=pytest.mark.whole),
+    ],
+)
+def test_in_the_interpreter(files, selection):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
     options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
     program = str(TESTS / "triton_interpreter.py")
     result = subprocess.run(
-        [sys.executable, program, *options, "-k", f"not ({TOO_LARGE})"]
-        + [str(TESTS / case) for case in CASES],
+        [sys.executable, program, *options, "-k", selection, *(str(TESTS / case) for case in files)],
         cwd=TESTS.parent,
         env=clean | INTERPRETED,
         capture_output=True,

@@ -167,10 +167,16 @@ CORE = [
 ]
 
 
-def test_the_core_tests_pass():
+# The named cases, and what C++ and Python each say for themselves.
+FEW = ["test_functional.py", "test_autograd.py", "test_packed.py", "test_bad_ops.py"]
+FEW_OF_THEM = "named_cases or test_autograd or test_packed or test_bad_ops"
+
+
+@pytest.mark.parametrize("files", [FEW, pytest.param(CORE, marks=pytest.mark.whole)])
+def test_the_core_tests_pass(files):
     options = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
-    files = [str(TESTS / file) for file in CORE]
-    result = run("-m", "pytest", *options, *files)
+    options += ["-k", FEW_OF_THEM] if files is FEW else []
+    result = run("-m", "pytest", *options, *(str(TESTS / file) for file in files))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -182,6 +188,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.whole
 def test_larger_tensors_have_nodes_of_our_own():
     """What tests take for an example is small, and PyTorch's own nodes serve it."""
     options = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]

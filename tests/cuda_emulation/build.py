@@ -16,6 +16,7 @@ ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc/cuda/kernels"
 EMULATOR = HERE / "emulator.cpp"
 BUILT = ROOT / "build/cuda_emulation"
+FEW_DTYPES = HERE.parent / "ptx/few_dtypes.cuh"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 
 SANITIZERS = ["-fsanitize=address,undefined"]
@@ -58,12 +59,13 @@ def runtimes() -> list[str]:
     return paths
 
 
-def objects(folder: Path, sources: list[Path]) -> list[Path]:
+def objects(folder: Path, sources: list[Path], *flags: str) -> list[Path]:
     """Each source compiled, if something that may go into it has changed since the last time."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
+    command = [*FLAGS, *flags]
+    digest = hashlib.sha256(repr((torch.__version__, command)).encode())
     included = [ROOT.glob("csrc/**/*.*h"), ROOT.glob("csrc/cuda/*.cpp"), HERE.glob("**/*.h")]
-    for path in sorted(path for paths in included for path in paths):
+    for path in sorted(path for paths in (*included, [FEW_DTYPES]) for path in paths):
         digest.update(path.read_bytes())
 
     def compile_one(source: Path) -> Path:
@@ -74,7 +76,7 @@ def objects(folder: Path, sources: list[Path]) -> list[Path]:
             for outdated in folder.glob(f"{source.stem}-*.o"):
                 outdated.unlink()
             unfinished = target.with_suffix(f".{os.getpid()}")
-            run([compiler(), *FLAGS, "-x", "c++", "-c", source, "-o", unfinished])
+            run([compiler(), *command, "-x", "c++", "-c", source, "-o", unfinished])
             unfinished.rename(target)
         return target
 
@@ -82,24 +84,26 @@ def objects(folder: Path, sources: list[Path]) -> list[Path]:
         return list(pool.map(compile_one, sources))
 
 
-def link(target: Path, sources: list[Path], *options: str) -> Path:
-    parts = objects(target.parent, sources)
+def link(target: Path, parts: list[Path], *options: str) -> Path:
     unfinished = target.with_suffix(f".{os.getpid()}")
     run([compiler(), *SANITIZERS, *parts, *options, "-o", unfinished])
     unfinished.rename(target)
     return target
 
 
-def emulated_ops() -> Path:
-    """The library of the CUDA ops, registered for the CPU."""
-    sources = [*KERNELS.glob("*.cu"), ROOT / "csrc/cuda/cuda_ops.cpp", HERE / "ops.cpp", EMULATOR]
+def emulated_ops(few: bool = False) -> Path:
+    """The library of the CUDA ops, registered for the CPU. `few` leaves out most pairs of dtypes."""
+    folder = BUILT / ("few" if few else "ops")
+    flags = ["-include", str(FEW_DTYPES)] if few else []
+    parts = objects(folder, sorted(KERNELS.glob("*.cu")), *flags)
+    parts += objects(BUILT, [ROOT / "csrc/cuda/cuda_ops.cpp", HERE / "ops.cpp", EMULATOR])
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    return link(BUILT / "ops/emulated.so", sorted(sources), "-shared", *libraries)
+    return link(folder / "emulated.so", parts, "-shared", *libraries)
 
 
 def faults() -> Path:
     """The program of the faults that the emulation has to notice."""
-    return link(BUILT / "faults/faults", [HERE / "faults.cu", EMULATOR])
+    return link(BUILT / "faults", objects(BUILT, [HERE / "faults.cu", EMULATOR]))
 
 
 def run(command: list[object]) -> None:

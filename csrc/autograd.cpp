@@ -6,164 +6,26 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
 
+#include "autograd_functions.h"
 #include "row_ops.h"
 
 namespace sdkernels {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// ---- the ops, below autograd --------------------------------------------------------------------
-
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-Tensor compact_op(const Tensor& x, const Tensor& index) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&)>("sdkernels::compact_rows");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, index);
-}
-
-Tensor expand_op(const Tensor& kept, const Tensor& index, const Tensor& slot) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&)>("sdkernels::expand_rows");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(kept, index, slot);
-}
-
-Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Tensor& index,
-                      const Tensor& slot, const OptionalTensor& layer_scale,
-                      const OptionalTensor& row_weight, double scale) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                        const OptionalTensor&, const OptionalTensor&, double)>(
-      "sdkernels::scatter_add_rows");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
-}
-
-void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
-                     const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
-                     double scale) {
-  static const auto op =
-      find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                   const OptionalTensor&, double)>("sdkernels::scatter_add_rows_");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  op.call(std::move(residual), out, index, slot, layer_scale, row_weight, scale);
-}
-
-Tensor scatter_op(const Tensor& residual, const Tensor& out, const Tensor& index,
-                  const Tensor& slot) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-          "sdkernels::scatter_rows");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(residual, out, index, slot);
-}
-
-void scatter_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot) {
-  static const auto op = find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&)>(
-      "sdkernels::scatter_rows_");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  op.call(std::move(residual), out, index, slot);
-}
-
-std::tuple<Tensor, Tensor, Tensor> scatter_add_backward_op(
-    const Tensor& grad, const OptionalTensor& out, const Tensor& index,
-    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
-    at::ScalarType dtype, std::array<bool, 2> wanted) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-      const OptionalTensor&, double, at::ScalarType, std::array<bool, 2>)>(
-      "sdkernels::scatter_add_rows_backward");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(grad, out, index, layer_scale, row_weight, scale, dtype, wanted);
-}
-
-std::tuple<Tensor, Tensor> scatter_add_relu_op(const Tensor& residual, const Tensor& out,
-                                               const Tensor& index, const Tensor& slot,
-                                               const OptionalTensor& layer_scale,
-                                               const OptionalTensor& row_weight, double scale) {
-  static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                         const OptionalTensor&, const OptionalTensor&, double)>(
-          "sdkernels::scatter_add_relu_rows");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
-}
-
-std::tuple<Tensor, Tensor> scatter_add_relu_backward_op(const Tensor& grad, const Tensor& positive,
-                                                        const Tensor& index, const Tensor& slot,
-                                                        const OptionalTensor& layer_scale,
-                                                        const OptionalTensor& row_weight,
-                                                        double scale, at::ScalarType dtype,
-                                                        at::MemoryFormat format, bool wants_out) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-      const OptionalTensor&, double, at::ScalarType, at::MemoryFormat, bool)>(
-      "sdkernels::scatter_add_relu_rows_backward");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(grad, positive, index, slot, layer_scale, row_weight, scale, dtype, format,
-                 wants_out);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(const Tensor& x, const Tensor& index,
-                                                           at::IntArrayRef normalized_shape,
-                                                           const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, double eps,
-                                                           bool rms, at::ScalarType dtype,
-                                                           bool keep_rows) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, const OptionalTensor&,
-      double, bool, at::ScalarType, bool)>("sdkernels::compact_norm");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, index, normalized_shape, weight, bias, eps, rms, dtype, keep_rows);
-}
-
-std::tuple<Tensor, Tensor, Tensor> compact_norm_backward_op(
-    const OptionalTensor& d_stream, const Tensor& d_normed, const Tensor& kept, const Tensor& mean,
-    const Tensor& rstd, const Tensor& index, const Tensor& slot, at::IntArrayRef normalized_shape,
-    const OptionalTensor& weight, bool rms, std::array<bool, 3> wanted) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
-      const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, bool,
-      std::array<bool, 3>)>("sdkernels::compact_norm_backward");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(d_stream, d_normed, kept, mean, rstd, index, slot, normalized_shape, weight, rms,
-                 wanted);
-}
-
-// What a compacting node returns beside the kept rows.
-enum class Stream { kNone, kAlias, kInplace };
 
 // How the gradients of the kept rows and of the stream make that of x: their sum; their sum in the
 // memory of the second; the first in place of the second's kept rows.
 enum class Merge { kAdd, kAddOwned, kReplace };
 
-// ---- autograd functions -------------------------------------------------------------------------
-
-OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
-
-// x as an output of the node that compacts it. In place it is x itself, whose history the node
-// takes over. Otherwise an alias: it shares x's memory and version counter and is no view in
-// autograd's eyes, because PyTorch refuses in-place writes to views that come out of a function
-// with several outputs.
+// x as an output of the node that compacts it.
 Tensor pass_through(AutogradContext* ctx, const Tensor& x, Stream stream) {
-  if (stream == Stream::kInplace) {
-    ctx->mark_dirty({x});
-    return x;
-  }
-  return Tensor(x.unsafeGetTensorImpl()->shallow_copy_and_detach(
-      torch::autograd::impl::version_counter(x), /*allow_tensor_metadata_change=*/false));
+  if (stream != Stream::kInplace) return alias_of(x);
+  ctx->mark_dirty({x});
+  return x;
 }
 
 struct CompactRows : torch::autograd::Function<CompactRows> {
@@ -179,8 +41,6 @@ struct CompactRows : torch::autograd::Function<CompactRows> {
   static variable_list backward(AutogradContext* ctx, variable_list grads);
 };
 
-Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot);
-
 struct ExpandRows : torch::autograd::Function<ExpandRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& kept, const Tensor& index,
                         const Tensor& slot) {
@@ -194,12 +54,6 @@ struct ExpandRows : torch::autograd::Function<ExpandRows> {
     return {compact_rows(grads[0], saved[0], saved[1]), {}, {}};
   }
 };
-
-// The ops as a backward calls them: nodes of their own in a double backward only.
-Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
-  if (!at::GradMode::is_enabled()) return compact_op(x, index);
-  return CompactRows::apply(x, index, slot, Stream::kNone, Merge::kAdd)[0];
-}
 
 // The gradient that a ReLU passes, from the bits of its result; it is its own derivative.
 struct PassRelu : torch::autograd::Function<PassRelu> {
@@ -285,22 +139,9 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
       if (wanted[1]) result[3] = std::move(d_row_weight);
       return result;
     }
-    const auto acc = c10::promoteTypes(acc_type(grad.scalar_type()), acc_type(dtype));
-    Tensor scaled = compact_rows(grad, index, slot).to(acc) * scale;
-    c10::SmallVector<int64_t, 6> column(scaled.dim(), 1);  // [k, 1, ...]
-    column[0] = scaled.size(0);
-    if (wanted[1]) {
-      const Tensor product = scaled * out.to(acc);
-      result[3] = (has_layer_scale ? product * layer_scale.to(acc) : product)
-                      .sum_to_size(column)
-                      .flatten()
-                      .to(row_weight.scalar_type());
-    }
-    if (row_weight.defined()) scaled = scaled * row_weight.to(acc).view(column);
-    result[1] = (has_layer_scale ? scaled * layer_scale.to(acc) : scaled).to(dtype);
-    if (wanted[0])
-      result[2] =
-          (scaled * out.to(acc)).sum_to_size(layer_scale.sizes()).to(layer_scale.scalar_type());
+    std::tie(result[1], result[2], result[3]) =
+        gradients_of_kept(compact_rows(grad, index, slot), out, layer_scale, row_weight, scale,
+                          dtype, wanted);
     return result;
   }
 };
@@ -328,22 +169,6 @@ struct ScatterRows : torch::autograd::Function<ScatterRows> {
     return result;
   }
 };
-
-// The gradient of x from those of its kept rows and of x passed through, either of which may be
-// missing. The second may be written to if `owned`.
-Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tensor& index,
-                       const Tensor& slot, bool owned) {
-  if (!d_kept.defined()) return d_stream;
-  const bool differentiable = at::GradMode::is_enabled();
-  if (!d_stream.defined())
-    return differentiable ? ExpandRows::apply(d_kept, index, slot) : expand_op(d_kept, index, slot);
-  if (differentiable)
-    return ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), OptionalTensor(), index, slot,
-                                 1.0, Sum::kPlain);
-  if (!owned) return scatter_add_op(d_stream, d_kept, index, slot, {}, {}, 1.0);
-  scatter_add_op_(d_stream, d_kept, index, slot, {}, {}, 1.0);
-  return d_stream;
-}
 
 // Whether a gradient may be written to: no one holds it but PyTorch's caller of this node (a hook
 // of a node can get hold of it), and it is plain memory, no batch of gradients under vmap.
@@ -419,27 +244,20 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
     }
 
     if (d_normed.defined()) {
-      const auto acc = acc_type(kept.scalar_type());
-      c10::SmallVector<int64_t, 4> dims;
-      for (int64_t d = -static_cast<int64_t>(shape.size()); d < 0; ++d) dims.push_back(d);
-      const Tensor x = kept.to(acc), d = d_normed.to(acc);
-      const Tensor centered = rms ? x : x - x.mean(dims, true);
-      const double eps = ctx->saved_data["eps"].toDouble();
-      const Tensor rstd = (centered.pow(2).mean(dims, true) + eps).rsqrt();
-      const Tensor x_hat = centered * rstd;
-      const Tensor d_x_hat = weight.defined() ? d * weight.to(acc) : d;
-      Tensor d_x = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, true);
-      if (!rms) d_x = d_x - d_x_hat.mean(dims, true);
-      d_x = (rstd * d_x).to(kept.scalar_type());
+      const auto bias = bias_type < 0 ? std::nullopt
+                                      : std::optional(static_cast<at::ScalarType>(bias_type));
+      auto [d_x, d_weight, d_bias] = gradients_of_norm(
+          kept, d_normed, shape, weight, bias, ctx->saved_data["eps"].toDouble(), rms);
       d_kept = d_kept.defined() ? d_kept + d_x : d_x;
-      if (weight.defined()) result[1] = (d * x_hat).sum_to_size(shape).to(weight.scalar_type());
-      if (bias_type >= 0)
-        result[2] = d.sum_to_size(shape).to(static_cast<at::ScalarType>(bias_type));
+      result[1] = std::move(d_weight);
+      result[2] = std::move(d_bias);
     }
     result[0] = merge_gradients(d_kept, d_stream, index, slot, /*owned=*/false);
     return result;
   }
 };
+
+}  // namespace
 
 void refuse_functorch() {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -449,10 +267,6 @@ void refuse_functorch() {
       "PyTorch");
 }
 
-bool requires_grad(const OptionalTensor& x) { return x && x->requires_grad(); }
-
-// In place, x itself passes through the node, unless it needs no gradient or is a view, whose
-// history only an operation with one result may take over: the stream is then x as it stands.
 Stream stream_of(const Tensor& x, bool with_stream, bool inplace) {
   if (!with_stream) return Stream::kNone;
   if (!inplace) return Stream::kAlias;
@@ -461,7 +275,72 @@ Stream stream_of(const Tensor& x, bool with_stream, bool inplace) {
   return Stream::kInplace;
 }
 
-}  // namespace
+Tensor alias_of(const Tensor& x) {
+  return Tensor(x.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      torch::autograd::impl::version_counter(x), /*allow_tensor_metadata_change=*/false));
+}
+
+Tensor compact_rows(const Tensor& x, const Tensor& index, const Tensor& slot) {
+  if (!at::GradMode::is_enabled()) return compact_op(x, index);
+  return CompactRows::apply(x, index, slot, Stream::kNone, Merge::kAdd)[0];
+}
+
+Tensor merge_gradients(const Tensor& d_kept, const Tensor& d_stream, const Tensor& index,
+                       const Tensor& slot, bool owned) {
+  if (!d_kept.defined()) return d_stream;
+  const bool differentiable = at::GradMode::is_enabled();
+  if (!d_stream.defined())
+    return differentiable ? ExpandRows::apply(d_kept, index, slot) : expand_op(d_kept, index, slot);
+  if (differentiable)
+    return ScatterAddRows::apply(d_stream, d_kept, OptionalTensor(), OptionalTensor(), index, slot,
+                                 1.0, Sum::kPlain);
+  if (!owned) return scatter_add_op(d_stream, d_kept, index, slot, {}, {}, 1.0);
+  scatter_add_op_(d_stream, d_kept, index, slot, {}, {}, 1.0);
+  return d_stream;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients_of_kept(const Tensor& kept, const Tensor& out,
+                                                     const Tensor& layer_scale,
+                                                     const Tensor& row_weight, double scale,
+                                                     at::ScalarType dtype,
+                                                     std::array<bool, 2> wanted) {
+  const auto acc = c10::promoteTypes(acc_type(kept.scalar_type()), acc_type(dtype));
+  Tensor scaled = kept.to(acc) * scale, d_layer_scale, d_row_weight;
+  c10::SmallVector<int64_t, 6> column(scaled.dim(), 1);  // [k, 1, ...]
+  column[0] = scaled.size(0);
+  if (wanted[1]) {
+    const Tensor product = scaled * out.to(acc);
+    d_row_weight = (layer_scale.defined() ? product * layer_scale.to(acc) : product)
+                       .sum_to_size(column)
+                       .flatten()
+                       .to(row_weight.scalar_type());
+  }
+  if (row_weight.defined()) scaled = scaled * row_weight.to(acc).view(column);
+  if (wanted[0])
+    d_layer_scale =
+        (scaled * out.to(acc)).sum_to_size(layer_scale.sizes()).to(layer_scale.scalar_type());
+  Tensor d_out = (layer_scale.defined() ? scaled * layer_scale.to(acc) : scaled).to(dtype);
+  return {std::move(d_out), std::move(d_layer_scale), std::move(d_row_weight)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients_of_norm(const Tensor& kept, const Tensor& d_normed,
+                                                     at::IntArrayRef shape, const Tensor& weight,
+                                                     std::optional<at::ScalarType> bias_type,
+                                                     double eps, bool rms) {
+  const auto acc = acc_type(kept.scalar_type());
+  c10::SmallVector<int64_t, 4> dims;
+  for (int64_t d = -static_cast<int64_t>(shape.size()); d < 0; ++d) dims.push_back(d);
+  const Tensor x = kept.to(acc), d = d_normed.to(acc);
+  const Tensor centered = rms ? x : x - x.mean(dims, true);
+  const Tensor rstd = (centered.pow(2).mean(dims, true) + eps).rsqrt();
+  const Tensor x_hat = centered * rstd;
+  const Tensor d_x_hat = weight.defined() ? d * weight.to(acc) : d;
+  Tensor d_x = d_x_hat - x_hat * (d_x_hat * x_hat).mean(dims, true), d_weight, d_bias;
+  if (!rms) d_x = d_x - d_x_hat.mean(dims, true);
+  if (weight.defined()) d_weight = (d * x_hat).sum_to_size(shape).to(weight.scalar_type());
+  if (bias_type) d_bias = d.sum_to_size(shape).to(*bias_type);
+  return {(rstd * d_x).to(kept.scalar_type()), std::move(d_weight), std::move(d_bias)};
+}
 
 void check_inplace(const Tensor& x, bool any_requires_grad) {
   at::assert_no_internal_overlap(x);

@@ -9,6 +9,7 @@
 
 #include "autograd.h"
 #include "cpu/row_kernels.h"
+#include "packed.h"
 #include "row_ops.h"
 #include "sampler.h"
 
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_add", scatter_add, no_gil);
   m.def("open_rows", open_rows, no_gil);
   m.def("scatter", scatter, no_gil);
+  m.def("open_packed", open_packed, no_gil);
+  m.def("close_packed", close_packed, no_gil);
   m.def("check_inplace", py::overload_cast<const at::Tensor&>(check_inplace), no_gil);
   m.def("check_scatter_add", check_scatter_add, no_gil);
   py::class_<Draw>(m, "Draw")

@@ -36,6 +36,30 @@ def open_rows(
 def scatter(
     residual: Tensor, out: Tensor, index: Tensor, slot: Tensor, opened: bool, inplace: bool
 ) -> Tensor: ...
+def open_packed(
+    xs: Sequence[Tensor],
+    index: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    normalizes: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    padding: int,
+    with_stream: Sequence[bool],
+    inplace: bool,
+) -> tuple[Tensor, list[Tensor]]: ...
+def close_packed(
+    streams: Sequence[Tensor],
+    out: Tensor,
+    index: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    scales: Sequence[float],
+    layer_scale: Tensor | None,
+    weights: Sequence[Tensor | None],
+    inplace: bool,
+) -> list[Tensor]: ...
 def check_inplace(x: Tensor) -> None: ...
 def check_scatter_add(
     residual: Tensor,

@@ -22,7 +22,7 @@ from .arguments import (
 )
 from .backends.checks import acc_type, check_layer_scale
 from .backends.ops import compiled, is_compiling, kernels
-from .backends.packed import Norm, close_packed, open_packed
+from .backends.ops import packed as packed_kernels
 from .backends.traceable import scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
@@ -605,15 +605,23 @@ def _packed(
     norm, inplace = call.norm, call.inplace
     shapes = [(each.k, *x.shape[1:-1]) for x, each in zip(xs, plan, strict=True)]
     padding = padding_of(shapes, branch.multiple_of)
-    fields = None
+    weight = bias = None
+    eps, dtype = 0.0, xs[0].dtype
     if norm is not None:
-        rms, bias = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None)
-        eps = torch.finfo(acc_type(xs[0].dtype)).eps if norm.eps is None else norm.eps
-        fields = Norm(norm.weight, bias, eps, rms, norm_dtype(xs[0]))
-    values, streams = open_packed(
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        eps = torch.finfo(acc_type(dtype)).eps if norm.eps is None else norm.eps
+        dtype = norm_dtype(xs[0])
+    index, slot = [each.index for each in plan], [each.slot for each in plan]
+    values, streams = packed_kernels.open_packed(
         xs,
-        [(each.index, each.slot) for each in plan],
-        fields,
+        index,
+        slot,
+        norm is not None,
+        weight,
+        bias,
+        eps,
+        isinstance(norm, nn.RMSNorm),
+        dtype,
         padding or 0,
         [residual is None for residual in residuals],
         inplace,
@@ -623,11 +631,10 @@ def _packed(
     out = branch.run(Packed(values, shapes, padding), given)
     if out.dim() != 2:
         raise ValueError(f"branch output: expected [T, C], got shape {tuple(out.shape)}")
-    parts = Packed(out, shapes, padding).split(out.detach())
-    _check_all(kernels(), streams, parts, plan, call)
-    rows = [(each.index, each.slot, each.scale) for each in plan]
-    weights = [each.weight for each in plan]
-    return close_packed(streams, out, rows, call.layer_scale, weights, inplace)
+    scales, weights = [each.scale for each in plan], [each.weight for each in plan]
+    return packed_kernels.close_packed(
+        streams, out, index, slot, scales, call.layer_scale, weights, inplace
+    )
 
 
 def _check_all(

@@ -1,7 +1,7 @@
 """What the package above works with: the differentiable functions, the sampler, the choice.
 
-``_C.pyi`` says what they take. The extension has both; where there is none, ``autograd.py`` and
-``sampler.py`` stand in. While a graph is being traced, ``compiled.py`` does.
+``_C.pyi`` says what they take. The extension has both; where there is none, ``autograd.py``,
+``packed.py`` and ``sampler.py`` stand in. While a graph is being traced, ``compiled.py`` does.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import autograd, compiled, extension, sampler
+from . import packed as packed_code
 from .choice import BackendChoice, backend_table
 
 if TYPE_CHECKING:
     from .. import _C as eager
     from .. import _C as host
+    from .. import _C as packed
 else:
     eager = extension.module or autograd
     host = extension.module or sampler
+    packed = extension.module or packed_code
 
-__all__ = ["BackendChoice", "backend_table", "compiled", "host", "is_compiling", "kernels"]
+__all__ = ["BackendChoice", "backend_table", "compiled", "host", "is_compiling", "kernels", "packed"]
 
 
 def kernels() -> Any:

@@ -26,6 +26,7 @@ from .autograd import (
     _scatter_add_op,
     _scatter_add_op_,
     _stream_of,
+    check_scatter_add,
     gradients_of_kept,
     gradients_of_norm,
 )
@@ -33,7 +34,7 @@ from .overlap import check_no_overlap
 from .row_values import check_row_values
 from .untraced import untraced
 
-__all__ = ["Norm", "close_packed", "open_packed"]
+__all__ = ["close_packed", "open_packed"]
 
 _compact_into_op = _op("compact_rows_into")
 _norm_into_op = _op("compact_norm_into")
@@ -41,7 +42,7 @@ _gradients_into_op = _op("scatter_add_rows_backward_into")
 _norm_backward_op = namespace.ops.compact_norm_backward.default
 
 
-class Norm(NamedTuple):
+class _Norm(NamedTuple):
     """A norm over the last dimension, and the dtype that it writes."""
 
     weight: Tensor | None
@@ -71,7 +72,7 @@ class _Open(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: list[tuple[Tensor, Tensor]],
-        norm: Norm | None,
+        norm: _Norm | None,
         weight: Tensor | None,
         bias: Tensor | None,
         padding: int,
@@ -144,7 +145,7 @@ def _sum(a: Gradient, b: Gradient) -> Gradient:
 
 def _opened(
     rows: list[tuple[Tensor, Tensor]],
-    norm: Norm | None,
+    norm: _Norm | None,
     padding: int,
     xs: Sequence[Tensor],
     keep_rows: bool,
@@ -169,34 +170,34 @@ def _opened(
 @untraced
 def open_packed(
     xs: Sequence[Tensor],
-    rows: Sequence[tuple[Tensor, Tensor]],
-    norm: Norm | None,
+    index: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    normalizes: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
     padding: int,
     with_stream: Sequence[bool],
     inplace: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """[T, C]: the kept rows of all crops, normalized, with zeros behind them; and the streams."""
     checks.refuse_functorch()
-    for x, (index, slot) in zip(xs, rows, strict=True):
+    rows = list(zip(index, slot, strict=True))
+    for x, numbers in zip(xs, rows, strict=True):
         checks.check_rows_tensor(x, "x")
-        if norm is not None:
-            checks.check_norm(x, [x.shape[-1]], norm.weight, norm.bias)
-        checks.check_kept_rows(x, index, slot)
-        check_row_values(index, slot)
-    weight, bias = (None, None) if norm is None else norm[:2]
+        if normalizes:
+            checks.check_norm(x, [x.shape[-1]], weight, bias)
+        checks.check_kept_rows(x, *numbers)
+        check_row_values(*numbers)
+    plain = [None if parameter is None else parameter.detach() for parameter in (weight, bias)]
+    norm = _Norm(plain[0], plain[1], eps, rms, dtype) if normalizes else None
     if not _needs_grad(*xs, weight, bias):
-        return _opened(list(rows), norm, padding, xs, False)[0], list(xs)
+        return _opened(rows, norm, padding, xs, False)[0], list(xs)
     kinds = [_stream_of(x, w, inplace) for x, w in zip(xs, with_stream, strict=True)]
-    detached = (
-        None
-        if norm is None
-        else norm._replace(
-            weight=None if weight is None else weight.detach(),
-            bias=None if bias is None else bias.detach(),
-        )
-    )
-    outputs = _Open.apply(list(rows), detached, weight, bias, padding, kinds, *xs)
-    passed = iter(outputs[1 + (len(xs) if norm is not None else 0) :])
+    outputs = _Open.apply(rows, norm, weight, bias, padding, kinds, *xs)
+    passed = iter(outputs[1 + (len(xs) if normalizes else 0) :])
     streams = [
         x if kind is Stream.NONE else next(passed) for x, kind in zip(xs, kinds, strict=True)
     ]
@@ -281,16 +282,24 @@ class _Close(torch.autograd.Function):
 def close_packed(
     streams: Sequence[Tensor],
     out: Tensor,
-    rows: Sequence[tuple[Tensor, Tensor, float]],
+    index: Sequence[Tensor],
+    slot: Sequence[Tensor],
+    scales: Sequence[float],
     layer_scale: Tensor | None,
     weights: Sequence[Tensor | None],
     inplace: bool,
 ) -> list[Tensor]:
     """The streams, with the parts of [T, C] added to their kept rows."""
-    checks.refuse_functorch()
     out = out.contiguous()
+    shapes = [(i.shape[0], *stream.shape[1:-1]) for i, stream in zip(index, streams, strict=True)]
+    # All of them before the first is added, which may be in place.
+    for stream, part, *rows in zip(
+        streams, _parts(out.detach(), shapes), index, slot, weights, strict=True
+    ):
+        check_scatter_add(stream, part, rows[0], rows[1], layer_scale, rows[2])
     if inplace:
         for stream in streams:
             for read in (out, layer_scale, *weights):
                 check_no_overlap(stream, read)
-    return list(_Close.apply(list(rows), inplace, out, layer_scale, *streams, *weights))
+    numbers = list(zip(index, slot, scales, strict=True))
+    return list(_Close.apply(numbers, inplace, out, layer_scale, *streams, *weights))

@@ -139,9 +139,8 @@ struct ScatterAddRows : torch::autograd::Function<ScatterAddRows> {
       if (wanted[1]) result[3] = std::move(d_row_weight);
       return result;
     }
-    std::tie(result[1], result[2], result[3]) =
-        gradients_of_kept(compact_rows(grad, index, slot), out, layer_scale, row_weight, scale,
-                          dtype, wanted);
+    std::tie(result[1], result[2], result[3]) = gradients_of_kept(
+        compact_rows(grad, index, slot), out, layer_scale, row_weight, scale, dtype, wanted);
     return result;
   }
 };
@@ -244,10 +243,10 @@ struct CompactNorm : torch::autograd::Function<CompactNorm> {
     }
 
     if (d_normed.defined()) {
-      const auto bias = bias_type < 0 ? std::nullopt
-                                      : std::optional(static_cast<at::ScalarType>(bias_type));
-      auto [d_x, d_weight, d_bias] = gradients_of_norm(
-          kept, d_normed, shape, weight, bias, ctx->saved_data["eps"].toDouble(), rms);
+      const auto bias =
+          bias_type < 0 ? std::nullopt : std::optional(static_cast<at::ScalarType>(bias_type));
+      auto [d_x, d_weight, d_bias] = gradients_of_norm(kept, d_normed, shape, weight, bias,
+                                                       ctx->saved_data["eps"].toDouble(), rms);
       d_kept = d_kept.defined() ? d_kept + d_x : d_x;
       result[1] = std::move(d_weight);
       result[2] = std::move(d_bias);

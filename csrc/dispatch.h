@@ -33,8 +33,8 @@ inline Tensor expand_op(const Tensor& kept, const Tensor& index, const Tensor& s
 }
 
 inline Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Tensor& index,
-                      const Tensor& slot, const OptionalTensor& layer_scale,
-                      const OptionalTensor& row_weight, double scale) {
+                             const Tensor& slot, const OptionalTensor& layer_scale,
+                             const OptionalTensor& row_weight, double scale) {
   static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                         const OptionalTensor&, const OptionalTensor&, double)>(
       "sdkernels::scatter_add_rows");
@@ -42,9 +42,9 @@ inline Tensor scatter_add_op(const Tensor& residual, const Tensor& out, const Te
   return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
 }
 
-inline void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot,
-                     const OptionalTensor& layer_scale, const OptionalTensor& row_weight,
-                     double scale) {
+inline void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& index,
+                            const Tensor& slot, const OptionalTensor& layer_scale,
+                            const OptionalTensor& row_weight, double scale) {
   static const auto op =
       find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                    const OptionalTensor&, double)>("sdkernels::scatter_add_rows_");
@@ -53,7 +53,7 @@ inline void scatter_add_op_(Tensor residual, const Tensor& out, const Tensor& in
 }
 
 inline Tensor scatter_op(const Tensor& residual, const Tensor& out, const Tensor& index,
-                  const Tensor& slot) {
+                         const Tensor& slot) {
   static const auto op =
       find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
           "sdkernels::scatter_rows");
@@ -61,7 +61,8 @@ inline Tensor scatter_op(const Tensor& residual, const Tensor& out, const Tensor
   return op.call(residual, out, index, slot);
 }
 
-inline void scatter_op_(Tensor residual, const Tensor& out, const Tensor& index, const Tensor& slot) {
+inline void scatter_op_(Tensor residual, const Tensor& out, const Tensor& index,
+                        const Tensor& slot) {
   static const auto op = find_op<void(Tensor, const Tensor&, const Tensor&, const Tensor&)>(
       "sdkernels::scatter_rows_");
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -81,9 +82,10 @@ inline std::tuple<Tensor, Tensor, Tensor> scatter_add_backward_op(
 }
 
 inline std::tuple<Tensor, Tensor> scatter_add_relu_op(const Tensor& residual, const Tensor& out,
-                                               const Tensor& index, const Tensor& slot,
-                                               const OptionalTensor& layer_scale,
-                                               const OptionalTensor& row_weight, double scale) {
+                                                      const Tensor& index, const Tensor& slot,
+                                                      const OptionalTensor& layer_scale,
+                                                      const OptionalTensor& row_weight,
+                                                      double scale) {
   static const auto op =
       find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                          const OptionalTensor&, const OptionalTensor&, double)>(
@@ -92,12 +94,10 @@ inline std::tuple<Tensor, Tensor> scatter_add_relu_op(const Tensor& residual, co
   return op.call(residual, out, index, slot, layer_scale, row_weight, scale);
 }
 
-inline std::tuple<Tensor, Tensor> scatter_add_relu_backward_op(const Tensor& grad, const Tensor& positive,
-                                                        const Tensor& index, const Tensor& slot,
-                                                        const OptionalTensor& layer_scale,
-                                                        const OptionalTensor& row_weight,
-                                                        double scale, at::ScalarType dtype,
-                                                        at::MemoryFormat format, bool wants_out) {
+inline std::tuple<Tensor, Tensor> scatter_add_relu_backward_op(
+    const Tensor& grad, const Tensor& positive, const Tensor& index, const Tensor& slot,
+    const OptionalTensor& layer_scale, const OptionalTensor& row_weight, double scale,
+    at::ScalarType dtype, at::MemoryFormat format, bool wants_out) {
   static const auto op = find_op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
       const OptionalTensor&, double, at::ScalarType, at::MemoryFormat, bool)>(
@@ -107,12 +107,10 @@ inline std::tuple<Tensor, Tensor> scatter_add_relu_backward_op(const Tensor& gra
                  wants_out);
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(const Tensor& x, const Tensor& index,
-                                                           at::IntArrayRef normalized_shape,
-                                                           const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, double eps,
-                                                           bool rms, at::ScalarType dtype,
-                                                           bool keep_rows) {
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> compact_norm_op(
+    const Tensor& x, const Tensor& index, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
+    at::ScalarType dtype, bool keep_rows) {
   static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, at::IntArrayRef, const OptionalTensor&, const OptionalTensor&,
       double, bool, at::ScalarType, bool)>("sdkernels::compact_norm");

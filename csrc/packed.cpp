@@ -166,8 +166,8 @@ struct OpenPacked : torch::autograd::Function<OpenPacked> {
           if (wanted[2]) add_to(result[crops + 1], std::move(d_bias));
           continue;
         }
-        const auto bias = bias_type < 0 ? std::nullopt
-                                        : std::optional(static_cast<at::ScalarType>(bias_type));
+        const auto bias =
+            bias_type < 0 ? std::nullopt : std::optional(static_cast<at::ScalarType>(bias_type));
         auto [through, d_weight, d_bias] = gradients_of_norm(
             kept, d_parts[i], width, weight, bias, ctx->saved_data["eps"].toDouble(), rms);
         add_to(d_kept, std::move(through));

@@ -364,6 +364,7 @@ def test_blocks_compute_the_same(keep, dtype):
     assert correctness.check(blocks.BlockCase(presets.TINY, 8, keep, dtype), CPU) > 0
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 def test_compiled_providers_compute_the_same():

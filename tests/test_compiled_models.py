@@ -48,6 +48,7 @@ def test_one_graph(name, rows, inplace):
     assert not torch.equal(found[0][0], found[1][0])
 
 
+@pytest.mark.whole
 def test_no_row_in_windows():
     """Windows of an empty batch have no shape: compiled code runs the sample of ones too."""
     net = NETS["timm-swin"]

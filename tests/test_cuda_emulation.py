@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cuda_emulation import build
+from ptx import build as ptx_build
 
 TESTS = Path(__file__).resolve().parent
 
@@ -47,9 +48,7 @@ def sanitizers() -> list[str]:
         pytest.skip(str(error))
 
 
-def start(
-    what: str, order: str, library: Path, sanitizers: list[str]
-) -> subprocess.Popen[str]:
+def start(what: str, order: str, library: Path, sanitizers: list[str]) -> subprocess.Popen[str]:
     files, _, selection = what.partition("-k ")
     environment = {
         **{name: v for name, v in os.environ.items() if not name.startswith("SDKERNELS_")},
@@ -98,6 +97,8 @@ def test_emulated(order, runs):
 
 
 def test_few_emulated(sanitizers):
+    if ptx_build.nvcc():
+        pytest.skip("test_ptx.py runs the same tests on what nvcc makes of the kernels")
     check(start(FEW, "shuffled", build.emulated_ops(few=True), sanitizers))
 
 

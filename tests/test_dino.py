@@ -520,6 +520,7 @@ def compiled_whole(block: nn.Module) -> Any:
     return torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
 
 
+@pytest.mark.whole
 @each_style
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled(kind):

@@ -205,7 +205,7 @@ def test_dino_sharded():
     assert epochs[2][0] < epochs[1][0]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @needs_gloo
 def test_dino_compiled_and_sharded():
     """Two processes compile the blocks that are checkpointed, and shard them."""
@@ -213,7 +213,7 @@ def test_dino_compiled_and_sharded():
     assert epochs[2][0] < epochs[1][0]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_dino_learns(example, capsys):
     """Nearest neighbours tell more than those of the untrained net."""
     example("dino_digits").main([])

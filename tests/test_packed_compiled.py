@@ -24,7 +24,7 @@ def rows_of(counts: tuple[int, ...]) -> list[KeptRows]:
     ]
 
 
-@pytest.mark.parametrize("multiple_of", [1, 16])
+@pytest.mark.parametrize("multiple_of", [pytest.param(1, marks=pytest.mark.whole), 16])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
 def test_compiled(backend, multiple_of):
     setting = Setting("attention", "layer", torch.float32, SHAPES)

@@ -68,7 +68,14 @@ def test_in_the_interpreter(files, selection):
     options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
     program = str(TESTS / "triton_interpreter.py")
     result = subprocess.run(
-        [sys.executable, program, *options, "-k", selection, *(str(TESTS / case) for case in files)],
+        [
+            sys.executable,
+            program,
+            *options,
+            "-k",
+            selection,
+            *(str(TESTS / case) for case in files),
+        ],
         cwd=TESTS.parent,
         env=clean | INTERPRETED,
         capture_output=True,

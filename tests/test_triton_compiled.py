@@ -19,20 +19,25 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
-CAPABILITIES = ["80", "90", "100"]
 # Shared memory that a program has without asking, on every GPU; some of them run on one SM.
 MOST_SHARED = 16 * 1024
 
 Kernels = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["90"], id="9.0"),
+        pytest.param(["80", "100"], id="8.0-and-10.0", marks=pytest.mark.whole),
+    ],
+)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     program = Path(__file__).with_name("triton_compiler.py")
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     result = subprocess.run(
-        [sys.executable, str(program), *CAPABILITIES],
+        [sys.executable, str(program), *request.param],
         env=environ,
         cwd=program.parents[1],
         capture_output=True,

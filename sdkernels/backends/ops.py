@@ -24,7 +24,15 @@ else:
     host = extension.module or sampler
     packed = extension.module or packed_code
 
-__all__ = ["BackendChoice", "backend_table", "compiled", "host", "is_compiling", "kernels", "packed"]
+__all__ = [
+    "BackendChoice",
+    "backend_table",
+    "compiled",
+    "host",
+    "is_compiling",
+    "kernels",
+    "packed",
+]
 
 
 def kernels() -> Any:

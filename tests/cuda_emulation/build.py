@@ -92,7 +92,7 @@ def link(target: Path, parts: list[Path], *options: str) -> Path:
 
 
 def emulated_ops(few: bool = False) -> Path:
-    """The library of the CUDA ops, registered for the CPU. `few` leaves out most pairs of dtypes."""
+    """The library of the CUDA ops, registered for the CPU. `few`: of few pairs of dtypes."""
     folder = BUILT / ("few" if few else "ops")
     flags = ["-include", str(FEW_DTYPES)] if few else []
     parts = objects(folder, sorted(KERNELS.glob("*.cu")), *flags)

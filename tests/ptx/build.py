@@ -79,8 +79,8 @@ def digest(*parts: object) -> str:
 
 
 def compiled(target: Path, *command: object) -> Path:
-    """The file, made by a command that ends with its path, if it is not there yet. One process makes
-    it, others that need it wait.
+    """The file, made by a command that ends with its path, if it is not there yet: by one process,
+    for which others that need it wait.
     """
     if target.exists():
         return target

@@ -50,6 +50,26 @@ def test_any_number_of_threads(case):
         assert_same(expected, run_ours(case))
 
 
+@native
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("width", [192, 192 + 8, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_rows_that_a_norm_keeps(dtype, width):
+    """The CPU kernels write them past the caches, in whole lines of those, where there are some."""
+    lines = 2 * 2**20 // (4 * width * dtype.itemsize)
+    x, index = torch.randn(6, lines, width).to(dtype), torch.tensor([0, 2, 3, 5])
+    weight = torch.randn(width).to(dtype)
+    options = [width], weight, None, 1e-5, False, dtype
+    norm = torch.ops.sdkernels.compact_norm
+    expected = norm(x, index, *options, False)[0]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        normed, kept, _, _ = norm(x, index, *options, True)
+        assert kept.nbytes > 2**20
+        assert_same_bits(kept, x[index])
+        assert_same_bits(normed, expected)
+
+
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_bits_of_a_relu(threads):

@@ -13,6 +13,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 const void* data_of(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
+// From this many bytes on the kept rows, which nothing reads before the backward, are written past
+// the caches: their lines need not be fetched first, and what the branch reads next stays.
+constexpr size_t kBytesPastCaches = 1 << 20;
+
+bool goes_past_caches(const Tensor& kept, int64_t len) {
+  const int64_t line = len * kept.element_size();
+  return kept.nbytes() >= kBytesPastCaches && line % kCacheBlock == 0 &&
+         reinterpret_cast<uintptr_t>(kept.const_data_ptr()) % kCacheBlock == 0;
+}
+
 // Writes normed; kept (empty unless keep_rows), mean (empty for RMSNorm), rstd.
 std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor& x,
                                              const Tensor& index, at::IntArrayRef normalized_shape,
@@ -49,6 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_into(const Tensor& normed, const Tensor&
   p.lines = lines;
   p.len = len;
   p.x_stride = *line_stride(lines_of_x, normalized_shape.size());
+  p.kept_past_caches = keep_rows && goes_past_caches(kept, len);
   parallel_for(0, rstd.numel(), at::divup(kSumGrain, len),
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {kept, mean, rstd};

@@ -88,6 +88,8 @@ struct ScatterAddReluBackward {
   int64_t len;
 };
 
+constexpr int64_t kCacheBlock = 64;  // bytes
+
 // normed = norm(x[kept]) over each line, and the kept rows of x beside it when `kept` is set.
 // mean is null for RMSNorm. normed and kept are contiguous.
 struct CompactNorm {
@@ -102,6 +104,7 @@ struct CompactNorm {
   double eps;
   int64_t lines, len;
   Stride x_stride;
+  bool kept_past_caches;  // where its lines are whole blocks of kCacheBlock bytes
 };
 
 // d_x = d_stream, and d_x[kept] += the norm's gradient; weight_sum += d_normed * x_hat, bias_sum +=

@@ -327,13 +327,18 @@ SDKERNELS_INLINE Acc<T> sum_line(const T* x, int64_t len, F f) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+constexpr int64_t kBytesAtOnce = 4096;
+
 template <class X, class N>
 void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
   using A = Acc<X>;
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
   const A len = static_cast<A>(p.len);
-  const int64_t most = p.len > kLongLine ? 1 : kLinesAtOnce;
+  // Lines that are worked on together, with what is made of them, fill an eighth of the first
+  // cache.
+  int64_t most = kLinesAtOnce;
+  while (most > 1 && most * p.len * int64_t(sizeof(X)) > kBytesAtOnce) most /= 2;
   for_lines(p.lines, begin, end, most, [&](int64_t j, int64_t line, int64_t count) {
     const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
     const int64_t first = j * p.lines + line;
@@ -355,15 +360,25 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
       const X* from = x + u * p.x_stride.line;
       N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
       const A center = mean[u], factor = rstd[u];
+      // The next lines come while these are worked on. Into the second cache: the first one is
+      // full.
+      const X* next = from + count * p.x_stride.line;
       for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+        __builtin_prefetch(next + c, 0, 2);
         Vec<A> v = (load(from + c, n) - center) * factor;
         if (weight) v = v * load(weight + c, n);
         if (bias) v += load(bias + c, n);
         store(normed + c, v, n);
       });
-      if (p.kept) copy(static_cast<X*>(p.kept) + (first + u) * p.len, from, p.len);
+      if (!p.kept) continue;
+      X* kept = static_cast<X*>(p.kept) + (first + u) * p.len;
+      if (p.kept_past_caches)
+        copy_past_caches(kept, from, p.len);
+      else
+        copy(kept, from, p.len);
     }
   });
+  if (p.kept_past_caches) finish_past_caches();
 }
 
 // The backward of `count` lines that follow each other in one kept row.

@@ -505,6 +505,33 @@ SDKERNELS_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
   for (; i < bytes; ++i) to[i] = from[i];
 }
 
+// A copy that no cache needs to make room for: of whole blocks, to a multiple of their size. What
+// is written comes to memory by finish_past_caches() at the latest.
+template <class T>
+SDKERNELS_INLINE void copy_past_caches(T* to, const T* from, int64_t len) {
+#if defined(__SSE2__)
+  constexpr int64_t kStep = kRegisterBytes / sizeof(T);
+  for (int64_t i = 0; i < len; i += kStep) {
+#if defined(SDKERNELS_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(SDKERNELS_AVX2)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+#else
+  copy_bytes(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from), len * sizeof(T));
+#endif
+}
+SDKERNELS_INLINE void finish_past_caches() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // ---- masks --------------------------------------------------------------------------------------
 
 // What a ReLU lets pass of stored numbers: positive ones, and NaN.

@@ -289,9 +289,17 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
 }
 
 // Lines of a norm that are worked on together, stage by stage: the sums of one line would wait for
-// their own last additions, and those of several overlap. Longer lines would leave the nearest
-// cache between two stages.
-constexpr int64_t kLongLine = 1024;
+// their own last additions, and those of several overlap. With all that is read and written beside
+// them they have to stay in the first cache between two stages. The next ones come meanwhile, into
+// the second cache, as that one is full.
+template <class X>
+SDKERNELS_INLINE int64_t lines_at_once(int64_t len) {
+  constexpr int64_t kBytesAtOnce = 4096;
+  int64_t lines = kLinesAtOnce;
+  while (lines > 1 && lines * len * static_cast<int64_t>(sizeof(X)) > kBytesAtOnce) lines /= 2;
+  return lines;
+}
+constexpr int kSecondCache = 2;  // of __builtin_prefetch
 
 // f(row, line, number of lines) for the lines [begin, end) of [rows, lines], at most `most` at once
 // and all of one row.
@@ -327,57 +335,51 @@ SDKERNELS_INLINE Acc<T> sum_line(const T* x, int64_t len, F f) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-constexpr int64_t kBytesAtOnce = 4096;
-
 template <class X, class N>
 void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
   using A = Acc<X>;
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
   const A len = static_cast<A>(p.len);
-  // Lines that are worked on together, with what is made of them, fill an eighth of the first
-  // cache.
-  int64_t most = kLinesAtOnce;
-  while (most > 1 && most * p.len * int64_t(sizeof(X)) > kBytesAtOnce) most /= 2;
-  for_lines(p.lines, begin, end, most, [&](int64_t j, int64_t line, int64_t count) {
-    const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
-    const int64_t first = j * p.lines + line;
-    A mean[kLinesAtOnce] = {}, rstd[kLinesAtOnce];
-    if (p.mean) {
-      for (int64_t u = 0; u < count; ++u)
-        mean[u] = sum_line(x + u * p.x_stride.line, p.len, [](const Vec<A>& v) { return v; }) / len;
-      __builtin_memcpy(static_cast<A*>(p.mean) + first, mean, count * sizeof(A));
-    }
-    for (int64_t u = 0; u < count; ++u) {
-      const A center = mean[u];
-      const auto square = [=](const Vec<A>& v)
-                              SDKERNELS_INLINE_LAMBDA { return (v - center) * (v - center); };
-      const A variance = sum_line(x + u * p.x_stride.line, p.len, square) / len;
-      rstd[u] = 1 / std::sqrt(variance + static_cast<A>(p.eps));
-    }
-    __builtin_memcpy(static_cast<A*>(p.rstd) + first, rstd, count * sizeof(A));
-    for (int64_t u = 0; u < count; ++u) {
-      const X* from = x + u * p.x_stride.line;
-      N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
-      const A center = mean[u], factor = rstd[u];
-      // The next lines come while these are worked on. Into the second cache: the first one is
-      // full.
-      const X* next = from + count * p.x_stride.line;
-      for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
-        __builtin_prefetch(next + c, 0, 2);
-        Vec<A> v = (load(from + c, n) - center) * factor;
-        if (weight) v = v * load(weight + c, n);
-        if (bias) v += load(bias + c, n);
-        store(normed + c, v, n);
+  for_lines(
+      p.lines, begin, end, lines_at_once<X>(p.len), [&](int64_t j, int64_t line, int64_t count) {
+        const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
+        const int64_t first = j * p.lines + line;
+        A mean[kLinesAtOnce] = {}, rstd[kLinesAtOnce];
+        if (p.mean) {
+          for (int64_t u = 0; u < count; ++u)
+            mean[u] =
+                sum_line(x + u * p.x_stride.line, p.len, [](const Vec<A>& v) { return v; }) / len;
+          __builtin_memcpy(static_cast<A*>(p.mean) + first, mean, count * sizeof(A));
+        }
+        for (int64_t u = 0; u < count; ++u) {
+          const A center = mean[u];
+          const auto square = [=](const Vec<A>& v)
+                                  SDKERNELS_INLINE_LAMBDA { return (v - center) * (v - center); };
+          const A variance = sum_line(x + u * p.x_stride.line, p.len, square) / len;
+          rstd[u] = 1 / std::sqrt(variance + static_cast<A>(p.eps));
+        }
+        __builtin_memcpy(static_cast<A*>(p.rstd) + first, rstd, count * sizeof(A));
+        for (int64_t u = 0; u < count; ++u) {
+          const X* from = x + u * p.x_stride.line;
+          N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
+          const A center = mean[u], factor = rstd[u];
+          const X* next = from + count * p.x_stride.line;
+          for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+            __builtin_prefetch(next + c, 0, kSecondCache);
+            Vec<A> v = (load(from + c, n) - center) * factor;
+            if (weight) v = v * load(weight + c, n);
+            if (bias) v += load(bias + c, n);
+            store(normed + c, v, n);
+          });
+          if (!p.kept) continue;
+          X* kept = static_cast<X*>(p.kept) + (first + u) * p.len;
+          if (p.kept_past_caches)
+            copy_past_caches(kept, from, p.len);
+          else
+            copy(kept, from, p.len);
+        }
       });
-      if (!p.kept) continue;
-      X* kept = static_cast<X*>(p.kept) + (first + u) * p.len;
-      if (p.kept_past_caches)
-        copy_past_caches(kept, from, p.len);
-      else
-        copy(kept, from, p.len);
-    }
-  });
   if (p.kept_past_caches) finish_past_caches();
 }
 
@@ -410,8 +412,8 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
       Vec<A> d_x_hat = load(d_normed + c, n);
       if (weight) d_x_hat = d_x_hat * load(weight + c, n);
       // The second pass walks several lines at once, which processors do not foresee.
-      if (p.d_stream) __builtin_prefetch(p.d_stream + u * p.d_stream_line + c);
-      __builtin_prefetch(p.d_x + u * p.d_x_line + c, 1);
+      if (count > 1 && p.d_stream) __builtin_prefetch(p.d_stream + u * p.d_stream_line + c);
+      if (count > 1) __builtin_prefetch(p.d_x + u * p.d_x_line + c, 1);
       sums += d_x_hat;
       sums_x_hat += d_x_hat * zero_missing((load(x + c, n) - center) * factor, n);
     });
@@ -424,6 +426,8 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
     if (d_weight) total_weight = load(d_weight + c, n);
     if (d_bias) total_bias = load(d_bias + c, n);
     for (int64_t u = 0; u < count; ++u) {
+      __builtin_prefetch(p.d_normed + (count + u) * len + c, 0, kSecondCache);
+      __builtin_prefetch(p.x + (count + u) * len + c, 0, kSecondCache);
       Vec<A> d = load(p.d_normed + u * len + c, n);
       const Vec<A> x_hat = (load(p.x + u * len + c, n) - mean[u]) * rstd[u];
       if (d_weight) total_weight += d * x_hat;
@@ -446,45 +450,51 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
   const A* weight = static_cast<const A*>(p.weight);
   A* d_weight = static_cast<A*>(weight_sum);
   A* d_bias = static_cast<A*>(bias_sum);
-  const int64_t most = p.len > kLongLine ? 1 : kLinesAtOnce;
-  for_lines(p.lines, begin, end, most, [&](int64_t row, int64_t line, int64_t count) {
-    const int64_t slot = p.slot[row];
-    X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
-    const X* d_stream =
-        p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line) : nullptr;
-    if (slot < 0) {
-      for (int64_t u = 0; d_x && u < count; ++u) {
-        X* to = d_x + u * p.d_x_stride.line;
-        if (d_stream)
-          copy(to, d_stream + u * p.d_stream_stride.line, p.len);
-        else
-          __builtin_memset(to, 0, p.len * sizeof(X));
-      }
-      return;
-    }
-    const int64_t first = slot * p.lines + line;
-    KeptLines<X, N> lines{static_cast<const N*>(p.d_normed) + first * p.len,
-                          static_cast<const X*>(p.kept) + first * p.len,
-                          d_x,
-                          d_stream,
-                          p.d_x_stride.line,
-                          p.d_stream_stride.line,
-                          p.mean ? static_cast<const A*>(p.mean) + first : nullptr,
-                          static_cast<const A*>(p.rstd) + first};
-    if (count == kLinesAtOnce) {
-      norm_backward_lines<kLinesAtOnce>(lines, p.len, weight, d_weight, d_bias);
-      return;
-    }
-    for (int64_t u = 0; u < count; ++u) {
-      norm_backward_lines<1>(lines, p.len, weight, d_weight, d_bias);
-      lines.d_normed += p.len;
-      lines.x += p.len;
-      if (d_x) lines.d_x += p.d_x_stride.line;
-      if (d_stream) lines.d_stream += p.d_stream_stride.line;
-      if (p.mean) ++lines.mean;
-      ++lines.rstd;
-    }
-  });
+  for_lines(p.lines, begin, end, lines_at_once<X>(p.len),
+            [&](int64_t row, int64_t line, int64_t count) {
+              const int64_t slot = p.slot[row];
+              X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
+              const X* d_stream =
+                  p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line)
+                             : nullptr;
+              if (slot < 0) {
+                for (int64_t u = 0; d_x && u < count; ++u) {
+                  X* to = d_x + u * p.d_x_stride.line;
+                  if (d_stream)
+                    copy(to, d_stream + u * p.d_stream_stride.line, p.len);
+                  else
+                    __builtin_memset(to, 0, p.len * sizeof(X));
+                }
+                return;
+              }
+              const int64_t first = slot * p.lines + line;
+              KeptLines<X, N> lines{static_cast<const N*>(p.d_normed) + first * p.len,
+                                    static_cast<const X*>(p.kept) + first * p.len,
+                                    d_x,
+                                    d_stream,
+                                    p.d_x_stride.line,
+                                    p.d_stream_stride.line,
+                                    p.mean ? static_cast<const A*>(p.mean) + first : nullptr,
+                                    static_cast<const A*>(p.rstd) + first};
+              static_assert(kLinesAtOnce == 4);
+              if (count == 4) {
+                norm_backward_lines<4>(lines, p.len, weight, d_weight, d_bias);
+                return;
+              }
+              if (count == 2) {
+                norm_backward_lines<2>(lines, p.len, weight, d_weight, d_bias);
+                return;
+              }
+              for (int64_t u = 0; u < count; ++u) {
+                norm_backward_lines<1>(lines, p.len, weight, d_weight, d_bias);
+                lines.d_normed += p.len;
+                lines.x += p.len;
+                if (d_x) lines.d_x += p.d_x_stride.line;
+                if (d_stream) lines.d_stream += p.d_stream_stride.line;
+                if (p.mean) ++lines.mean;
+                ++lines.rstd;
+              }
+            });
 }
 
 // Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are

@@ -70,8 +70,8 @@ class ChunkedSum {
   // Without entries it cuts the work all the same.
   ChunkedSum(int64_t entries, int64_t work, int64_t width, at::ScalarType acc)
       : entries_(entries), work_(work) {
-    // Enough chunks for any machine's threads and for float to keep its digits, but none that is not
-    // worth a thread, and so few that the partial sums stay below 1/8 of the data.
+    // Enough chunks for any machine's threads and for float to keep its digits, but none that is
+    // not worth a thread, and so few that the partial sums stay below 1/8 of the data.
     constexpr int64_t kChunks = 64, kAdditions = 512;
     const int64_t accurate = at::divup(kAdditions * entries, width);
     const int64_t least = at::divup(8 * entries, width);

@@ -222,6 +222,8 @@ SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer
   return layer_scale && !gamma ? total * *layer_scale : total;
 }
 
+constexpr int kSecondCache = 2;  // of __builtin_prefetch
+
 // Lines that share a sum: it is read and written once for so many.
 constexpr int64_t kLinesAtOnce = 4;
 
@@ -235,6 +237,9 @@ SDKERNELS_INLINE void layer_scale_backward_lines(O* d_out, const G* grad, const 
     auto sums = gamma;
     if (total) sums = load(total + c, n);
     for (int64_t u = 0; u < lines; ++u) {
+      __builtin_prefetch(grad + (lines + u) * p.grad_stride.line + c, 0, kSecondCache);
+      if (total) __builtin_prefetch(out + (lines + u) * p.out_stride.line + c, 0, kSecondCache);
+      __builtin_prefetch(d_out + (lines + u) * p.d_out_stride.line + c, 1, kSecondCache);
       const auto scaled = scale * load(grad + u * p.grad_stride.line + c, n);
       if (total) sums += scaled * load(out + u * p.out_stride.line + c, n);
       store(d_out + u * p.d_out_stride.line + c, gamma * scaled, n);
@@ -299,8 +304,6 @@ SDKERNELS_INLINE int64_t lines_at_once(int64_t len) {
   while (lines > 1 && lines * len * static_cast<int64_t>(sizeof(X)) > kBytesAtOnce) lines /= 2;
   return lines;
 }
-constexpr int kSecondCache = 2;  // of __builtin_prefetch
-
 // f(row, line, number of lines) for the lines [begin, end) of [rows, lines], at most `most` at once
 // and all of one row.
 template <class F>

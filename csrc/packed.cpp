@@ -52,10 +52,11 @@ variable_list parts_of(const Tensor& values, const Shapes& shapes) {
   return parts;
 }
 
-// [T, C], zero where no crop's part is.
-Tensor empty_tokens(const Shapes& shapes, int64_t padding, const at::TensorOptions& options) {
+// [T, C] of what `like` is, zero where no crop's part is.
+Tensor empty_tokens(const Tensor& like, const Shapes& shapes, int64_t padding,
+                    at::ScalarType dtype) {
   const int64_t tokens = tokens_of(shapes);
-  Tensor values = at::empty({tokens + padding, shapes[0].back()}, options);
+  Tensor values = like.new_empty({tokens + padding, shapes[0].back()}, dtype);
   if (padding > 0) values.narrow(0, tokens, padding).zero_();
   return values;
 }
@@ -77,7 +78,7 @@ Tensor opened(TensorList xs, TensorList index, const Shapes& shapes,
               const std::optional<Norm>& norm, at::ScalarType dtype, int64_t padding,
               std::vector<variable_list>* saved) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor values = empty_tokens(shapes, padding, xs[0].options().dtype(dtype));
+  Tensor values = empty_tokens(xs[0], shapes, padding, dtype);
   const variable_list parts = parts_of(values, shapes);
   for (size_t i = 0; i < xs.size(); ++i) {
     if (!norm) {
@@ -228,27 +229,27 @@ struct ClosePacked : torch::autograd::Function<ClosePacked> {
     const auto scales = ctx->saved_data["scales"].toDoubleVector();
     const auto weighted = ctx->saved_data["weighted"].toBoolList();
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
-    const size_t crops = shapes.size(), weights = saved.size() - 2 - 2 * crops;
+    const size_t crops = shapes.size(), weighted_crops = saved.size() - 2 - 2 * crops;
     const Tensor &out = saved[0], &layer_scale = saved[1];
     const bool wants_out = ctx->needs_input_grad(crops);
     size_t edge = crops + 1;
     const bool wants_scale = layer_scale.defined() && ctx->needs_input_grad(edge++);
     bool wants_any = wants_out || wants_scale;
-    for (size_t w = 0; w < weights; ++w) wants_any |= ctx->needs_input_grad(edge + w);
+    for (size_t w = 0; w < weighted_crops; ++w) wants_any |= ctx->needs_input_grad(edge + w);
 
-    // The streams', out's and layer_scale's gradients, those of the weights, four that are none.
-    variable_list result(crops + 2 + weights + 4);
+    // The gradients of the streams, out, layer_scale and the weights; none of rows, scales,
+    // weighted and inplace.
+    variable_list result(crops + 2 + weighted_crops + 4);
     std::copy(grads.begin(), grads.end(), result.begin());
     const auto given =
         std::find_if(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); });
     if (!wants_any || given == grads.end()) return result;
     const bool fused = !at::GradMode::is_enabled();
     const int64_t padding = ctx->saved_data["padding"].toInt();
-    const auto options = given->options().dtype(dtype);
     Tensor d_out;
     variable_list d_parts, outs(crops), pieces;
     if (fused) {
-      d_out = empty_tokens(shapes, padding, options);
+      d_out = empty_tokens(*given, shapes, padding, dtype);
       d_parts = parts_of(d_out, shapes);
     }
     if (out.defined()) outs = parts_of(out, shapes);
@@ -263,7 +264,7 @@ struct ClosePacked : torch::autograd::Function<ClosePacked> {
         if (fused)
           d_parts[i].zero_();
         else
-          pieces.push_back(at::zeros(shapes[i], options));
+          pieces.push_back(given->new_zeros(shapes[i], dtype));
         continue;
       }
       Tensor d_scale, d_weight;
@@ -283,7 +284,7 @@ struct ClosePacked : torch::autograd::Function<ClosePacked> {
     }
     if (!fused) {
       for (Tensor& piece : pieces) piece = piece.reshape({-1, shapes[0].back()});
-      if (padding > 0) pieces.push_back(at::zeros({padding, shapes[0].back()}, options));
+      if (padding > 0) pieces.push_back(given->new_zeros({padding, shapes[0].back()}, dtype));
       d_out = at::cat(pieces);
     }
     if (wants_out) result[crops] = std::move(d_out);
@@ -345,8 +346,10 @@ variable_list close_packed(const variable_list& streams, const Tensor& out,
     if (layer_scale) at::assert_no_overlap(streams[i], *layer_scale);
     for (const Tensor& weight : given) at::assert_no_overlap(streams[i], weight);
   }
-  return ClosePacked::apply(TensorList(streams), dense, layer_scale, TensorList(given),
-                            Rows{index, slot}, scales, weighted, inplace);
+  variable_list ys = ClosePacked::apply(TensorList(streams), dense, layer_scale, TensorList(given),
+                                        Rows{index, slot}, scales, weighted, inplace);
+  // Without grad mode the results are aliases; the caller gets its own tensors back all the same.
+  return inplace ? streams : ys;
 }
 
 }  // namespace sdkernels

@@ -21,8 +21,7 @@ from .arguments import (
     unmarked,
 )
 from .backends.checks import acc_type, check_layer_scale
-from .backends.ops import compiled, is_compiling, kernels
-from .backends.ops import packed as packed_kernels
+from .backends.ops import compiled, is_compiling, kernels, packed_kernels
 from .backends.traceable import scatter_add_dtype
 from .break_even import break_even, check_min_saving
 from .building_blocks import (
@@ -412,7 +411,9 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, call: Call) -> Any:
             per_tensor(results, len(xs), "branch output"), plan, bases, whole, strict=True
         )
     ]
-    _check_all(ops, streams, outs, plan, call)
+    # All of them before the first is added, which may be in place.
+    for stream, out, rows in zip(streams, outs, plan, strict=True):
+        ops.check_scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.weight)
     return [
         ops.scatter_add(
             stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
@@ -602,6 +603,12 @@ def _packed(
 ) -> list[Tensor]:
     """The branch on the kept tokens of all crops, which are never there one by one."""
     check_crops(xs)
+    for x, base in zip(xs, residuals, strict=True):
+        if base is not None and base.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"residual: expected the tokens of x with packed=True, {tuple(x.shape[:-1])}, got "
+                f"shape {tuple(base.shape)}"
+            )
     norm, inplace = call.norm, call.inplace
     shapes = [(each.k, *x.shape[1:-1]) for x, each in zip(xs, plan, strict=True)]
     padding = padding_of(shapes, branch.multiple_of)
@@ -635,12 +642,3 @@ def _packed(
     return packed_kernels.close_packed(
         streams, out, index, slot, scales, call.layer_scale, weights, inplace
     )
-
-
-def _check_all(
-    ops: Any, streams: list[Tensor], outs: list[Tensor], plan: list[KeptRows], call: Call
-) -> None:
-    """All outputs before the first is added, which may be in place."""
-    factor = call.layer_scale
-    for stream, out, rows in zip(streams, outs, plan, strict=True):
-        ops.check_scatter_add(stream, out, rows.index, rows.slot, factor, rows.weight)

@@ -69,7 +69,7 @@ def test_run_end_to_end(tmp_path):
     assert report.startswith("#")
 
 
-def test_every_case_runs_as_a_plain_pytest():
+def test_cases_run_as_a_plain_pytest():
     result = subprocess.run(
         command(
             *("benchmarks", "--bench-preset=smoke", f"--bench-filter=block-{TINY},op-compact,host"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -179,12 +180,15 @@ def test_second_derivatives(norm, inplace):
     assert gradgradcheck(run, inputs)
 
 
-def test_row_weights():
-    from dataclasses import replace
-
+@pytest.mark.parametrize("without", [None, 0, 1], ids=["every", "not-the-first", "not-the-second"])
+def test_row_weights(without):
+    """Of every crop, or not of one."""
     setting, rows = Setting("mlp", "layer"), rows_of(KEPT["some"])
     weights = [torch.rand(each.k, dtype=torch.float64).requires_grad_() for each in rows]
     weighted = [replace(each, weight=w) for each, w in zip(rows, weights, strict=True)]
+    if without is not None:
+        weighted[without] = rows[without]
+        del weights[without]
     results = []
     for packed in (True, False):
         branch = setting.branch
@@ -518,6 +522,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"branch": lambda packed: packed.values[:, 1:]},
         ValueError,
         "out: expected",
+    ),
+    "residual": (
+        {"residual": [torch.zeros(4, 5, C), torch.zeros(2, 3, C)]},
+        ValueError,
+        r"residual: expected the tokens of x with packed=True, \(4, 3\), got shape \(4, 5, 12\)",
     ),
     "list": (
         {"branch": lambda packed: packed.split(packed.values)},

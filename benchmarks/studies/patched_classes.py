@@ -130,7 +130,7 @@ def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport
     give_drop_paths(naive, subject, lambda _: copy.deepcopy(drop))
     report, other = patch(fused, subject), patch(gathered, subject)
     for each in (report, other):
-        each.check(x)  # before gather and index_add stand in for the op: they run no empty branch so
+        each.check(x)  # before gather and index_add stand in for the op
     plan = other.plan(len(x))
 
     @contextmanager

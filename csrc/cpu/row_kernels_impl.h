@@ -222,7 +222,7 @@ SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer
   return layer_scale && !gamma ? total * *layer_scale : total;
 }
 
-constexpr int kSecondCache = 2;  // of __builtin_prefetch
+constexpr int kSecondCache = 2;  // the locality that __builtin_prefetch calls so
 
 // Lines that share a sum: it is read and written once for so many.
 constexpr int64_t kLinesAtOnce = 4;
@@ -293,10 +293,10 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
     for_segments(p.lines, p.len, begin, end, 1, piece);
 }
 
-// Lines of a norm that are worked on together, stage by stage: the sums of one line would wait for
-// their own last additions, and those of several overlap. With all that is read and written beside
-// them they have to stay in the first cache between two stages. The next ones come meanwhile, into
-// the second cache, as that one is full.
+// How many lines of a norm are worked on together, stage by stage: the sums of one line would wait
+// for their own last additions, and those of several overlap; but with all that is read and written
+// beside them they have to stay in the first cache between two stages. The next ones come
+// meanwhile, into the second cache, as that one is full.
 template <class X>
 SDKERNELS_INLINE int64_t lines_at_once(int64_t len) {
   constexpr int64_t kBytesAtOnce = 4096;
@@ -304,6 +304,7 @@ SDKERNELS_INLINE int64_t lines_at_once(int64_t len) {
   while (lines > 1 && lines * len * static_cast<int64_t>(sizeof(X)) > kBytesAtOnce) lines /= 2;
   return lines;
 }
+
 // f(row, line, number of lines) for the lines [begin, end) of [rows, lines], at most `most` at once
 // and all of one row.
 template <class F>
@@ -344,45 +345,44 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
   const A len = static_cast<A>(p.len);
-  for_lines(
-      p.lines, begin, end, lines_at_once<X>(p.len), [&](int64_t j, int64_t line, int64_t count) {
-        const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
-        const int64_t first = j * p.lines + line;
-        A mean[kLinesAtOnce] = {}, rstd[kLinesAtOnce];
-        if (p.mean) {
-          for (int64_t u = 0; u < count; ++u)
-            mean[u] =
-                sum_line(x + u * p.x_stride.line, p.len, [](const Vec<A>& v) { return v; }) / len;
-          __builtin_memcpy(static_cast<A*>(p.mean) + first, mean, count * sizeof(A));
-        }
-        for (int64_t u = 0; u < count; ++u) {
-          const A center = mean[u];
-          const auto square = [=](const Vec<A>& v)
-                                  SDKERNELS_INLINE_LAMBDA { return (v - center) * (v - center); };
-          const A variance = sum_line(x + u * p.x_stride.line, p.len, square) / len;
-          rstd[u] = 1 / std::sqrt(variance + static_cast<A>(p.eps));
-        }
-        __builtin_memcpy(static_cast<A*>(p.rstd) + first, rstd, count * sizeof(A));
-        for (int64_t u = 0; u < count; ++u) {
-          const X* from = x + u * p.x_stride.line;
-          N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
-          const A center = mean[u], factor = rstd[u];
-          const X* next = from + count * p.x_stride.line;
-          for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
-            __builtin_prefetch(next + c, 0, kSecondCache);
-            Vec<A> v = (load(from + c, n) - center) * factor;
-            if (weight) v = v * load(weight + c, n);
-            if (bias) v += load(bias + c, n);
-            store(normed + c, v, n);
-          });
-          if (!p.kept) continue;
-          X* kept = static_cast<X*>(p.kept) + (first + u) * p.len;
-          if (p.kept_past_caches)
-            copy_past_caches(kept, from, p.len);
-          else
-            copy(kept, from, p.len);
-        }
+  const int64_t most = lines_at_once<X>(p.len);
+  for_lines(p.lines, begin, end, most, [&](int64_t j, int64_t line, int64_t count) {
+    const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
+    const int64_t first = j * p.lines + line;
+    A mean[kLinesAtOnce] = {}, rstd[kLinesAtOnce];
+    if (p.mean) {
+      for (int64_t u = 0; u < count; ++u)
+        mean[u] = sum_line(x + u * p.x_stride.line, p.len, [](const Vec<A>& v) { return v; }) / len;
+      __builtin_memcpy(static_cast<A*>(p.mean) + first, mean, count * sizeof(A));
+    }
+    for (int64_t u = 0; u < count; ++u) {
+      const A center = mean[u];
+      const auto square = [=](const Vec<A>& v)
+                              SDKERNELS_INLINE_LAMBDA { return (v - center) * (v - center); };
+      const A variance = sum_line(x + u * p.x_stride.line, p.len, square) / len;
+      rstd[u] = 1 / std::sqrt(variance + static_cast<A>(p.eps));
+    }
+    __builtin_memcpy(static_cast<A*>(p.rstd) + first, rstd, count * sizeof(A));
+    for (int64_t u = 0; u < count; ++u) {
+      const X* from = x + u * p.x_stride.line;
+      N* normed = static_cast<N*>(p.normed) + (first + u) * p.len;
+      const A center = mean[u], factor = rstd[u];
+      const X* next = from + count * p.x_stride.line;
+      for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+        __builtin_prefetch(next + c, 0, kSecondCache);
+        Vec<A> v = (load(from + c, n) - center) * factor;
+        if (weight) v = v * load(weight + c, n);
+        if (bias) v += load(bias + c, n);
+        store(normed + c, v, n);
       });
+      if (!p.kept) continue;
+      X* kept = static_cast<X*>(p.kept) + (first + u) * p.len;
+      if (p.kept_past_caches)
+        copy_past_caches(kept, from, p.len);
+      else
+        copy(kept, from, p.len);
+    }
+  });
   if (p.kept_past_caches) finish_past_caches();
 }
 
@@ -453,51 +453,50 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
   const A* weight = static_cast<const A*>(p.weight);
   A* d_weight = static_cast<A*>(weight_sum);
   A* d_bias = static_cast<A*>(bias_sum);
-  for_lines(p.lines, begin, end, lines_at_once<X>(p.len),
-            [&](int64_t row, int64_t line, int64_t count) {
-              const int64_t slot = p.slot[row];
-              X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
-              const X* d_stream =
-                  p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line)
-                             : nullptr;
-              if (slot < 0) {
-                for (int64_t u = 0; d_x && u < count; ++u) {
-                  X* to = d_x + u * p.d_x_stride.line;
-                  if (d_stream)
-                    copy(to, d_stream + u * p.d_stream_stride.line, p.len);
-                  else
-                    __builtin_memset(to, 0, p.len * sizeof(X));
-                }
-                return;
-              }
-              const int64_t first = slot * p.lines + line;
-              KeptLines<X, N> lines{static_cast<const N*>(p.d_normed) + first * p.len,
-                                    static_cast<const X*>(p.kept) + first * p.len,
-                                    d_x,
-                                    d_stream,
-                                    p.d_x_stride.line,
-                                    p.d_stream_stride.line,
-                                    p.mean ? static_cast<const A*>(p.mean) + first : nullptr,
-                                    static_cast<const A*>(p.rstd) + first};
-              static_assert(kLinesAtOnce == 4);
-              if (count == 4) {
-                norm_backward_lines<4>(lines, p.len, weight, d_weight, d_bias);
-                return;
-              }
-              if (count == 2) {
-                norm_backward_lines<2>(lines, p.len, weight, d_weight, d_bias);
-                return;
-              }
-              for (int64_t u = 0; u < count; ++u) {
-                norm_backward_lines<1>(lines, p.len, weight, d_weight, d_bias);
-                lines.d_normed += p.len;
-                lines.x += p.len;
-                if (d_x) lines.d_x += p.d_x_stride.line;
-                if (d_stream) lines.d_stream += p.d_stream_stride.line;
-                if (p.mean) ++lines.mean;
-                ++lines.rstd;
-              }
-            });
+  const int64_t most = lines_at_once<X>(p.len);
+  for_lines(p.lines, begin, end, most, [&](int64_t row, int64_t line, int64_t count) {
+    const int64_t slot = p.slot[row];
+    X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;
+    const X* d_stream =
+        p.d_stream ? at(static_cast<const X*>(p.d_stream), p.d_stream_stride, row, line) : nullptr;
+    if (slot < 0) {
+      for (int64_t u = 0; d_x && u < count; ++u) {
+        X* to = d_x + u * p.d_x_stride.line;
+        if (d_stream)
+          copy(to, d_stream + u * p.d_stream_stride.line, p.len);
+        else
+          __builtin_memset(to, 0, p.len * sizeof(X));
+      }
+      return;
+    }
+    const int64_t first = slot * p.lines + line;
+    KeptLines<X, N> lines{static_cast<const N*>(p.d_normed) + first * p.len,
+                          static_cast<const X*>(p.kept) + first * p.len,
+                          d_x,
+                          d_stream,
+                          p.d_x_stride.line,
+                          p.d_stream_stride.line,
+                          p.mean ? static_cast<const A*>(p.mean) + first : nullptr,
+                          static_cast<const A*>(p.rstd) + first};
+    static_assert(kLinesAtOnce == 4);
+    if (count == 4) {
+      norm_backward_lines<4>(lines, p.len, weight, d_weight, d_bias);
+      return;
+    }
+    if (count == 2) {
+      norm_backward_lines<2>(lines, p.len, weight, d_weight, d_bias);
+      return;
+    }
+    for (int64_t u = 0; u < count; ++u) {
+      norm_backward_lines<1>(lines, p.len, weight, d_weight, d_bias);
+      lines.d_normed += p.len;
+      lines.x += p.len;
+      if (d_x) lines.d_x += p.d_x_stride.line;
+      if (d_stream) lines.d_stream += p.d_stream_stride.line;
+      if (p.mean) ++lines.mean;
+      ++lines.rstd;
+    }
+  });
 }
 
 // Calls f with a null pointer of each dtype's type; all 16-bit and float combinations are

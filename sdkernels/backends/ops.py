@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import autograd, compiled, extension, sampler
-from . import packed as packed_code
+from . import autograd, compiled, extension, packed, sampler
 from .choice import BackendChoice, backend_table
 
 if TYPE_CHECKING:
     from .. import _C as eager
     from .. import _C as host
-    from .. import _C as packed
+    from .. import _C as packed_kernels
 else:
     eager = extension.module or autograd
     host = extension.module or sampler
-    packed = extension.module or packed_code
+    packed_kernels = extension.module or packed
 
 __all__ = [
     "BackendChoice",
@@ -31,7 +30,7 @@ __all__ = [
     "host",
     "is_compiling",
     "kernels",
-    "packed",
+    "packed_kernels",
 ]
 
 

@@ -191,11 +191,15 @@ def open_packed(
             checks.check_norm(x, [x.shape[-1]], weight, bias)
         checks.check_kept_rows(x, *numbers)
         check_row_values(*numbers)
-    plain = [None if parameter is None else parameter.detach() for parameter in (weight, bias)]
-    norm = _Norm(plain[0], plain[1], eps, rms, dtype) if normalizes else None
+    norm = _Norm(weight, bias, eps, rms, dtype) if normalizes else None
     if not _needs_grad(*xs, weight, bias):
         return _opened(rows, norm, padding, xs, False)[0], list(xs)
     kinds = [_stream_of(x, w, inplace) for x, w in zip(xs, with_stream, strict=True)]
+    if norm is not None:
+        norm = norm._replace(
+            weight=None if weight is None else weight.detach(),
+            bias=None if bias is None else bias.detach(),
+        )
     outputs = _Open.apply(rows, norm, weight, bias, padding, kinds, *xs)
     passed = iter(outputs[1 + (len(xs) if normalizes else 0) :])
     streams = [
@@ -302,4 +306,5 @@ def close_packed(
             for read in (out, layer_scale, *weights):
                 check_no_overlap(stream, read)
     numbers = list(zip(index, slot, scales, strict=True))
-    return list(_Close.apply(numbers, inplace, out, layer_scale, *streams, *weights))
+    ys = _Close.apply(numbers, inplace, out, layer_scale, *streams, *weights)
+    return list(streams if inplace else ys)

@@ -72,6 +72,15 @@ template <class T>
 inline T op_fma(T a, T b, T c) {
   return std::fma(a, b, c);
 }
+// f of the lower and of the upper halves of 64 bits, a float each.
+template <class F, class... A>
+inline uint64_t of_pairs(F f, A... pairs) {
+  const auto half = [&](int shift) {
+    return std::bit_cast<uint32_t>(
+        f(std::bit_cast<float>(static_cast<uint32_t>(pairs >> shift))...));
+  };
+  return static_cast<uint64_t>(half(32)) << 32 | half(0);
+}
 template <class T>
 inline T op_neg(T a) {
   return -a;

@@ -225,6 +225,20 @@ class Translator:
         if name == "mov":
             only()
             return self.move(kind, *operands)
+        if name in ("add", "sub", "mul", "fma") and others == {"rn", "f32x2"}:
+            values = ", ".join(self.read("b64", o) for o in operands[1:])
+            pairs = f"of_pairs([](auto... x) {{ return op_{name}(x...); }}, {values})"
+            return self.write(operands[0], "b64", pairs)
+        if (
+            name in ("add", "sub", "fma")
+            and kinds[:1] == ["f32"]
+            and others == {"rn"}
+            and kinds[1:]
+        ):
+            # All but the last are of a narrower type.
+            narrow = [f"converted<float>({self.read(kinds[1], o)})" for o in operands[1:-1]]
+            values = ", ".join([*narrow, self.read("f32", operands[-1])])
+            return self.write(operands[0], "f32", f"op_{name}({values})")
         if name in (*ROUNDED_OPS, *OTHER_OPS) and len(kinds) == 1:
             if name == "mul" and kind[0] in "us":
                 only("lo", "hi", "wide")

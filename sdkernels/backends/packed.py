@@ -297,10 +297,9 @@ def close_packed(
     out = out.contiguous()
     shapes = [(i.shape[0], *stream.shape[1:-1]) for i, stream in zip(index, streams, strict=True)]
     # All of them before the first is added, which may be in place.
-    for stream, part, *rows in zip(
-        streams, _parts(out.detach(), shapes), index, slot, weights, strict=True
-    ):
-        check_scatter_add(stream, part, rows[0], rows[1], layer_scale, rows[2])
+    parts = _parts(out.detach(), shapes)
+    for stream, part, i, s, weight in zip(streams, parts, index, slot, weights, strict=True):
+        check_scatter_add(stream, part, i, s, layer_scale, weight)
     if inplace:
         for stream in streams:
             for read in (out, layer_scale, *weights):

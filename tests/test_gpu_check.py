@@ -273,7 +273,7 @@ def test_both_ways_of_the_pair_agree():
     case, *_ = cuda_bandwidth.cases("197x384", "fp32", 6, 0.5)
     ours, peers = cuda_bandwidth.pair(case.tensors(torch.device("cpu")))
     for a, b in zip(ours(), peers(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of 591 lines, in other orders
 
 
 def test_a_shape_is_measured(monkeypatch):

@@ -68,14 +68,14 @@ struct Rows {
 };
 
 struct Norm {
-  OptionalTensor weight, bias;
   double eps;
   bool rms;
 };
 
 // [T, C]; and of each crop what the norm's backward needs, if `saved`.
 Tensor opened(TensorList xs, TensorList index, const Shapes& shapes,
-              const std::optional<Norm>& norm, at::ScalarType dtype, int64_t padding,
+              const std::optional<Norm>& norm, const OptionalTensor& weight,
+              const OptionalTensor& bias, at::ScalarType dtype, int64_t padding,
               std::vector<variable_list>* saved) {
   at::AutoDispatchBelowADInplaceOrView guard;
   Tensor values = empty_tokens(xs[0], shapes, padding, dtype);
@@ -87,7 +87,7 @@ Tensor opened(TensorList xs, TensorList index, const Shapes& shapes,
     }
     auto [kept, mean, rstd] =
         compact_norm_into_op(parts[i], xs[i], index[i], xs[i].sizes().slice(xs[i].dim() - 1),
-                             norm->weight, norm->bias, norm->eps, norm->rms, saved != nullptr);
+                             weight, bias, norm->eps, norm->rms, saved != nullptr);
     if (saved) saved->push_back({std::move(kept), std::move(mean), std::move(rstd)});
   }
   return values;
@@ -102,7 +102,8 @@ struct OpenPacked : torch::autograd::Function<OpenPacked> {
     ctx->set_materialize_grads(false);
     const Shapes shapes = shapes_of(xs, rows.index);
     std::vector<variable_list> of_norm;
-    variable_list outputs{opened(xs, rows.index, shapes, norm, dtype, padding, &of_norm)};
+    variable_list outputs{
+        opened(xs, rows.index, shapes, norm, weight, bias, dtype, padding, &of_norm)};
     variable_list saved{weight.value_or(Tensor())};
     saved.insert(saved.end(), rows.index.begin(), rows.index.end());
     saved.insert(saved.end(), rows.slot.begin(), rows.slot.end());
@@ -310,9 +311,10 @@ std::tuple<Tensor, variable_list> open_packed(const variable_list& xs, const var
     needs_grad |= xs[i].requires_grad();
     streams.push_back(stream_of(xs[i], with_stream[i], inplace));
   }
-  const auto norm = normalizes ? std::optional(Norm{weight, bias, eps, rms}) : std::nullopt;
+  const auto norm = normalizes ? std::optional(Norm{eps, rms}) : std::nullopt;
   if (!needs_grad || !at::GradMode::is_enabled())
-    return {opened(xs, index, shapes_of(xs, index), norm, dtype, padding, nullptr), xs};
+    return {opened(xs, index, shapes_of(xs, index), norm, weight, bias, dtype, padding, nullptr),
+            xs};
   variable_list outputs = OpenPacked::apply(TensorList(xs), weight, bias, Rows{index, slot}, norm,
                                             dtype, padding, streams);
   size_t next = normalizes ? 1 + xs.size() : 1;

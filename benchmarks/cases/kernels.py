@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -377,8 +378,9 @@ def takes_tokens(op: str) -> bool:
 class KernelCase(RowCase):
     """One op, dtype, shape and number of threads; beside it a clone of the stream.
 
-    Inputs go round in as many copies as do not fit the last cache; a tensor so small that a model
-    would find it in the cache is found there.
+    Inputs go round in as many copies as do not fit the last cache, and so does what is written: an
+    output lives until its input's turn comes again. A tensor so small that a model would find it in
+    the cache is found there.
     """
 
     op: str
@@ -432,11 +434,17 @@ class KernelCase(RowCase):
 
         def workload(calls: list[Callable[[], object]]) -> Workload:
             turn = itertools.cycle(calls)
+            # Without it an allocator gives out what was freed last, which a cache still holds: a
+            # clone, which writes most, would be flattered most.
+            outputs: deque[object] = deque(maxlen=copies - 1)
 
             def run() -> None:
                 with torch.no_grad():
-                    next(turn)()
+                    outputs.append(next(turn)())
 
+            with threads(self.threads):
+                for _ in range(copies):  # no page is new when the clock runs
+                    run()
             return Workload(run, context=lambda: threads(self.threads))
 
         kernel = KERNELS[self.op]

@@ -16,33 +16,22 @@ SDKERNELS_INLINE T* at(T* data, Stride stride, int64_t row, int64_t line) {
   return data + row * stride.row + line * stride.line;
 }
 
-// f(row, line, first, count, together) for the pieces of lines that make up elements [begin, end):
-// `most` whole lines of a row in one call where there are as many, else one, or a piece of it.
+// f(row, line, first, count) for the pieces of lines that make up elements [begin, end).
 template <class F>
-SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end,
-                                   int64_t most, F f) {
+SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end, F f) {
   int64_t first = begin % len;
   int64_t line = begin / len % lines;
   int64_t row = begin / len / lines;
   while (begin < end) {
-    const bool together =
-        most > 1 && first == 0 && lines - line >= most && end - begin >= most * len;
     const int64_t count = len - first < end - begin ? len - first : end - begin;
-    f(row, line, first, count, together ? most : 1);
-    begin += together ? most * len : count;
-    line += together ? most : 1;
+    f(row, line, first, count);
+    begin += count;
     first = 0;
-    if (line == lines) {
+    if (++line == lines) {
       line = 0;
       ++row;
     }
   }
-}
-template <class F>
-SDKERNELS_INLINE void for_segments(int64_t lines, int64_t len, int64_t begin, int64_t end, F f) {
-  for_segments(lines, len, begin, end, 1,
-               [&](int64_t row, int64_t line, int64_t first, int64_t count, int64_t)
-                   SDKERNELS_INLINE_LAMBDA { f(row, line, first, count); });
 }
 
 // The plain copy of a dropped row: bits unchanged where the types agree, else exact (widening).
@@ -89,18 +78,20 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
         }
         const O* out = at(static_cast<const O*>(p.out), p.out_stride, slot, line) + first;
         const A row_scale = row_weight ? scale * row_weight[slot] : scale;
+        const auto add = [&](int64_t c, const auto& factor, auto n) SDKERNELS_INLINE_LAMBDA {
+          read_soon(residual + c);
+          read_soon(out + c);
+          written_soon(y + c);
+          store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
+        };
         if (layer_scale && p.layer_scale_element) {
           const A* gamma = layer_scale + line * p.layer_scale_line + first;
-          for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
-            store(y + c, load(residual + c, n) + row_scale * load(gamma + c, n) * load(out + c, n),
-                  n);
-          });
+          for_elements<Y, R, O>(
+              count, [&](int64_t c, auto n) { add(c, row_scale * load(gamma + c, n), n); });
         } else {
           const A factor =
               layer_scale ? row_scale * layer_scale[line * p.layer_scale_line] : row_scale;
-          for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
-            store(y + c, load(residual + c, n) + factor * load(out + c, n), n);
-          });
+          for_elements<Y, R, O>(count, [&](int64_t c, auto n) { add(c, factor, n); });
         }
       });
 }
@@ -134,6 +125,8 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     uint8_t* positive = bits_at(p.positive, p.len, row, first);
     const R* residual = static_cast<const R*>(p.residual) + row * p.residual_row + first;
     const auto finish = [&](int64_t c, const auto& words, auto n) SDKERNELS_INLINE_LAMBDA {
+      read_soon(residual + c);
+      written_soon(y + c);
       // Of what is stored: a positive sum may be rounded to zero.
       const auto mask = zero_missing(passes<Y>(words), n);
       store_words(y + c, words & mask, n);
@@ -151,16 +144,15 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
     }
     const O* out = static_cast<const O*>(p.out) + slot * p.out_row + first;
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
-    if (layer_scale) {
-      for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
-        const auto factor = scale * load(layer_scale + first + c, n);
-        finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
-      });
-    } else {
-      for_elements<Y, R, O>(count, [&](int64_t c, auto n) {
-        finish(c, words_of<Y>(load(residual + c, n) + scale * load(out + c, n)), n);
-      });
-    }
+    const auto add = [&](int64_t c, const auto& factor, auto n) SDKERNELS_INLINE_LAMBDA {
+      read_soon(out + c);
+      finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
+    };
+    if (layer_scale)
+      for_elements<Y, R, O>(
+          count, [&](int64_t c, auto n) { add(c, scale * load(layer_scale + first + c, n), n); });
+    else
+      for_elements<Y, R, O>(count, [&](int64_t c, auto n) { add(c, scale, n); });
   });
 }
 
@@ -175,6 +167,8 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     const uint8_t* positive = bits_at(p.positive, p.len, row, first);
     // A copy of what passes, bit by bit; gives it as numbers too.
     const auto pass = [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
+      read_soon(grad + c);
+      written_soon(d_residual + c);
       uint32_t bits = 0;
       __builtin_memcpy(&bits, positive + c / 8, n > 16 ? 4 : n > 8 ? 2 : 1);
       if constexpr (std::is_same_v<decltype(n), Pairs>) {
@@ -196,6 +190,7 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     for_elements<G, O>(count, [&](int64_t c, auto n) {
       auto d = scale * pass(c, n);
       if (layer_scale) d = d * load(layer_scale + first + c, n);
+      written_soon(d_out + c);
       store(d_out + c, d, n);
     });
   });
@@ -222,32 +217,6 @@ SDKERNELS_INLINE double sum_products(const G* grad, const O* out, const A* layer
   return layer_scale && !gamma ? total * *layer_scale : total;
 }
 
-constexpr int kSecondCache = 2;  // the locality that __builtin_prefetch calls so
-
-// Lines that share a sum: it is read and written once for so many.
-constexpr int64_t kLinesAtOnce = 4;
-
-// d_out of `lines` lines with a layer scale for each element, and their part of its gradient.
-template <int64_t lines, class G, class O, class A>
-SDKERNELS_INLINE void layer_scale_backward_lines(O* d_out, const G* grad, const O* out,
-                                                 const A* layer_scale, A* total, A scale,
-                                                 int64_t len, const ScatterAddBackward& p) {
-  for_elements<G, O>(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
-    const auto gamma = load(layer_scale + c, n);
-    auto sums = gamma;
-    if (total) sums = load(total + c, n);
-    for (int64_t u = 0; u < lines; ++u) {
-      __builtin_prefetch(grad + (lines + u) * p.grad_stride.line + c, 0, kSecondCache);
-      if (total) __builtin_prefetch(out + (lines + u) * p.out_stride.line + c, 0, kSecondCache);
-      __builtin_prefetch(d_out + (lines + u) * p.d_out_stride.line + c, 1, kSecondCache);
-      const auto scaled = scale * load(grad + u * p.grad_stride.line + c, n);
-      if (total) sums += scaled * load(out + u * p.out_stride.line + c, n);
-      store(d_out + u * p.d_out_stride.line + c, gamma * scaled, n);
-    }
-    if (total) store(total + c, sums, n);
-  });
-}
-
 template <class G, class O>
 void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t end,
                           void* layer_scale_sum, double* row_weight_sum) {
@@ -255,53 +224,64 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
   const A* layer_scale = static_cast<const A*>(p.layer_scale);
   const A* row_weight = static_cast<const A*>(p.row_weight);
   const int64_t first_row = begin / p.len / p.lines;
-  const auto piece = [&](int64_t j, int64_t line, int64_t first, int64_t count,
-                         int64_t together) SDKERNELS_INLINE_LAMBDA {
-    const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
-    O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
-    const O* out =
-        p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
-    const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
-    const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[j] : A(1));
-    A* total = layer_scale_sum ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
-    if (row_weight_sum)
-      row_weight_sum[j - first_row] += sum_products(
-          grad, out, layer_scale ? layer_scale + offset : nullptr, p.layer_scale_element, count);
-    if (!layer_scale) {
-      for_elements<G, O>(
-          count, [&](int64_t c, auto n) { store(d_out + c, scale * load(grad + c, n), n); });
-    } else if (!p.layer_scale_element) {
-      const A gamma = layer_scale[offset];
-      Vec<A> sums = {};
-      for_vectors(count, [&](int64_t c, auto n) {
-        const Vec<A> g = load(grad + c, n);
-        // Not yet scaled: a missing lane is zero, and an infinite row weight would make it NaN.
-        if (total) sums += g * load(out + c, n);
-        store(d_out + c, gamma * (scale * g), n);
+  for_segments(
+      p.lines, p.len, begin, end, [&](int64_t j, int64_t line, int64_t first, int64_t count) {
+        const G* grad = at(static_cast<const G*>(p.grad), p.grad_stride, p.index[j], line) + first;
+        O* d_out = at(static_cast<O*>(p.d_out), p.d_out_stride, j, line) + first;
+        const O* out =
+            p.out ? at(static_cast<const O*>(p.out), p.out_stride, j, line) + first : nullptr;
+        const int64_t offset = line * p.layer_scale_line + first * p.layer_scale_element;
+        const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[j] : A(1));
+        A* total = layer_scale_sum ? static_cast<A*>(layer_scale_sum) + offset : nullptr;
+        if (row_weight_sum)
+          row_weight_sum[j - first_row] +=
+              sum_products(grad, out, layer_scale ? layer_scale + offset : nullptr,
+                           p.layer_scale_element, count);
+        if (!layer_scale) {
+          for_elements<G, O>(count, [&](int64_t c, auto n) {
+            read_soon(grad + c);
+            written_soon(d_out + c);
+            store(d_out + c, scale * load(grad + c, n), n);
+          });
+        } else if (!p.layer_scale_element) {
+          const A gamma = layer_scale[offset];
+          Vec<A> sums = {};
+          for_vectors(count, [&](int64_t c, auto n) {
+            const Vec<A> g = load(grad + c, n);
+            read_soon(grad + c);
+            if (total) read_soon(out + c);
+            written_soon(d_out + c);
+            // Not yet scaled: a missing lane is zero, and an infinite row weight would make it NaN.
+            if (total) sums += g * load(out + c, n);
+            store(d_out + c, gamma * (scale * g), n);
+          });
+          if (total) *total += scale * sum(sums);
+        } else {
+          // One line after the other, though the sums are read and written for each: several at
+          // once are streams that no processor foresees.
+          for_elements<G, O>(count, [&](int64_t c, auto n) {
+            const auto scaled = scale * load(grad + c, n);
+            read_soon(grad + c);
+            written_soon(d_out + c);
+            if (total) {
+              read_soon(out + c);
+              store(total + c, load(total + c, n) + scaled * load(out + c, n), n);
+            }
+            store(d_out + c, load(layer_scale + offset + c, n) * scaled, n);
+          });
+        }
       });
-      if (total) *total += scale * sum(sums);
-    } else if (together == kLinesAtOnce) {
-      layer_scale_backward_lines<kLinesAtOnce>(d_out, grad, out, layer_scale + offset, total, scale,
-                                               count, p);
-    } else {
-      layer_scale_backward_lines<1>(d_out, grad, out, layer_scale + offset, total, scale, count, p);
-    }
-  };
-  if (layer_scale && p.layer_scale_element && !p.layer_scale_line && !row_weight_sum)
-    for_segments(p.lines, p.len, begin, end, kLinesAtOnce, piece);
-  else
-    for_segments(p.lines, p.len, begin, end, 1, piece);
 }
 
-// How many lines of a norm are worked on together, stage by stage: the sums of one line would wait
-// for their own last additions, and those of several overlap; but with all that is read and written
-// beside them they have to stay in the first cache between two stages. The next ones come
-// meanwhile, into the second cache, as that one is full.
+// Lines of a norm that are worked on together, at most: the sums of one line would wait for their
+// own last additions, and those of several overlap.
+constexpr int64_t kLinesAtOnce = 4;
+
+// So many of `bytes` in all: they have to stay in the first cache between two stages.
 template <class X>
-SDKERNELS_INLINE int64_t lines_at_once(int64_t len) {
-  constexpr int64_t kBytesAtOnce = 4096;
+SDKERNELS_INLINE int64_t lines_at_once(int64_t len, int64_t bytes) {
   int64_t lines = kLinesAtOnce;
-  while (lines > 1 && lines * len * static_cast<int64_t>(sizeof(X)) > kBytesAtOnce) lines /= 2;
+  while (lines > 1 && lines * len * static_cast<int64_t>(sizeof(X)) > bytes) lines /= 2;
   return lines;
 }
 
@@ -345,7 +325,7 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
   const A* weight = static_cast<const A*>(p.weight);
   const A* bias = static_cast<const A*>(p.bias);
   const A len = static_cast<A>(p.len);
-  const int64_t most = lines_at_once<X>(p.len);
+  const int64_t most = lines_at_once<X>(p.len, 4096);
   for_lines(p.lines, begin, end, most, [&](int64_t j, int64_t line, int64_t count) {
     const X* x = at(static_cast<const X*>(p.x), p.x_stride, p.index[j], line);
     const int64_t first = j * p.lines + line;
@@ -370,6 +350,7 @@ void compact_norm(const CompactNorm& p, int64_t begin, int64_t end) {
       const X* next = from + count * p.x_stride.line;
       for_vectors(p.len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
         __builtin_prefetch(next + c, 0, kSecondCache);
+        written_soon(normed + c);
         Vec<A> v = (load(from + c, n) - center) * factor;
         if (weight) v = v * load(weight + c, n);
         if (bias) v += load(bias + c, n);
@@ -414,9 +395,8 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
     for_vectors(len, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA {
       Vec<A> d_x_hat = load(d_normed + c, n);
       if (weight) d_x_hat = d_x_hat * load(weight + c, n);
-      // The second pass walks several lines at once, which processors do not foresee.
-      if (count > 1 && p.d_stream) __builtin_prefetch(p.d_stream + u * p.d_stream_line + c);
-      if (count > 1) __builtin_prefetch(p.d_x + u * p.d_x_line + c, 1);
+      read_soon(d_normed + c);
+      read_soon(x + c);
       sums += d_x_hat;
       sums_x_hat += d_x_hat * zero_missing((load(x + c, n) - center) * factor, n);
     });
@@ -429,8 +409,6 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
     if (d_weight) total_weight = load(d_weight + c, n);
     if (d_bias) total_bias = load(d_bias + c, n);
     for (int64_t u = 0; u < count; ++u) {
-      __builtin_prefetch(p.d_normed + (count + u) * len + c, 0, kSecondCache);
-      __builtin_prefetch(p.x + (count + u) * len + c, 0, kSecondCache);
       Vec<A> d = load(p.d_normed + u * len + c, n);
       const Vec<A> x_hat = (load(p.x + u * len + c, n) - mean[u]) * rstd[u];
       if (d_weight) total_weight += d * x_hat;
@@ -438,7 +416,11 @@ SDKERNELS_INLINE void norm_backward_lines(const KeptLines<X, N>& p, int64_t len,
       if (!p.d_x) continue;
       if (weight) d = d * gamma;
       Vec<A> v = (d - mean_d[u] - x_hat * mean_d_x_hat[u]) * rstd[u];
-      if (p.d_stream) v += load(p.d_stream + u * p.d_stream_line + c, n);
+      if (p.d_stream) {
+        read_soon(p.d_stream + u * p.d_stream_line + c);
+        v += load(p.d_stream + u * p.d_stream_line + c, n);
+      }
+      written_soon(p.d_x + u * p.d_x_line + c);
       store(p.d_x + u * p.d_x_line + c, v, n);
     }
     if (d_weight) store(d_weight + c, total_weight, n);
@@ -453,7 +435,8 @@ void compact_norm_backward(const CompactNormBackward& p, int64_t begin, int64_t 
   const A* weight = static_cast<const A*>(p.weight);
   A* d_weight = static_cast<A*>(weight_sum);
   A* d_bias = static_cast<A*>(bias_sum);
-  const int64_t most = lines_at_once<X>(p.len);
+  // Short lines only: several long ones are streams that no processor foresees.
+  const int64_t most = lines_at_once<X>(p.len, 1024);
   for_lines(p.lines, begin, end, most, [&](int64_t row, int64_t line, int64_t count) {
     const int64_t slot = p.slot[row];
     X* d_x = p.d_x ? at(static_cast<X*>(p.d_x), p.d_x_stride, row, line) : nullptr;

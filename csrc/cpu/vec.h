@@ -493,14 +493,31 @@ SDKERNELS_INLINE void for_elements(int64_t len, F f) {
   for_vectors(len - i, [&](int64_t c, auto n) SDKERNELS_INLINE_LAMBDA { f(i + c, n); });
 }
 
+// What a loop reads and writes a little later. Processors foresee neither the next page nor all
+// lines that stores wait for; of tensors in no cache, ops on 16-bit numbers take 5 to 20 % less
+// time so, a plain copy of floats the same. Past the end of a tensor it is harmless.
+constexpr int64_t kBytesAhead = 1024;
+constexpr int kFirstCache = 3, kSecondCache = 2;  // the localities of __builtin_prefetch
+template <class T>
+SDKERNELS_INLINE void read_soon(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytesAhead, 0, kSecondCache);
+}
+template <class T>
+SDKERNELS_INLINE void written_soon(T* p) {
+  __builtin_prefetch(reinterpret_cast<char*>(p) + kBytesAhead, 1, kFirstCache);
+}
+
 // A copy of bytes. Not memcpy: from some KiB on it is a string instruction, which processors with
 // Zen cores execute ten times slower where the two pointers lie alike within their pages.
 SDKERNELS_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
   using Block = Lanes<uint32_t, kLanes>;
   constexpr int64_t kBlock = sizeof(Block);
   int64_t i = 0;
-  for (; i + kBlock <= bytes; i += kBlock)
+  for (; i + kBlock <= bytes; i += kBlock) {
+    read_soon(from + i);
+    written_soon(to + i);
     store_lanes(to + i, load_lanes<uint32_t, kLanes>(from + i));
+  }
   for (; i + 8 <= bytes; i += 8) __builtin_memcpy(to + i, from + i, 8);
   for (; i < bytes; ++i) to[i] = from[i];
 }

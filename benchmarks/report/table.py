@@ -146,8 +146,7 @@ def by_column(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -
     | 2 | 4 |
     | 3 | 9 |
     """
-    made = Table.of("", columns, [rows])
-    return markdown(made.columns, made.groups[0])
+    return Table.of("", columns, [rows], names=len(columns)).markdown()
 
 
 def document(title: str, result: Mapping[str, Any], sections: Iterable[str]) -> str:

@@ -64,7 +64,8 @@ class Target:
     """A bound on a figure of every case that ``when`` is true of.
 
     Args:
-        figure: from a case and the times of its providers; a KeyError means that one was skipped.
+        figure: from a case and the times of its providers. A KeyError: one was skipped; a
+            ZeroDivisionError: nothing is left to divide by.
         floor: the same figure of a floor.
         repeats: whether it is another one in every repeat.
     """
@@ -84,19 +85,17 @@ class Target:
 
         def evaluate(figure: Figure | None, times: Times) -> float | None:
             try:
-                value = figure(case, times) if figure else None
+                return figure(case, times) if figure else None
             except (KeyError, ZeroDivisionError):
                 return None
-            return value if value and value > 0 else None
 
         medians = {name: figures["median"] for name, figures in providers.items()}
         measured, floor = evaluate(self.figure, medians), evaluate(self.floor, medians)
         of_repeats: list[float] = []
         if self.repeats and measured is not None:
             turns = zip(*(f["turn_medians"] for f in providers.values()), strict=True)
-            each = (
-                evaluate(self.figure, dict(zip(providers, turn, strict=True))) for turn in turns
-            )
+            times = (dict(zip(providers, turn, strict=True)) for turn in turns)
+            each = (evaluate(self.figure, of_turn) for of_turn in times)
             of_repeats = [value for value in each if value is not None]
         low, high = min(of_repeats, default=None), max(of_repeats, default=None)
         bound = self.bound if isinstance(self.bound, float) else self.bound(case)
@@ -117,7 +116,7 @@ def ratio(numerator: str, denominator: str) -> Figure:
 
 def _of_copy(case: Case, times: Times) -> float:
     """Share of the copy's bandwidth, net of the engine's empty call."""
-    net = times["fused"] - times.get("empty", 0.0)
+    net = max(times["fused"] - times.get("empty", 0.0), 0.0)
     return case["traffic_bytes"] / net / (case["copy_bytes"] / times["copy"])
 
 

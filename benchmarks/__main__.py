@@ -6,21 +6,8 @@ import importlib
 import os
 import sys
 
+from benchmarks import COMMANDS
 from benchmarks.measure.ending import in_one_sentence
-
-# Each is imported when it is called for: some need neither pytest nor plots.
-COMMANDS = {
-    "report": "benchmarks.report.rebuild",
-    "compare": "benchmarks.report.compare",
-    "break-even": "benchmarks.studies.break_even",
-    "patched-classes": "benchmarks.studies.patched_classes",
-    "patch-coverage": "benchmarks.studies.patch_coverage",
-    "batch-norm": "benchmarks.studies.batch_norm",
-    "scaling": "benchmarks.studies.scaling.command",
-    "host-cost": "benchmarks.studies.host_cost",
-    "multi-crop": "benchmarks.studies.multi_crop",
-    "cuda-bandwidth": "benchmarks.studies.cuda_bandwidth",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     name, rest = "benchmarks.run", arguments
     if arguments and arguments[0] in COMMANDS:
-        name, rest = COMMANDS[arguments[0]], arguments[1:]
+        name, rest = COMMANDS[arguments[0]][1], arguments[1:]
     program = "python -m benchmarks" + (f" {arguments[0]}" if rest is not arguments else "")
     return in_one_sentence(program, lambda: importlib.import_module(name).main(rest))
 

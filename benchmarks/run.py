@@ -9,26 +9,22 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.cases.presets import PRESETS, Preset, SelectionError, get_preset, select
+from benchmarks import COMMANDS
+from benchmarks.cases.presets import PRESETS, SelectionError, get_preset, select
 from benchmarks.cases.training import train
-from benchmarks.measure import memory, timeline
+from benchmarks.measure import memory
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import OtherRun, Store, write_json
-from benchmarks.measure.workload import Case
 from benchmarks.report import figures, rebuild, targets
 
 HERE = Path(__file__).parent
@@ -40,8 +36,9 @@ class RunFailed(RuntimeError):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line arguments; ``--help`` documents the presets and the filter."""
-    presets = "\n".join(
-        f"  {p.name:10} {p.summary}; {p.duration}, {len(p.names())} cases" for p in PRESETS.values()
+    presets = "\n".join(f"  {p}, {len(p.names())} cases" for p in PRESETS.values())
+    commands = "\n".join(
+        f"  python -m benchmarks {name:17} {text}" for name, (text, _) in COMMANDS.items()
     )
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -51,16 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ),
         epilog=(
             "commands:\n"
-            "  python -m benchmarks [options]            run a preset\n"
-            "  python -m benchmarks report DIR           rebuild report and plots of a run\n"
-            "  python -m benchmarks compare A B          ratios of two runs, 1 on a regression\n"
-            '  python -m benchmarks break-even RESULTS   the rule behind min_saving="auto"\n'
-            "  python -m benchmarks patched-classes      every class that patch() knows\n"
-            "  python -m benchmarks batch-norm           what compaction changes with BatchNorm\n"
-            "  python -m benchmarks scaling              what the slowest of many ranks costs\n"
-            "  python -m benchmarks host-cost            what a call costs without the extension\n"
-            "  python -m benchmarks cuda-bandwidth       device time of every kernel on a GPU\n"
-            "  python -m benchmarks.paper COMMAND        the paper's claims\n"
+            f"  python -m benchmarks [options]         run a preset\n{commands}\n"
+            "  python -m benchmarks.paper COMMAND     the paper's claims\n"
             "  (each with --help)\n\n"
             f"presets:\n{presets}\n\n"
             "filter:\n"
@@ -78,25 +67,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--preset", default="quick", metavar="NAME", help=f"{', '.join(PRESETS)} (default: quick)"
-    )
-    parser.add_argument("--filter", metavar="EXPR", help="run only the cases whose name matches")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "out",
-        metavar="DIR",
-        help="for JSON, plots, report (default: benchmarks/out)",
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="start over where an unfinished run lies in DIR"
-    )
-    parser.add_argument(
-        "--targets", action="store_true", help="print them; exit code 3 where one is missed"
-    )
-    parser.add_argument("--list", action="store_true", help="list the selected cases and stop")
+    add, names = parser.add_argument, ", ".join(PRESETS)
+    add("--preset", default="quick", metavar="NAME", help=f"{names} (default: quick)")
+    add("--filter", metavar="EXPR", help="run only the cases whose name matches")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    text = "for JSON, plots, report (default: benchmarks/out)"
+    add("--out", type=Path, default=HERE / "out", metavar="DIR", help=text)
+    add("--fresh", action="store_true", help="start over where an unfinished run lies in DIR")
+    add("--targets", action="store_true", help="print them; exit code 3 where one is missed")
+    add("--list", action="store_true", help="list the selected cases and stop")
     options = parser.parse_args(arguments)
     try:
         options.preset = get_preset(options.preset)
@@ -112,63 +91,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class RunProgress:
-    """What is timed and how long it will take: a bar on a terminal, elsewhere a line a case.
+    """What is being timed: a bar on a terminal, elsewhere a line a case.
 
-    Also a pytest plugin, which hears of every turn and gives the store.
-
-    Args:
-        todo: expected seconds of every case that is left, by name.
+    Also a pytest plugin, which hears of every turn.
     """
 
-    def __init__(self, console: Console, store: Store, todo: dict[str, float]) -> None:
-        self.console, self.store, self.todo = console, store, todo
+    def __init__(self, console: Console, todo: list[str]) -> None:
+        self.console, self.todo = console, todo
         self.bars = Progress(
-            BarColumn(12),
-            MofNCompleteColumn(),
+            *(BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()),
             TextColumn("{task.description}"),
             console=console,
             redirect_stdout=False,  # pytest's output is caught by run_cases, the bars go past it
             redirect_stderr=False,
             disable=not console.is_terminal,
         )
-        self.task = self.bars.add_task("", total=len(todo))
-        self.start, self.doing, self.closed = time.perf_counter(), "", False
-
-    def left(self, number: int) -> str:
-        """What is expected of the cases that are left, corrected by those before."""
-        before, rest = sum(list(self.todo.values())[:number]), list(self.todo.values())[number:]
-        doubt = 0.2 * (before + sum(rest))  # so much is believed before anything was timed
-        passed = time.perf_counter() - self.start
-        seconds = sum(rest) * (passed + doubt) / (before + doubt)
-        return "less than a minute left" if seconds < 60 else f"about {seconds / 60:.0f} min left"
+        self.task = self.bars.add_task("", total=len(self.todo))
+        self.doing, self.closed = "", False
 
     def say(self, doing: str) -> None:
         """Names what is being done, once."""
         if doing == self.doing:
             return
-        self.doing = doing
-        number = list(self.todo).index(doing)
-        text = f"{doing}, {self.left(number)}"
-        self.bars.update(self.task, completed=number, description=text)
+        self.doing, number = doing, self.todo.index(doing)
+        self.bars.update(self.task, completed=number, description=doing)
         if not self.console.is_terminal:
             try:
-                print(f"timing {number + 1}/{len(self.todo)}: {text}", file=self.console.file)
-                self.console.file.flush()
+                line = f"timing {number + 1}/{len(self.todo)}: {doing}"
+                print(line, file=self.console.file, flush=True)
             except BrokenPipeError:
                 self.closed = True
                 raise KeyboardInterrupt from None
-
-    def pytest_benchmark_store(self) -> Store:
-        return self.store
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.say(nodeid.partition("[")[2].rpartition("-repeat")[0])
 
 
-def run_cases(
-    preset: Preset, expression: str | None, device: torch.device, plugin: RunProgress
-) -> None:
-    """Checks and times the selected cases under pytest-benchmark, into the plugin's store.
+def run_cases(options: argparse.Namespace, store: Store, plugin: RunProgress) -> None:
+    """Checks and times the selected cases under pytest-benchmark, into the store.
 
     Raises:
         RunFailed: with pytest's own account of what went wrong.
@@ -187,10 +147,11 @@ def run_cases(
         "--benchmark-disable-gc",
         "--benchmark-quiet",
         # Unused, but it would make a folder here.
-        f"--benchmark-storage=file://{plugin.store.folder.resolve()}",
-        f"--bench-preset={preset.name}",
-        f"--bench-device={device}",
-        *([f"--bench-filter={expression}"] if expression else []),
+        f"--benchmark-storage=file://{store.folder.resolve()}",
+        f"--bench-store={store.folder.resolve()}",
+        f"--bench-preset={options.preset.name}",
+        f"--bench-device={options.device}",
+        *([f"--bench-filter={options.filter}"] if options.filter else []),
     ]
     account = io.StringIO()
     with contextlib.redirect_stdout(account), contextlib.redirect_stderr(account):
@@ -202,32 +163,16 @@ def run_cases(
         raise RunFailed(account.getvalue().strip())
 
 
-TIMELINE, SECONDS = "timeline", "seconds"
-
-
-def record_timeline(case: Case, device: torch.device) -> dict[str, Any]:
-    """One profiled step of naive masking, of the op and of the floor."""
-    workloads = case.workloads(device)
-    shown = [name for name in ("naive", "fused", case.floor) if name is not None]
-    return {
-        "case": case.name,
-        "providers": {name: timeline.record(workloads[name], device) for name in shown},
-    }
-
-
-def measure(options: argparse.Namespace, progress: RunProgress) -> None:
+def measure(options: argparse.Namespace, store: Store, progress: RunProgress) -> None:
     """Everything that the store does not hold yet."""
-    preset, store, device = options.preset, progress.store, options.device
-    missing = [name for name in options.selected if store.load(name) is None]
-    training, shown = preset.training, preset.timeline
+    training = options.preset.training
     with progress.bars:
-        if any(case.name in missing for case in preset.cases):
+        if any(case.name in progress.todo for case in options.preset.cases):
             with memory.host_memory_limit():
-                run_cases(preset, options.filter, device, progress)
-        if training is not None and training.name in missing:
-            store.save(training.name, train(training, device, lambda: progress.say(training.name)))
-        if shown is not None and shown.name in options.selected and store.load(TIMELINE) is None:
-            store.save(TIMELINE, record_timeline(shown, device))
+                run_cases(options, store, progress)
+        if training is not None and training.name in progress.todo:
+            say = partial(progress.say, training.name)
+            store.save(training.name, train(training, options.device, say))
 
 
 def assemble(
@@ -250,7 +195,6 @@ def assemble(
         "seconds": seconds,
         "cases": cases,
         "training": None if training is None else figures.merge_training(training),
-        "timeline": store.load(TIMELINE),
         "reach": [
             asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
         ],
@@ -262,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
-    preset: Preset = options.preset
+    preset = options.preset
     if options.list:
         print("\n".join(options.selected))
         return 0
@@ -271,12 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
     env = environment(options.device) | {"keeps_memory": memory.keep_freed_memory()}
     settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
     try:
-        store = Store(out_folder(options.out), settings, env, options.fresh)
+        store = Store.open(out_folder(options.out), settings, env, options.fresh)
     except OtherRun as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
-    expected = preset.expected_seconds()
-    todo = {name: expected[name] for name in options.selected if store.load(name) is None}
+    todo = [name for name in options.selected if store.load(name) is None]
     done = len(options.selected) - len(todo)
     print(
         f"preset {preset.name}: {len(options.selected)} cases, {preset.duration}"
@@ -284,11 +227,11 @@ def main(arguments: list[str] | None = None) -> int:
         flush=True,
     )
 
-    start = time.perf_counter() - (store.load(SECONDS) or 0.0)
+    start = time.perf_counter() - (store.load("seconds") or 0.0)
     complete = True
-    progress = RunProgress(console, store, todo)
+    progress = RunProgress(console, todo)
     try:
-        measure(options, progress)
+        measure(options, store, progress)
     except RunFailed as error:
         store.discard()
         print(f"The run failed; no figures are reported.\n{error}")
@@ -297,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         complete = False
 
     seconds = time.perf_counter() - start
-    store.save(SECONDS, seconds)
+    store.save("seconds", seconds)
     result = assemble(options, store, env, complete, seconds)
     measured = result["cases"] or result["training"]
     if measured:

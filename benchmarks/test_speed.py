@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from benchmarks.conftest import Turn
+from benchmarks.conftest import Runner, Turn
 
 
-def test_speed(turn: Turn, time_turn: Callable[[Turn], None]) -> None:
-    time_turn(turn)
+def test_speed(turn: Turn, runner: Runner, benchmark: Any) -> None:
+    runner.run(turn, benchmark)

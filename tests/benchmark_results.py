@@ -13,7 +13,6 @@ CPU = torch.device("cpu")
 # Seconds of a provider, from the share of the rows that it computes and what it adds to that.
 LAWS = {
     "naive": lambda keep: 1.02,
-    "naive-timm": lambda keep: 1.03,
     "dinov2": lambda keep: keep + 0.06,
     "dinov3": lambda keep: keep + 0.05,
     "dense": lambda keep: keep + 0.001,
@@ -94,14 +93,6 @@ def training():
     )
 
 
-def timeline(name):
-    lanes = [
-        [0.001 * i, 0.001, kind, "forward" if i < 8 else "backward"]
-        for i, kind in enumerate(["norm", "matmul", "attention", "mask", "compact"] * 4)
-    ]
-    return {"case": name, "providers": {"naive": {"seconds": 0.02, "lanes": lanes}}}
-
-
 def result(preset="standard", names=None, extra=(), **changes):
     """Results of the cases of a preset (and of others), as ``python -m benchmarks`` writes them."""
     cases = [
@@ -122,7 +113,6 @@ def result(preset="standard", names=None, extra=(), **changes):
         "seconds": 60.0,
         "cases": collected,
         "training": training(),
-        "timeline": timeline("model-x"),
         "reach": [
             {**vars(outcome), "met": outcome.met, "gap": outcome.gap} for outcome in outcomes
         ],

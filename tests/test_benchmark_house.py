@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import COMMANDS
+from benchmarks import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "benchmarks"
@@ -83,6 +83,16 @@ def test_commands_that_are_named_exist():
         assert '__name__ == "__main__"' in file.read_text(), f"{text}: {file} does nothing"
         if not module and command:
             assert command in COMMANDS, f"{text}: python -m benchmarks {command}"
+
+
+def test_every_command_stands_in_the_help(capsys):
+    run = pytest.importorskip("benchmarks.run", reason="needs what the benchmarks need")
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["--help"])
+    told = capsys.readouterr().out
+    for command, (text, module) in COMMANDS.items():
+        assert re.search(rf"python -m benchmarks {command} +{re.escape(text)}$", told, re.MULTILINE)
+        assert HOUSE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file()
 
 
 @pytest.mark.slow

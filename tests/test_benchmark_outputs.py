@@ -2,7 +2,6 @@
 
 import copy
 import gzip
-import io
 import json
 from pathlib import Path
 
@@ -52,11 +51,8 @@ def test_report_holds_every_kind(everything, tmp_path):
         *("Ops", "Blocks, forward", "Models, forward", "Stacks of many", "Blocks under torch"),
         *(
             "Kernels against",
-            "Host cost",
-            "Few rows dropped",
-            "Training a small ViT",
-            "Reach",
-            "Skipped",
+            *("Host cost", "Few rows dropped", "Training a small ViT"),
+            *("Reach", "Skipped"),
         ),
     ):
         assert f"## {heading}" in text
@@ -69,33 +65,28 @@ def test_report_holds_every_kind(everything, tmp_path):
         assert f"]({path.name})" in text
         assert path.read_bytes().startswith(b"\x89PNG")
     assert {path.stem for path in written} >= {
-        *("blocks", "speedup-keep", "memory-keep", "scaling-batch", "scaling-depth", "models"),
-        *("compiled", "break-even", "host", "ops-64x197x384-k32", "timeline", "training"),
+        *("blocks", "scaling-keep", "scaling-batch", "scaling-depth", "models"),
+        *("compiled", "break-even", "ops-64x197x384-k32", "training"),
     }
     # As many columns in every line of a table as in its head.
     for made in page.tables(result, []):
         assert {len(row) for group in made.groups for row in group} <= {len(made.columns)}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_printed_end_fits_one_screen(everything, encoding, monkeypatch):
+def test_the_printed_end_fits_one_screen(everything):
     result = copy.deepcopy(everything)
     for case in result["cases"]:
         for figures in case["providers"].values():
             figures["spread"] = 0.3
-    monkeypatch.setattr(summary.sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     text = summary.summary(result, Path("benchmarks/out"), ["blocks.png", "models.png", "x.png"])
-    text.encode(encoding)
     lines = text.splitlines()
     assert len(lines) <= 32
     assert max(map(len, lines)) <= 80
     machine = result["environment"]
     for said in (machine["cpu"], f"backend {machine['backend']}", machine["instruction_set"]):
         assert said in " ".join(text.split())
-    bars = [line for line in lines if "\u2588" in line or "####" in line]
-    assert len({line.find("#" if encoding == "ascii" else "\u2588") for line in bars}) == 1
-    for name in ("naive masking", "DINO style", "sdkernels"):
-        assert sum(name in line for line in bars) == (1 if name == "naive masking" else 4)
+    for name in ("DINO", "sdkernels", "ViT-S, drop 0.4", "ResNet-50", "1000 small branches"):
+        assert name in text
     assert text.count("Noisy") == 1
     assert "losses differ by 1e-07" in text
     assert "benchmarks/out/" in text
@@ -180,10 +171,10 @@ def test_one_case_alone_is_drawn_and_reported(everything, kind, tmp_path):
     result = copy.deepcopy(everything)
     names = names_of(result, kind)[:1]
     result["cases"] = [case for case in result["cases"] if case["name"] in names]
-    result |= {"training": None, "timeline": None, "reach": []}
+    result |= {"training": None, "reach": []}
     written = written_of(result, tmp_path)
-    # A line takes three depths; kernels have a table alone.
-    assert len(written) >= (0 if kind in ("depth", "kernel") else 1)
+    # A line takes three depths; kernels and calls have a table alone.
+    assert len(written) >= (0 if kind in ("depth", "kernel", "host") else 1)
     assert (tmp_path / "report.md").exists()
 
 

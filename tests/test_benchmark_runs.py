@@ -51,7 +51,6 @@ def test_run_end_to_end(tmp_path):
     written = results_in(tmp_path)
     assert written["schema"] == figures.SCHEMA
     assert written["complete"]
-    assert (written["timeline"] is None) == (not presets.HAS_LIBRARIES)
     assert "--preset smoke" in written["command"]
     assert [case["name"] for case in written["cases"]] == presets.PRESETS["smoke"].names()[:-1]
     block = next(case for case in written["cases"] if case["kind"] == "block")

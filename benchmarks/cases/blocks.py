@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +25,8 @@ from benchmarks.measure.workload import (
     step,
     values,
 )
-from benchmarks.providers.networks import (
-    Ruled,
-    convnext_block,
-    frozen_statistics,
-    resnet_block,
-    seeded_module,
-    swin_block,
-)
+from benchmarks.providers.libraries import import_module
+from benchmarks.providers.networks import Ruled, frozen_statistics, seeded_module
 from benchmarks.providers.residuals import (
     RULES,
     Rule,
@@ -46,6 +40,7 @@ from sdkernels import KeptRows
 
 Rows = Sequence[KeptRows | None]
 Values = dict[str, Tensor]
+Rules = dict[str, tuple[Rule, bool, Context]]
 
 
 @dataclass(frozen=True)
@@ -91,13 +86,22 @@ class Net:
         if self.family == "vit":
             head = 128 if self.width >= 2048 else min(64, self.width // 2)
             return seeded_module(lambda: Block(self.width, self.width // head))
-        make = {
-            "convnext": partial(convnext_block, self.width),
-            "swin": partial(swin_block, self.width, max(self.width // 32, 1), self.size),
-            "resnet": partial(resnet_block, self.width),
-        }[self.family]
-        module = seeded_module(make).train()
+        module = seeded_module(self._of_library).train()
         return Ruled(module.to(memory_format=torch.channels_last), drop)
+
+    def _of_library(self) -> Any:
+        if self.family == "convnext":
+            timm: Any = import_module("timm.models.convnext")
+            return timm.ConvNeXtBlock(self.width, ls_init_value=1.0)
+        if self.family == "swin":
+            timm = import_module("timm.models.swin_transformer")
+            heads, shift = max(self.width // 32, 1), 3 if self.size > 7 else 0
+            return timm.SwinTransformerBlock(
+                self.width, (self.size, self.size), heads, window_size=7, shift_size=shift
+            )
+        # A quarter of the channels inside.
+        torchvision: Any = import_module("torchvision.models.resnet")
+        return torchvision.Bottleneck(self.width, self.width // 4)
 
     def randn(self, batch: int, generator: torch.Generator) -> Tensor:
         x = torch.randn(batch, *self.row, generator=generator)
@@ -153,13 +157,9 @@ class BlockCase(Case):
             "k": self.kept,
         }
 
-    # Who takes part
-
-    def rules(self, device: torch.device) -> dict[str, tuple[Rule, bool, Context]]:
+    def rules(self, device: torch.device) -> Rules:
         """Of every provider that may run: its rule, whether it draws, and where it runs."""
-        rules: dict[str, tuple[Rule, bool, Context]] = {
-            name: (rule, draws, nullcontext) for name, (rule, draws) in RULES.items()
-        }
+        rules: Rules = {name: (rule, draws, nullcontext) for name, (rule, draws) in RULES.items()}
         if self.net.family != "vit":
             del rules["fused-inplace"]  # patched blocks decide for themselves
         for name in other_backends(device):
@@ -176,8 +176,6 @@ class BlockCase(Case):
         for name, missing in other_backends(device).items():
             reasons[f"fused-{name}"] = missing
         return reasons
-
-    # What they are given
 
     def setting(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
         """The block, its input and the gradient of its output."""
@@ -200,20 +198,28 @@ class BlockCase(Case):
             y: Tensor = block(x, rule, [1 - self.keep] * self.net.branches, rows)
         return y
 
-    # What is timed, and what is compared before
+    def given(self, device: torch.device) -> Callable[[], Rows]:
+        """What a provider that is given its rows gets in a step."""
+        rows = self.rows(device)
+        return lambda: rows
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         block, x, grad = self.setting(device)
-        rows, none = self.rows(device), [None] * self.net.branches
         few = first_rows(self.kept, x, grad)
+        given, none = self.given(device), [None] * self.net.branches
         parameters = tuple(block.parameters())
 
         def workload(name: str, rule: Rule, draws: bool, context: Context) -> Workload:
             # The floor has all of its k rows; rows of the batch would be refused.
             leaf, d_y = few if name == "dense" else (x, grad)
-            given: Rows = none if draws or name == "dense" else rows
-            forward = partial(self.output, block, leaf, rule, given)
-            return step(forward, (leaf, *parameters), d_y, parameters, context)
+            rows: Callable[[], Rows] = (lambda: none) if draws or name == "dense" else given
+            return step(
+                lambda: self.output(block, leaf, rule, rows()),
+                (leaf, *parameters),
+                d_y,
+                parameters,
+                context,
+            )
 
         rules = self.rules(device)
         return {name: workload(name, *rules[name]) for name in self.usable(device)}
@@ -239,10 +245,11 @@ class BlockCase(Case):
                 with context():
                     yield Comparison(name, evaluate(rule, rows), expected, arithmetic)
 
-        # The branches of this floor reach nothing but their own parameters: it passes the stream.
-        got = {"output": evaluate(RULES["beside"][0], rows)["output"]}
-        stream = evaluate(naive, [nothing(self.batch, device)] * count)["output"]
-        yield Comparison("beside", got, {"output": stream}, arithmetic)
+        if "beside" in rules:
+            # Its branches reach nothing but their own parameters: it passes the stream.
+            got = {"output": evaluate(RULES["beside"][0], rows)["output"]}
+            stream = evaluate(naive, [nothing(self.batch, device)] * count)["output"]
+            yield Comparison("beside", got, {"output": stream}, arithmetic)
 
         # All branches keep the same rows, at scale 1. Those outside are left out of the loss, so
         # that the parameters' gradients come from the kept rows alone.
@@ -254,3 +261,32 @@ class BlockCase(Case):
         kept_x = x.detach()[shared.index].requires_grad_()
         got = evaluate(RULES["dense"][0], [None] * count, kept_x, grad[shared.index])
         yield Comparison("dense", got, expected, arithmetic)
+
+
+BREAK_EVEN: dict[str, Rule] = {
+    "naive": RULES["naive"][0],
+    "whole": fused(min_saving=1.0),
+    "compact": fused(min_saving=0.0),
+}
+
+
+@dataclass(frozen=True)
+class BreakEvenCase(BlockCase):
+    """A block of which few rows are dropped, all of them given."""
+
+    kind: ClassVar[str] = "break_even"
+    floor: ClassVar[str | None] = None
+
+    @property
+    def name(self) -> str:
+        return f"break_even-{self.net.name}-B{self.batch}-dropped{self.batch - self.kept}"
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"dropped": (self.batch - self.kept) / self.batch}
+
+    def rules(self, device: torch.device) -> Rules:
+        """With compaction, with the branch on every row, and naive masking."""
+        return {name: (rule, False, nullcontext) for name, rule in BREAK_EVEN.items()}
+
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        return dict.fromkeys(BREAK_EVEN)

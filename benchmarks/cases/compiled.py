@@ -26,51 +26,33 @@ from sdkernels import KeptRows
 STATIC, DYNAMIC, BERNOULLI = "static", "dynamic", "bernoulli"
 
 
-def _index_add(
-    x: Tensor,
-    branch: Callable[[Tensor], Tensor],
-    index: Tensor,
-    scale: float,
-    norm: nn.Module,
-    layer_scale: Tensor,
-) -> Tensor:
-    """DINOv3's residual, with the scale multiplied in: as index_add's ``alpha``, one that changes
-    between calls is left at an old value in Inductor's backward (PyTorch 2.13)."""
-    out = layer_scale * branch(norm(x[index]))
-    return torch.index_add(x, 0, index, out * scale)
-
-
-def _dinov3(
-    x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows | None, **options: Any
-) -> Tensor:
-    """A fixed count, drawn as DINOv3 draws it where no rows are given.
-
-    Inductor knows ``randperm(B)[:k]`` and ``index_add`` in one graph, and drops the atomics then.
-    """
-    if rows is not None:
-        return _index_add(x, branch, rows.index, rows.scale, **options)
+def _fixed(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """As DINOv3 draws: Inductor knows ``randperm(B)[:k]`` and ``index_add`` in one graph, and drops
+    the atomics then."""
     kept = round(x.shape[0] * (1 - p))
-    index = torch.randperm(x.shape[0], device=x.device)[:kept]
-    return _index_add(x, branch, index, x.shape[0] / kept, **options)
+    return torch.randperm(x.shape[0], device=x.device)[:kept], x.shape[0] / kept
 
 
-def _dinov2(
-    x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows, **options: Any
-) -> Tensor:
-    """DINOv2's flattened rows; as above, the scale is no ``alpha`` where it changes."""
-    out = branch(options["norm"](x[rows.index])) * options["layer_scale"]
-    out = out.to(x.dtype).flatten(1) * rows.scale
-    return torch.index_add(x.flatten(1), 0, rows.index, out).view_as(x)
+def _independent(x: Tensor, p: float) -> tuple[Tensor, float]:
+    return (torch.rand(x.shape[0], device=x.device) >= p).nonzero().flatten(), 1 / (1 - p)
 
 
-def _dinov3_bernoulli(
-    x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows | None, **options: Any
-) -> Tensor:
-    """The same with independent decisions."""
-    if rows is not None:
-        return _index_add(x, branch, rows.index, rows.scale, **options)
-    index = (torch.rand(x.shape[0], device=x.device) >= p).nonzero().flatten()
-    return _index_add(x, branch, index, 1 / (1 - p), **options)
+def _index_add(draw: Callable[[Tensor, float], tuple[Tensor, float]], flat: bool = False) -> Rule:
+    """DINOv3's residual, or DINOv2's with flattened rows, with the scale multiplied in: as
+    index_add's ``alpha``, one that changes between calls is left at an old value in Inductor's
+    backward (PyTorch 2.13)."""
+
+    def rule(
+        x: Tensor, branch: Callable[..., Tensor], p: float, *, rows: KeptRows | None, **options: Any
+    ) -> Tensor:
+        index, scale = draw(x, p) if rows is None else (rows.index, rows.scale)
+        out = options["layer_scale"] * branch(options["norm"](x[index]))
+        if not flat:
+            return torch.index_add(x, 0, index, out * scale)
+        out = out.to(x.dtype).flatten(1) * scale
+        return torch.index_add(x.flatten(1), 0, index, out).view_as(x)
+
+    return rule
 
 
 @dataclass(frozen=True)
@@ -85,17 +67,17 @@ class Provider:
 _fused = sdkernels.fused_stochastic_depth
 _GIVEN = {
     "naive": Provider(naive, {}),
-    "dinov3": Provider(_dinov3, {}),
+    "dinov3": Provider(_index_add(_fixed), {}),
     "eager": Provider(_fused, None),
     "fused": Provider(_fused, {}),
 }
 PROVIDERS: dict[str, dict[str, Provider]] = {
     STATIC: {**_GIVEN, "dinov2": Provider(dinov2, {}), "dense": Provider(dense, {})},
-    DYNAMIC: {**_GIVEN, "dinov2": Provider(_dinov2, {})},
+    DYNAMIC: {**_GIVEN, "dinov2": Provider(_index_add(_fixed, flat=True), {})},
     BERNOULLI: {
         "naive": Provider(naive, {}),
-        "dinov3": Provider(_dinov3_bernoulli, {}),
-        "dinov3-fullgraph": Provider(_dinov3_bernoulli, {"fullgraph": True}),
+        "dinov3": Provider(_index_add(_independent), {}),
+        "dinov3-fullgraph": Provider(_index_add(_independent), {"fullgraph": True}),
         "eager": Provider(_fused, None, seeded=True),
         "fused": Provider(_fused, {}, seeded=True),
         "fused-fullgraph": Provider(_fused, {"fullgraph": True}, seeded=True),

@@ -11,7 +11,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,43 +20,179 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.rows import RowCase
-from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, kept_rows
+from benchmarks.cases.rows import Tensors as RowTensors
+from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache
 
 aten, own = torch.ops.aten, torch.ops.sdkernels
 EPS, SCALE = 1e-5, 2.0
-Outputs = tuple[Tensor, ...]
+Outputs = Any  # a tensor or several
 # Below it a tensor is still in the cache when the next op of a model comes to it.
 ELEMENTS_IN_CACHE = 2**17
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """What the ops take. The branch's tensors are of another dtype than the stream's if "mixed"."""
+class Tensors(RowTensors):
+    """Also what ops need besides, made in their first call, which is not timed."""
 
-    x: Tensor  # [B, ...]: the stream, and the gradient of one
-    out: Tensor  # [k, ...]: a branch's output, and the gradient of its input
-    kept: Tensor  # [k, ...]: rows of the stream
-    weight: Tensor  # [D]
-    bias: Tensor  # [D]
-    layer_scale: Tensor  # [D], or [C, 1, 1] for images
-    index: Tensor  # [k]
-    slot: Tensor  # [B]
+    @cached_property
+    def kept(self) -> Tensor:
+        """Rows of the stream, in its order of elements, which index_select may leave."""
+        return torch.empty_like(self.x[: len(self.out)]).copy_(_select(self))
 
-    @property
-    def width(self) -> list[int]:
-        return [self.x.shape[-1]]
+    @cached_property
+    def stream(self) -> Tensor:
+        """To be written into."""
+        return self.x.clone()
 
-    def copy(self) -> Tensors:
-        """The same numbers in memory of its own."""
-        return Tensors(*(getattr(self, each.name).clone() for each in fields(self)))
+    @cached_property
+    def kept_part(self) -> Tensor:
+        """A crop's part of a packed tensor of the stream's dtype,"""
+        return torch.empty_like(self.kept)
 
-    @property
-    def row_dims(self) -> list[int]:
-        """The dimensions that the gradient of layer_scale sums over."""
-        return [0, 2, 3] if self.layer_scale.dim() == 3 else list(range(self.x.dim() - 1))
+    @cached_property
+    def out_part(self) -> Tensor:
+        """and of the branch's."""
+        return torch.empty_like(self.out)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """Rows that replace those of the stream."""
+        return self.kept.neg()
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """What the ReLU's backward needs,"""
+        return _scatter_add_relu(self)[1]
+
+    @cached_property
+    def activated(self) -> Tensor:
+        """and PyTorch's."""
+        return _index_add(self, self.out).relu_()
+
+    @cached_property
+    def normed(self) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
+        """Kept rows, mean and rstd for the backward of LayerNorm and (True) of RMSNorm."""
+        return {rms: _compact_norm(self, rms)[1:] for rms in (False, True)}
+
+    @cached_property
+    def normed_by_torch(self) -> list[Tensor]:
+        """Mean and rstd of PyTorch's LayerNorm."""
+        _, *saved = aten.native_layer_norm(self.kept, self.width, self.weight, self.bias, EPS)
+        return saved
+
+    @cached_property
+    def rms_graph(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """An RMSNorm and its inputs: its backward has no name of its own on a CPU."""
+        with torch.enable_grad():
+            inputs = (self.kept.detach().requires_grad_(), self.weight.detach().requires_grad_())
+            return F.rms_norm(inputs[0], self.width, inputs[1], EPS), inputs
 
 
-Call = Callable[[], Outputs]
+# What both sides of the table below are made of
+
+
+def _scatter_add_relu(t: Tensors) -> Outputs:
+    add = own.scatter_add_relu_rows.default
+    return add(t.x, t.out, t.index, t.slot, None, None, SCALE)
+
+
+def _scatter_add_inplace(t: Tensors) -> Tensor:
+    own.scatter_add_rows_.default(t.stream, t.out, t.index, t.slot, None, None, SCALE)
+    return t.stream
+
+
+def _scatter_inplace(t: Tensors) -> Tensor:
+    own.scatter_rows_.default(t.stream, t.others, t.index, t.slot)
+    return t.stream
+
+
+def _scatter_add_relu_backward(t: Tensors) -> Outputs:
+    backward, out = own.scatter_add_relu_rows_backward.default, t.out
+    channels_last = t.x.dim() == 4 and t.x.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return backward(t.x, t.positive, t.index, t.slot, None, None, SCALE, out.dtype, form, True)
+
+
+def _compact_norm(t: Tensors, rms: bool) -> Outputs:
+    norm, bias = own.compact_norm.default, None if rms else t.bias
+    return norm(t.x, t.index, t.width, t.weight, bias, EPS, rms, t.out.dtype, True)
+
+
+def _compact_norm_backward(t: Tensors, rms: bool, stream: Tensor | None) -> Outputs:
+    backward, (kept, mean, rstd) = own.compact_norm_backward.default, t.normed[rms]
+    rows, wanted = (t.index, t.slot, t.width, t.weight, rms), [True, True, not rms]
+    return backward(stream, t.out, kept, mean, rstd, *rows, wanted)[: 2 if rms else 3]
+
+
+def _compact_into(t: Tensors) -> Tensor:
+    own.compact_rows_into.default(t.kept_part, t.x, t.index)
+    return t.kept_part
+
+
+def _compact_norm_into(t: Tensors) -> Outputs:
+    into, given = own.compact_norm_into.default, (t.width, t.weight, t.bias)
+    return t.out_part, into(t.out_part, t.x, t.index, *given, EPS, False, True)[0]
+
+
+def _scatter_add_backward_into(t: Tensors) -> Outputs:
+    into, given = own.scatter_add_rows_backward_into.default, (t.x, t.out, t.index)
+    wanted = [True, False]
+    return t.out_part, into(t.out_part, *given, t.layer_scale, None, SCALE, wanted)[0]
+
+
+def _index_add(t: Tensors, out: Tensor) -> Any:
+    return aten.index_add(t.x, 0, t.index, out.to(t.x.dtype), alpha=SCALE)
+
+
+def _select(t: Tensors) -> Any:
+    return aten.index_select(t.x, 0, t.index)
+
+
+def _layer_scale_backward(t: Tensors) -> Outputs:
+    grad = _select(t).mul_(SCALE)
+    summed = [0, 2, 3] if t.layer_scale.dim() == 3 else list(range(t.x.dim() - 1))
+    d_layer_scale = (grad * t.out).sum(summed).view_as(t.layer_scale)
+    return (grad * t.layer_scale).to(t.out.dtype), d_layer_scale
+
+
+def _relu_backward(t: Tensors) -> Outputs:
+    grad = aten.threshold_backward(t.x, t.activated, 0)
+    return grad, aten.index_select(grad, 0, t.index).mul_(SCALE).to(t.out.dtype)
+
+
+def _layer_norm(t: Tensors) -> Outputs:
+    kept = _select(t)
+    normed, _, _ = aten.native_layer_norm(kept, t.width, t.weight, t.bias, EPS)
+    return normed.to(t.out.dtype), kept
+
+
+def _rms_norm(t: Tensors) -> Outputs:
+    kept = _select(t)
+    return F.rms_norm(kept, t.width, t.weight, EPS).to(t.out.dtype), kept
+
+
+def _expanded(t: Tensors, rows: Tensor, stream: Tensor | None = None) -> Any:
+    if stream is not None:
+        return aten.index_add(stream, 0, t.index, rows)
+    return torch.zeros_like(t.x).index_add_(0, t.index, rows)
+
+
+def _layer_norm_backward(t: Tensors, stream: Tensor | None = None) -> Outputs:
+    given = (t.kept, t.width, *t.normed_by_torch, t.weight, t.bias, [True, True, True])
+    d_kept, *of_parameters = aten.native_layer_norm_backward(t.out.to(t.kept.dtype), *given)
+    return _expanded(t, d_kept, stream), *of_parameters
+
+
+def _rms_norm_backward(t: Tensors) -> Outputs:
+    normed, inputs = t.rms_graph
+    grad = t.out.to(normed.dtype)
+    d_kept, d_weight = torch.autograd.grad(normed, inputs, grad, retain_graph=True)
+    return _expanded(t, d_kept), d_weight
+
+
+def _copied(part: Tensor, output: Tensor, *others: Tensor) -> Outputs:
+    """What PyTorch's calls made, copied into a crop's part of a packed tensor as `cat` does."""
+    part.copy_(output)
+    return (part, *others) if others else part
 
 
 @dataclass(frozen=True)
@@ -63,298 +200,110 @@ class Kernel:
     """One op beside PyTorch's own calls.
 
     Args:
-        op, torch: get tensors, do once what is not timed, and return what is.
+        fused, torch: what is timed; both give the same outputs.
         traffic: rows of the batch, kept rows of the stream's dtype and of the branch's that have
             to be read and written.
-        norm: whether it normalizes over the last dimension.
-        copies: whether it does nothing but move rows and add them, so that memory bounds it.
+        norm: whether it normalizes over the last dimension; the others do nothing but move rows
+            and add them, so that memory bounds them.
     """
 
-    op: Callable[[Tensors], Call]
-    torch: Callable[[Tensors], Call]
+    fused: Callable[[Tensors], Outputs]
+    torch: Callable[[Tensors], Outputs]
     traffic: tuple[int, int, int]
     norm: bool = False
-    copies: bool = False
 
+    def op(self, t: Tensors) -> Callable[[], Outputs]:
+        """The op on these tensors, ready to be timed."""
+        return prepared(self.fused, t)
 
-def _scatter_add(layer_scale: bool) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    def op(t: Tensors) -> Call:
-        gamma = t.layer_scale if layer_scale else None
-        add = own.scatter_add_rows.default
-        return lambda: (add(t.x, t.out, t.index, t.slot, gamma, None, SCALE),)
 
-    def calls(t: Tensors) -> Call:
-        def run() -> Outputs:
-            out = t.out * t.layer_scale if layer_scale else t.out
-            return (aten.index_add(t.x, 0, t.index, out.to(t.x.dtype), alpha=SCALE),)
-
-        return run
-
-    return op, calls
-
-
-def _scatter_add_inplace() -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    """On a stream of its own, that grows from call to call."""
-
-    def op(t: Tensors) -> Call:
-        y, add = t.x.clone(), own.scatter_add_rows_.default
-
-        def run() -> Outputs:
-            add(y, t.out, t.index, t.slot, None, None, SCALE)
-            return (y,)
-
-        return run
-
-    def calls(t: Tensors) -> Call:
-        y = t.x.clone()
-        return lambda: (aten.index_add_(y, 0, t.index, t.out.to(y.dtype), alpha=SCALE),)
-
-    return op, calls
-
-
-def _scatter_add_backward(
-    layer_scale: bool,
-) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    def op(t: Tensors) -> Call:
-        gamma, out = (t.layer_scale, t.out) if layer_scale else (None, None)
-        backward, wanted = own.scatter_add_rows_backward.default, [layer_scale, False]
-
-        def run() -> Outputs:
-            d_out, d_gamma, _ = backward(t.x, out, t.index, gamma, None, SCALE, t.out.dtype, wanted)
-            return (d_out, d_gamma) if layer_scale else (d_out,)
-
-        return run
-
-    def calls(t: Tensors) -> Call:
-        def run() -> Outputs:
-            grad = aten.index_select(t.x, 0, t.index).mul_(SCALE)
-            if not layer_scale:
-                return (grad.to(t.out.dtype),)
-            d_gamma = (grad * t.out).sum(t.row_dims).view_as(t.layer_scale)
-            return (grad * t.layer_scale).to(t.out.dtype), d_gamma
-
-        return run
-
-    return op, calls
-
-
-def _scatter(inplace: bool) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    """Rows that replace those of the stream: also the backward of opening a layer's rows."""
-
-    def op(t: Tensors) -> Call:
-        y, rows = t.x.clone(), t.kept.neg()
-        if not inplace:
-            return lambda: (own.scatter_rows.default(t.x, rows, t.index, t.slot),)
-
-        def run() -> Outputs:
-            own.scatter_rows_.default(y, rows, t.index, t.slot)
-            return (y,)
-
-        return run
-
-    def calls(t: Tensors) -> Call:
-        y, rows = t.x.clone(), t.kept.neg()
-        if inplace:
-            return lambda: (aten.index_copy_(y, 0, t.index, rows),)
-        return lambda: (aten.index_copy(t.x, 0, t.index, rows),)
-
-    return op, calls
-
-
-def _into(
-    written: Callable[[Tensors], Tensor],
-    op: Callable[[Tensors, Tensor], Outputs],
-    calls: Callable[[Tensors], Call],
-) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    """What is written into a crop's part of the packed tensor.
-
-    By the op at once; PyTorch's calls make a tensor, which is then copied there as `cat` does.
-    """
-
-    def ours(t: Tensors) -> Call:
-        part = torch.empty_like(written(t))
-        return lambda: (part, *op(t, part))
-
-    def theirs(t: Tensors) -> Call:
-        part = torch.empty_like(written(t))
-        run = calls(t)
-
-        def copied() -> Outputs:
-            first, *others = run()
-            return (part.copy_(first), *others)
-
-        return copied
-
-    return ours, theirs
-
-
-def _compact_into(t: Tensors, part: Tensor) -> Outputs:
-    own.compact_rows_into.default(part, t.x, t.index)
-    return ()
-
-
-def _norm_into(t: Tensors, part: Tensor) -> Outputs:
-    into = own.compact_norm_into.default
-    return into(part, t.x, t.index, t.width, t.weight, t.bias, EPS, False, True)[:1]  # type: ignore[no-any-return]
-
-
-def _scatter_add_backward_into(t: Tensors, part: Tensor) -> Outputs:
-    into, wanted = own.scatter_add_rows_backward_into.default, [True, False]
-    return into(part, t.x, t.out, t.index, t.layer_scale, None, SCALE, wanted)[:1]  # type: ignore[no-any-return]
-
-
-def _relu_op(t: Tensors) -> Call:
-    add = own.scatter_add_relu_rows.default
-    return lambda: add(t.x, t.out, t.index, t.slot, None, None, SCALE)[:1]
-
-
-def _relu_calls(t: Tensors) -> Call:
-    add = aten.index_add
-    return lambda: (add(t.x, 0, t.index, t.out.to(t.x.dtype), alpha=SCALE).relu_(),)
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _relu_backward_op(t: Tensors) -> Call:
-    add, backward = own.scatter_add_relu_rows.default, own.scatter_add_relu_rows_backward.default
-    positive = add(t.x, t.out, t.index, t.slot, None, None, SCALE)[1]
-    dtype, form = t.out.dtype, _format(t.x)
-    return lambda: backward(t.x, positive, t.index, t.slot, None, None, SCALE, dtype, form, True)
-
-
-def _relu_backward_calls(t: Tensors) -> Call:
-    (y,) = _relu_calls(t)()
-
-    def run() -> Outputs:
-        grad = aten.threshold_backward(t.x, y, 0)
-        return grad, aten.index_select(grad, 0, t.index).mul_(SCALE).to(t.out.dtype)
-
-    return run
-
-
-def _norm(rms: bool) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    def op(t: Tensors) -> Call:
-        norm, bias = own.compact_norm.default, None if rms else t.bias
-        return lambda: norm(t.x, t.index, t.width, t.weight, bias, EPS, rms, t.out.dtype, True)[:2]
-
-    def calls(t: Tensors) -> Call:
-        def run() -> Outputs:
-            kept = aten.index_select(t.x, 0, t.index)
-            if rms:
-                return F.rms_norm(kept, t.width, t.weight, EPS).to(t.out.dtype), kept
-            normed, _, _ = aten.native_layer_norm(kept, t.width, t.weight, t.bias, EPS)
-            return normed.to(t.out.dtype), kept
-
-        return run
-
-    return op, calls
-
-
-def _norm_backward(
-    rms: bool, stream: bool
-) -> tuple[Callable[[Tensors], Call], Callable[[Tensors], Call]]:
-    """With the stream's gradient, or where nothing but the branch used x."""
-
-    def op(t: Tensors) -> Call:
-        bias = None if rms else t.bias
-        _, kept, mean, rstd = own.compact_norm.default(
-            t.x, t.index, t.width, t.weight, bias, EPS, rms, t.out.dtype, True
-        )
-        backward, d_stream = own.compact_norm_backward.default, t.x if stream else None
-        wanted, some = [True, True, not rms], 2 if rms else 3
-        return lambda: backward(
-            d_stream, t.out, kept, mean, rstd, t.index, t.slot, t.width, t.weight, rms, wanted
-        )[:some]
-
-    def expanded(t: Tensors, d_kept: Tensor) -> Tensor:
-        base = t.x if stream else torch.zeros_like(t.x)
-        add = aten.index_add if stream else aten.index_add_
-        return add(base, 0, t.index, d_kept)  # type: ignore[no-any-return]
-
-    def calls(t: Tensors) -> Call:
-        kept = aten.index_select(t.x, 0, t.index)
-        if rms:  # its backward has no name of its own on a CPU
-            with torch.enable_grad():
-                inputs = (kept.requires_grad_(), t.weight.detach().requires_grad_())
-                normed = F.rms_norm(*inputs[:1], t.width, inputs[1], EPS)
-
-            def run_rms() -> Outputs:
-                d_kept, d_weight = torch.autograd.grad(
-                    normed, inputs, t.out.to(normed.dtype), retain_graph=True
-                )
-                return expanded(t, d_kept), d_weight
-
-            return run_rms
-        _, mean, rstd = aten.native_layer_norm(kept, t.width, t.weight, t.bias, EPS)
-        backward = aten.native_layer_norm_backward
-
-        def run() -> Outputs:
-            d_kept, d_weight, d_bias = backward(
-                t.out.to(kept.dtype),
-                *(kept, t.width, mean, rstd, t.weight, t.bias, [True, True, True]),
-            )
-            return expanded(t, d_kept), d_weight, d_bias
-
-        return run
-
-    return op, calls
+def prepared(function: Callable[[Tensors], Outputs], t: Tensors) -> Callable[[], Outputs]:
+    """Called once, so that what it needs is there."""
+    function(t)
+    return partial(function, t)
 
 
 KERNELS: dict[str, Kernel] = {
-    "compact": Kernel(
-        lambda t: lambda: (own.compact_rows.default(t.x, t.index),),
-        lambda t: lambda: (aten.index_select(t.x, 0, t.index),),
-        traffic=(0, 2, 0),
-        copies=True,
-    ),
+    "compact": Kernel(lambda t: own.compact_rows.default(t.x, t.index), _select, (0, 2, 0)),
     # The backward of compact: rows between zeros.
     "expand": Kernel(
-        lambda t: lambda: (own.expand_rows.default(t.kept, t.index, t.slot),),
-        lambda t: lambda: (torch.zeros_like(t.x).index_add_(0, t.index, t.kept),),
-        traffic=(1, 1, 0),
-        copies=True,
+        lambda t: own.expand_rows.default(t.kept, t.index, t.slot),
+        lambda t: _expanded(t, t.kept),
+        (1, 1, 0),
     ),
     # Also the backward of compact, where the stream has a gradient.
-    "scatter_add": Kernel(*_scatter_add(False), traffic=(2, 0, 1), copies=True),
-    "scatter_add_layer_scale": Kernel(*_scatter_add(True), traffic=(2, 0, 1), copies=True),
-    "scatter_add_inplace": Kernel(*_scatter_add_inplace(), traffic=(0, 2, 1), copies=True),
-    "scatter_add_backward": Kernel(*_scatter_add_backward(False), traffic=(0, 1, 1), copies=True),
-    "scatter_add_layer_scale_backward": Kernel(
-        *_scatter_add_backward(True), traffic=(0, 1, 2), copies=True
+    "scatter_add": Kernel(
+        lambda t: own.scatter_add_rows.default(t.x, t.out, t.index, t.slot, None, None, SCALE),
+        lambda t: _index_add(t, t.out),
+        (2, 0, 1),
     ),
-    "scatter": Kernel(*_scatter(False), traffic=(2, 0, 0), copies=True),
-    "scatter_inplace": Kernel(*_scatter(True), traffic=(0, 2, 0), copies=True),
-    # Of packed crops, each a part of one tensor.
-    "compact_into": Kernel(
-        *_into(
-            lambda t: t.kept, _compact_into, lambda t: lambda: (aten.index_select(t.x, 0, t.index),)
+    "scatter_add_layer_scale": Kernel(
+        lambda t: own.scatter_add_rows.default(
+            t.x, t.out, t.index, t.slot, t.layer_scale, None, SCALE
         ),
-        traffic=(0, 2, 0),
-        copies=True,
+        lambda t: _index_add(t, t.out * t.layer_scale),
+        (2, 0, 1),
     ),
+    # On a stream of its own, that grows from call to call.
+    "scatter_add_inplace": Kernel(
+        _scatter_add_inplace,
+        lambda t: aten.index_add_(t.stream, 0, t.index, t.out.to(t.x.dtype), alpha=SCALE),
+        (0, 2, 1),
+    ),
+    "scatter_add_backward": Kernel(
+        lambda t: own.scatter_add_rows_backward.default(
+            t.x, None, t.index, None, None, SCALE, t.out.dtype, [False, False]
+        )[0],
+        lambda t: _select(t).mul_(SCALE).to(t.out.dtype),
+        (0, 1, 1),
+    ),
+    "scatter_add_layer_scale_backward": Kernel(
+        lambda t: own.scatter_add_rows_backward.default(
+            t.x, t.out, t.index, t.layer_scale, None, SCALE, t.out.dtype, [True, False]
+        )[:2],
+        _layer_scale_backward,
+        (0, 1, 2),
+    ),
+    # Rows that replace those of the stream: also the backward of opening a layer's rows.
+    "scatter": Kernel(
+        lambda t: own.scatter_rows.default(t.x, t.others, t.index, t.slot),
+        lambda t: aten.index_copy(t.x, 0, t.index, t.others),
+        (2, 0, 0),
+    ),
+    "scatter_inplace": Kernel(
+        _scatter_inplace, lambda t: aten.index_copy_(t.stream, 0, t.index, t.others), (0, 2, 0)
+    ),
+    # Of packed crops, each a part of one tensor.
+    "compact_into": Kernel(_compact_into, lambda t: _copied(t.kept_part, _select(t)), (0, 2, 0)),
     "compact_layer_norm_into": Kernel(
-        *_into(lambda t: t.out, _norm_into, _norm(False)[1]), traffic=(0, 2, 1), norm=True
+        _compact_norm_into, lambda t: _copied(t.out_part, *_layer_norm(t)), (0, 2, 1), norm=True
     ),
     "scatter_add_layer_scale_backward_into": Kernel(
-        *_into(lambda t: t.out, _scatter_add_backward_into, _scatter_add_backward(True)[1]),
-        traffic=(0, 1, 2),
-        copies=True,
+        _scatter_add_backward_into,
+        lambda t: _copied(t.out_part, *_layer_scale_backward(t)),
+        (0, 1, 2),
     ),
-    "scatter_add_relu": Kernel(_relu_op, _relu_calls, traffic=(2, 0, 1), copies=True),
-    "scatter_add_relu_backward": Kernel(
-        _relu_backward_op, _relu_backward_calls, traffic=(2, 0, 1), copies=True
+    "scatter_add_relu": Kernel(
+        lambda t: _scatter_add_relu(t)[0], lambda t: _index_add(t, t.out).relu_(), (2, 0, 1)
     ),
-    "compact_layer_norm": Kernel(*_norm(False), traffic=(0, 2, 1), norm=True),
-    "compact_rms_norm": Kernel(*_norm(True), traffic=(0, 2, 1), norm=True),
+    "scatter_add_relu_backward": Kernel(_scatter_add_relu_backward, _relu_backward, (2, 0, 1)),
+    "compact_layer_norm": Kernel(
+        lambda t: _compact_norm(t, False)[:2], _layer_norm, (0, 2, 1), norm=True
+    ),
+    "compact_rms_norm": Kernel(
+        lambda t: _compact_norm(t, True)[:2], _rms_norm, (0, 2, 1), norm=True
+    ),
     "compact_layer_norm_backward": Kernel(
-        *_norm_backward(False, False), traffic=(1, 1, 1), norm=True
+        lambda t: _compact_norm_backward(t, False, None), _layer_norm_backward, (1, 1, 1), norm=True
     ),
-    "compact_rms_norm_backward": Kernel(*_norm_backward(True, False), traffic=(1, 1, 1), norm=True),
+    "compact_rms_norm_backward": Kernel(
+        lambda t: _compact_norm_backward(t, True, None), _rms_norm_backward, (1, 1, 1), norm=True
+    ),
     "compact_layer_norm_backward_stream": Kernel(
-        *_norm_backward(False, True), traffic=(2, 1, 1), norm=True
+        lambda t: _compact_norm_backward(t, False, t.x),
+        lambda t: _layer_norm_backward(t, t.x),
+        (2, 1, 1),
+        norm=True,
     ),
 }
 
@@ -406,7 +355,7 @@ class KernelCase(RowCase):
 
     def describe(self) -> dict[str, Any]:
         kernel = KERNELS[self.op]
-        flags = {"norm": kernel.norm, "copies": kernel.copies, "in_cache": self.in_cache}
+        flags = {"norm": kernel.norm, "copies": not kernel.norm, "in_cache": self.in_cache}
         return asdict(self) | {"k": self.k, **flags} | self.bytes_of(kernel.traffic)
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
@@ -414,26 +363,23 @@ class KernelCase(RowCase):
         reason = "threads are the CPU's" if several else None
         return dict.fromkeys(("fused", "torch", "copy"), reason)
 
+    @property
+    def tokens_last(self) -> bool:  # type: ignore[override]
+        return takes_tokens(self.op)
+
     def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
-        """See ``RowCase.random``."""
-        made = self.random(device, dtype)
-        if self.is_image and takes_tokens(self.op):
-            made["layer_scale"] = made["layer_scale"].flatten()
-            for name in ("x", "out"):
-                made[name] = made[name].permute(0, 2, 3, 1)
-        rows = kept_rows(self.shape[0], self.k / self.shape[0], device, seed=1)
-        kept = torch.empty_like(made["x"][: self.k])  # in x's order, which index_select may leave
-        kept.copy_(made["x"].index_select(0, rows.index))
-        return Tensors(**made, kept=kept, index=rows.index, slot=rows.slot)
+        return Tensors(**vars(super().tensors(device, dtype)))
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         first = self.tensors(device)
-        held = sum(tensor.nbytes for tensor in (first.x, first.out, first.kept))
+        held = sum(tensor.nbytes for tensor in (first.x, first.out, first.out))
         copies = 1 if self.in_cache else copies_past_the_cache(held, device)
         sets = [first, *(first.copy() for _ in range(copies - 1))]
+        kernel = KERNELS[self.op]
 
-        def workload(calls: list[Callable[[], object]]) -> Workload:
-            turn = itertools.cycle(calls)
+        def workload(function: Callable[[Tensors], Outputs]) -> Workload:
+            with torch.no_grad():
+                turn = itertools.cycle([prepared(function, t) for t in sets])
             # Without it an allocator gives out what was freed last, which a cache still holds: a
             # clone, which writes most, would be flattered most.
             outputs: deque[object] = deque(maxlen=copies - 1)
@@ -447,20 +393,17 @@ class KernelCase(RowCase):
                     run()
             return Workload(run, context=lambda: threads(self.threads))
 
-        kernel = KERNELS[self.op]
-        return {
-            "fused": workload([kernel.op(t) for t in sets]),
-            "torch": workload([kernel.torch(t) for t in sets]),
-            "copy": workload([t.x.clone for t in sets]),
-        }
+        functions = {"fused": kernel.fused, "torch": kernel.torch, "copy": lambda t: t.x.clone()}
+        return {name: workload(function) for name, function in functions.items()}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """The op against PyTorch's calls in float64."""
-        kernel = KERNELS[self.op]
+        kernel, of_op, expected = KERNELS[self.op], {}, {}
         with torch.no_grad(), threads(self.threads):
-            got = kernel.op(self.tensors(device))()
-            exact = kernel.torch(self.tensors(device, torch.float64))()
-        of_op = {f"output {i}": tensor for i, tensor in enumerate(got)}
-        pairs = zip(of_op.items(), exact, strict=True)
-        expected = {name: tensor.to(found.dtype) for (name, found), tensor in pairs}
+            outputs = kernel.fused(self.tensors(device))
+            exact = kernel.torch(self.tensors(device, torch.float64))
+        if isinstance(outputs, Tensor):
+            outputs, exact = (outputs,), (exact,)
+        for i, (found, wanted) in enumerate(zip(outputs, exact, strict=True)):
+            of_op[f"output {i}"], expected[f"output {i}"] = found, wanted.to(found.dtype)
         yield Comparison("fused", of_op, expected, self.arithmetic)

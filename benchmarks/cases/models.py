@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,35 +98,23 @@ class ModelCase(Case):
         return dict.fromkeys(PROVIDERS)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "model": f"{self.library}-{self.model}",
-            "label": self.label,
-            "image": self.image,
-            "batch": self.batch,
-            "drop": self.drop,
-            "k": self.kept,
-            "depth": self.depth,
-            "dtype": self.dtype,
-            "direction": "fwd+bwd",
-        }
+        told = asdict(self) | {"model": f"{self.library}-{self.model}"}
+        del told["library"]
+        return told | {"k": self.kept, "direction": "fwd+bwd"}
 
     def make(self) -> nn.Module:
         """The model as its library makes it, in training, without dropout."""
-
-        def build() -> nn.Module:
-            if self.library == "torchvision":
-                return torchvision_model(self.model, num_classes=CLASSES)
-            options: dict[str, Any] = {"num_classes": CLASSES}
-            if self.model.startswith(("vit", "deit")):
-                options |= {"init_values": 1.0, "img_size": self.image}
-                options |= {"depth": self.depth} if self.depth else {}
-            elif self.model.startswith("convnext"):
-                options |= {"ls_init_value": 1.0}
-            elif self.model.startswith("swin"):
-                options |= {"img_size": self.image}
-            return timm_model(self.model, **options)
-
-        return seeded_module(build).train().to(memory_format=torch.channels_last)
+        options: dict[str, Any] = {"num_classes": CLASSES}
+        if self.library == "timm":
+            family = self.model.partition("_")[0]
+            options |= {
+                "vit": {"init_values": 1.0, "img_size": self.image},
+                "convnext": {"ls_init_value": 1.0},
+            }.get(family, {})
+            options |= {"depth": self.depth} if self.depth else {}
+        build = timm_model if self.library == "timm" else torchvision_model
+        model = seeded_module(lambda: build(self.model, **options)).train()
+        return model.to(memory_format=torch.channels_last)
 
     def _with_drop_path(self, patched: Ruled, device: torch.device) -> nn.Module | None:
         """The library's own model with its drop path at the case's rate; None if it has none, as
@@ -164,16 +152,11 @@ class ModelCase(Case):
         def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
             model: nn.Module = patched if own is None or rule is not None else own
             parameters = tuple(model.parameters())
-            rows = plan if from_plan else [None]
-            amp = self.dtype == "amp"
+            given = (rule or naive, (), plan if from_plan else [None]) if model is patched else ()
 
             def forward() -> Tensor:
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                    if rule is None and own is not None:
-                        logits = own(images)
-                    else:
-                        logits = patched(images, rule or naive, rows=rows)
-                    return F.cross_entropy(logits.float(), labels)
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "amp"):
+                    return F.cross_entropy(model(images, *given).float(), labels)
 
             def run() -> None:
                 torch.autograd.grad(forward(), parameters, allow_unused=name == "skeleton")

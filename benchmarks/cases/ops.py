@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,49 +10,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import sdkernels
-from benchmarks.cases.rows import RowCase
-from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, kept_rows
+from benchmarks.cases.rows import RowCase, Tensors
+from benchmarks.measure.workload import Comparison, Workload, copies_past_the_cache, seeded
 from benchmarks.providers.residuals import why_missing
-from sdkernels import KeptRows, reference
-
-
-@dataclass(frozen=True)
-class OpInputs:
-    """Everything an op may take; B rows in ``x``, k in ``out``."""
-
-    x: Tensor  # [B, ...]
-    out: Tensor  # [k, ...]
-    norm: nn.LayerNorm  # of the last dimension; its parameters serve the RMS norm too
-    layer_scale: Tensor  # [D], or [C, 1, 1] for images
-    rows: KeptRows
-    next_rows: KeptRows  # of the branch that follows
-
-    def copy(self) -> OpInputs:
-        """The same numbers in memory of its own."""
-        x, out, layer_scale = (
-            tensor.detach().clone().requires_grad_()
-            for tensor in (self.x, self.out, self.layer_scale)
-        )
-        return OpInputs(x, out, copy.deepcopy(self.norm), layer_scale, self.rows, self.next_rows)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.norm.weight
-
-    @property
-    def bias(self) -> Tensor:
-        return self.norm.bias
-
-    @property
-    def width(self) -> tuple[int]:
-        return (self.x.shape[-1],)
-
+from sdkernels import reference
 
 Outputs = tuple[Tensor, ...]
-Function = Callable[[OpInputs], Tensor | Outputs]
+Function = Callable[[Tensors], Tensor | Outputs]
 
 
 @dataclass(frozen=True)
@@ -81,36 +47,36 @@ def _xformers(name: str) -> Callable[..., Tensor]:
     return getattr(importlib.import_module("xformers.ops"), name)  # type: ignore[no-any-return]
 
 
-def _xformers_compact(t: OpInputs) -> Tensor:
+def _xformers_compact(t: Tensors) -> Tensor:
     flat = _xformers("index_select_cat")([t.x.flatten(1)], [t.rows.index])
     return flat.view(t.rows.k, *t.x.shape[1:])
 
 
-def _xformers_scatter_add(t: OpInputs, layer_scale: Tensor | None = None) -> Tensor:
+def _xformers_scatter_add(t: Tensors, layer_scale: Tensor | None = None) -> Tensor:
     """In place; on a copy, because the inputs serve every sample. Its traffic is ours then."""
     add = _xformers("scaled_index_add")
     return add(t.x.clone(), t.rows.index, t.out, layer_scale, t.rows.scale)
 
 
-def _index_add(t: OpInputs, out: Tensor) -> Tensor:
+def _index_add(t: Tensors, out: Tensor) -> Tensor:
     return torch.index_add(t.x, 0, t.rows.index, out.to(t.x.dtype), alpha=t.rows.scale)
 
 
-def _kept(t: OpInputs) -> Tensor:
+def _kept(t: Tensors) -> Tensor:
     return t.x.index_select(0, t.rows.index)
 
 
-def _torch_scatter_norm(t: OpInputs) -> Outputs:
+def _torch_scatter_norm(t: Tensors) -> Outputs:
     y = _index_add(t, t.out)
     return y, F.layer_norm(y.index_select(0, t.next_rows.index), t.width, t.weight, t.bias)
 
 
-def _fused_scatter_norm(t: OpInputs) -> Outputs:
+def _fused_scatter_norm(t: Tensors) -> Outputs:
     y = sdkernels.scatter_add_rows(t.x, t.out, t.rows)
     return y, sdkernels.compact_layer_norm(y, t.next_rows, t.width, t.weight, t.bias)
 
 
-def _flash_attn_scatter_norm(t: OpInputs) -> Outputs:
+def _flash_attn_scatter_norm(t: Tensors) -> Outputs:
     """Adds and normalizes all rows in one pass, dropped ones times zero: the branch has run on
     all of them. Its output is given as zeros there, and the norm's kept rows are taken after."""
     layer_norm = importlib.import_module("flash_attn.ops.triton.layer_norm").layer_norm_fn
@@ -266,25 +232,12 @@ class OpCase(RowCase):
 
     def _inputs(
         self, device: torch.device, dtype: torch.dtype | None = None
-    ) -> tuple[OpInputs, Outputs]:
-        """Inputs, and a gradient for every output; see ``RowCase.random``."""
-        batch, *row = self.shape
-        of = {"batch": batch, "kept": self.k}
-        sizes = {f"d_{rows}": (of[rows], *row) for rows in OPS[self.op].outputs}
-        made = self.random(device, dtype, **sizes)
-        norm = nn.LayerNorm(len(made["weight"]), device=device, dtype=made["weight"].dtype)
-        with torch.no_grad():
-            norm.weight.copy_(made["weight"])
-            norm.bias.copy_(made["bias"])
-        inputs = OpInputs(
-            x=made["x"].requires_grad_(),
-            out=made["out"].requires_grad_(),
-            norm=norm,
-            layer_scale=made["layer_scale"].requires_grad_(),
-            rows=kept_rows(batch, self.k / batch, device, seed=1),
-            next_rows=kept_rows(batch, self.k / batch, device, seed=2),
-        )
-        return inputs, tuple(made[name] for name in sizes)
+    ) -> tuple[Tensors, Outputs]:
+        """Inputs, and a gradient for every output."""
+        of, generator, stream = {"batch": self.shape[0], "kept": self.k}, seeded(1), self.dtypes[0]
+        grads = (self.random(of[rows], stream, generator) for rows in OPS[self.op].outputs)
+        inputs = self.tensors(device, dtype).trained()
+        return inputs, tuple(grad.to(device, dtype or stream) for grad in grads)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         """On shared inputs that go round past the last cache."""
@@ -292,7 +245,7 @@ class OpCase(RowCase):
         held = sum(t.nbytes for t in (first[0].x, first[0].out, *first[1]))
         sets = [first]
         for _ in range(copies_past_the_cache(held, device) - 1):
-            sets.append((first[0].copy(), tuple(grad.clone() for grad in first[1])))
+            sets.append((first[0].copy().trained(), tuple(grad.clone() for grad in first[1])))
         wanted = OPS[self.op].inputs
 
         def forward(function: Function) -> Workload:

@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.measure.workload import DTYPES, Case, seeded
+from benchmarks.measure.workload import DTYPES, Case, kept_rows, seeded
+from sdkernels import KeptRows
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What ops take. The branch's tensors are of another dtype than the stream's if "mixed"."""
+
+    x: Tensor  # [B, ...]: the stream, and the gradient of one
+    out: Tensor  # [k, ...]: a branch's output, and the gradient of its input
+    weight: Tensor  # [D]
+    bias: Tensor  # [D]
+    layer_scale: Tensor  # [D], or [C, 1, 1] for images
+    rows: KeptRows
+    next_rows: KeptRows  # of the branch that follows
+
+    @property
+    def index(self) -> Tensor:
+        return self.rows.index
+
+    @property
+    def slot(self) -> Tensor:
+        return self.rows.slot
+
+    @property
+    def width(self) -> list[int]:
+        return [self.x.shape[-1]]
+
+    @cached_property
+    def norm(self) -> nn.LayerNorm:
+        """Of parameters, see ``trained``."""
+        norm = nn.LayerNorm(self.width, device="meta")
+        norm.weight, norm.bias = self.weight, self.bias  # type: ignore[assignment]
+        return norm
+
+    def _each(self, change: Any) -> Any:
+        tensors = (each.name for each in fields(self) if "rows" not in each.name)
+        return replace(self, **{name: change(getattr(self, name)) for name in tensors})
+
+    def copy(self) -> Any:
+        """The same numbers in memory of its own."""
+        return self._each(lambda tensor: tensor.detach().clone())
+
+    def trained(self) -> Any:
+        """All of them leaves of a graph."""
+        return self._each(nn.Parameter)
 
 
 class RowCase(Case):
@@ -17,6 +64,7 @@ class RowCase(Case):
     dtype: str  # "mixed": the stream in fp32, the branch in bf16
     shape: tuple[int, ...]
     k: int
+    tokens_last = False  # images are [B, H, W, C], for ops that take rows of tokens
 
     @property
     def is_image(self) -> bool:
@@ -58,31 +106,26 @@ class RowCase(Case):
             "copy_bytes": 2 * math.prod(self.shape) * stream,
         }
 
-    def random(
-        self, device: torch.device, dtype: torch.dtype | None = None, **more: tuple[Any, ...]
-    ) -> dict[str, Tensor]:
-        """x [B, ...], out [k, ...], weight [D], bias [D] and layer_scale ([D], or [C, 1, 1]).
+    def random(self, count: int, own: torch.dtype, generator: torch.Generator) -> Tensor:
+        """So many rows; ``own`` is the dtype that their numbers are rounded to."""
+        values = torch.randn((count, *self.shape[1:]), generator=generator).to(own)
+        if self.is_image and self.channels_last:
+            values = values.to(memory_format=torch.channels_last)
+        return values.permute(0, 2, 3, 1) if self.is_image and self.tokens_last else values
 
-        Args:
-            dtype: in another one than the case's own they are the same numbers.
-            more: further tensors of the stream's dtype, by name with their sizes.
-        """
-        generator = seeded()
-        stream, branch = self.dtypes
+    def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
+        """In another dtype than the case's own they are the same numbers."""
+        generator, (stream, branch) = seeded(), self.dtypes
         batch, *row = self.shape
         width = row[0] if self.is_image else row[-1]
-
-        def randn(own: torch.dtype, size: tuple[int, ...]) -> Tensor:
-            values = torch.randn(size, generator=generator).to(own).to(device, dtype or own)
-            last = self.channels_last and len(size) == 4
-            return values.to(memory_format=torch.channels_last) if last else values
-
-        sizes = {
-            "x": (batch, *row),
-            "weight": (width,),
-            "bias": (width,),
-            "layer_scale": (width, 1, 1) if self.is_image else (width,),
-            **more,
-        }
-        made = {name: randn(stream, size) for name, size in sizes.items()}
-        return made | {"out": randn(branch, (self.k, *row))}
+        x = self.random(batch, stream, generator)
+        vectors = torch.randn(3, width, generator=generator).to(stream)
+        out = self.random(self.k, branch, generator)
+        weight, bias, layer_scale = vectors.to(device, dtype or stream)
+        if self.is_image and not self.tokens_last:
+            layer_scale = layer_scale.view(-1, 1, 1)
+        return Tensors(
+            *(x.to(device, dtype or stream), out.to(device, dtype or branch)),
+            *(weight, bias, layer_scale),
+            *(kept_rows(batch, self.k / batch, device, seed) for seed in (1, 2)),
+        )

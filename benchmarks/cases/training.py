@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -86,15 +87,9 @@ def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]
     1437 and 360 images [n, 1, 8, 8], stratified by class, standardised by the training split.
     """
     images, labels, train, held_out = digits.load(seed)
-    train_x, train_y, val_x, val_y = (
-        images[train],
-        labels[train],
-        images[held_out],
-        labels[held_out],
-    )
-    mean, deviation = train_x.mean(), train_x.std()
-    train_x, val_x = (train_x - mean) / deviation, (val_x - mean) / deviation
-    return tuple(tensor.to(device) for tensor in (train_x, train_y, val_x, val_y))
+    images = (images - images[train].mean()) / images[train].std()
+    split = (images[train], labels[train], images[held_out], labels[held_out])
+    return tuple(tensor.to(device) for tensor in split)
 
 
 def _start(case: TrainingCase, name: str, device: torch.device) -> Variant:
@@ -122,12 +117,11 @@ def _learning_rate(case: TrainingCase, step: int, steps: int) -> float:
 @contextmanager
 def _stopwatch(seconds: list[float], device: torch.device) -> Iterator[None]:
     """Appends the time that the block took."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     seconds.append(time.perf_counter() - start)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks.measure.workload import Workload
 
 
+@dataclass
 class Clocks:
     """The call under pytest-benchmark's clock; on CUDA two more: the host's and the device's."""
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        self.workload = workload
-        self.device = device
-        self.host: list[float] = []
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    workload: Workload
+    device: torch.device
+    host: list[float] = field(default_factory=list)
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def run(self) -> None:
         """The result dies here, inside the clock, for every provider alike."""
@@ -37,7 +38,5 @@ class Clocks:
 
         Of the last ``timed`` calls: those before them were to warm up.
         """
-        return {
-            "host": self.host[-timed:],
-            "device": [s.elapsed_time(e) * 1e-3 for s, e in self.events[-timed:]],
-        }
+        device = [start.elapsed_time(end) * 1e-3 for start, end in self.events[-timed:]]
+        return {"host": self.host[-timed:], "device": device}

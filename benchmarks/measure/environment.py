@@ -44,19 +44,20 @@ def last_cache_bytes(device: torch.device) -> int:
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     """Name, driver and clocks of a GPU, as far as nvidia-smi tells them."""
-    fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    if device.type != "cuda":
+        return {"gpu": None, "driver": None, "gpu_clocks": None}
+    clocks = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     told = _output(
         "nvidia-smi",
         f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}",
-        f"--query-gpu={','.join(fields)}",
+        f"--query-gpu={','.join(('name', 'driver_version', *clocks))}",
         "--format=csv,noheader",
     )
     if not told:
         return {"gpu": torch.cuda.get_device_name(device), "driver": None, "gpu_clocks": None}
-    name, driver, *clocks = [part.strip() for part in told.split(",")]
-    labels = ("SM", "SM at most", "memory", "power limit")
-    shown = ", ".join(f"{label} {clock}" for label, clock in zip(labels, clocks, strict=True))
-    return {"gpu": name, "driver": driver, "gpu_clocks": shown}
+    name, driver, *shown = [part.strip() for part in told.split(",")]
+    pairs = [f"{clock} {value}" for clock, value in zip(clocks, shown, strict=True)]
+    return {"gpu": name, "driver": driver, "gpu_clocks": ", ".join(pairs)}
 
 
 def _cores() -> int:
@@ -65,18 +66,11 @@ def _cores() -> int:
 
 def _output(*command: str) -> str | None:
     """What a command prints, run in this folder; None where it fails."""
+    told: dict[str, Any] = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL}
     try:
-        result = subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.check_output(command, text=True, timeout=10, **told).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
 
 
 def _commit() -> str | None:
@@ -112,7 +106,6 @@ def serving(device_type: str) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
-    on_gpu = device.type == "cuda"
     return {
         "cpu": _of_cpu("model name") or platform.processor() or platform.machine(),
         "instruction_set": instruction_set(),
@@ -122,7 +115,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
         "last_cache": f"{last_cache_bytes(device) / 2**20:g} MiB",
         "clock_mhz": round(float(_of_cpu("cpu MHz") or 0)) or None,  # at this moment
-        **(_gpu(device) if on_gpu else {"gpu": None, "driver": None, "gpu_clocks": None}),
+        **_gpu(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),

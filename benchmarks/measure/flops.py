@@ -12,28 +12,17 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapp
 
 
 def _convolution_backward(
-    grad_shape: Any,
-    x_shape: Any,
-    weight_shape: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    output_mask: list[bool],
-    out_shape: Any = None,
-    **_: Any,
+    grad_shape: Any, x_shape: Any, weight_shape: Any, *given: Any, out_shape: Any = None
 ) -> int:
     """As much as the forward pass for each of the two gradients that are wanted.
 
     PyTorch's own rule forgets the groups (2.13), and a depthwise convolution counts many times.
     """
+    *_, transposed, _output_padding, _groups, wanted = given
     if transposed:
         raise NotImplementedError("transposed convolutions are not counted")
     per_gradient: int = conv_flop_count(list(x_shape), list(weight_shape), list(grad_shape))
-    return per_gradient * sum(output_mask[:2])
+    return per_gradient * sum(wanted[:2])
 
 
 _RULES: dict[Any, Callable[..., int]] = {

@@ -9,23 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure.workload import Workload
-from sdkernels.measure.memory import (
-    host_memory_limit,
-    is_out_of_memory,
-    peak_allocated_bytes,
-    saved_activation_bytes,
-)
-
-__all__ = [
-    "PEAK",
-    "SAVED",
-    "host_memory_limit",
-    "is_out_of_memory",
-    "keep_freed_memory",
-    "measure",
-    "peak_allocated_bytes",
-    "saved_activation_bytes",
-]
+from sdkernels.measure.memory import host_memory_limit as host_memory_limit
+from sdkernels.measure.memory import is_out_of_memory as is_out_of_memory
+from sdkernels.measure.memory import peak_allocated_bytes, saved_activation_bytes
 
 SAVED = "saved activations"
 PEAK = "peak allocated"

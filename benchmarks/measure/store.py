@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,43 +43,45 @@ def read_json(path: Path) -> Any:
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
 
 
+@dataclass(frozen=True)
 class Store:
-    """The finished cases of the run in ``directory``.
+    """The finished cases of a run, in a folder of their own."""
 
-    Args:
-        directory: where the run writes.
-        settings: what a run must share with the one it continues: preset, filter, device.
-        environment: of ``benchmarks.measure.environment``; machine, versions and commit
-            must be the same too.
-        fresh: start over, whatever lies there.
+    folder: Path
 
-    Raises:
-        OtherRun: an unfinished run of something else is there, and ``fresh`` is not set.
-    """
-
-    def __init__(
-        self,
+    @classmethod
+    def open(
+        cls,
         directory: Path,
         settings: dict[str, Any],
         environment: dict[str, Any],
         fresh: bool = False,
-    ) -> None:
-        self.folder = directory / FOLDER
+    ) -> Store:
+        """The cases of an unfinished run in ``directory``, or none.
+
+        Args:
+            settings: what a run must share with the one it continues: preset, filter, device.
+            environment: machine, versions and commit must be the same too.
+            fresh: start over, whatever lies there.
+
+        Raises:
+            OtherRun: an unfinished run of something else is there, and ``fresh`` is not set.
+        """
+        store = cls(directory / FOLDER)
         header = settings | {name: environment[name] for name in _SAME}
-        header_path = self.folder / "run.json"
         if fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if header_path.exists():
-            there = json.loads(header_path.read_text())
-            differing = [name for name in header if there.get(name) != header[name]]
-            if differing:
-                raise OtherRun(
-                    f"{self.folder} holds an unfinished run with another "
-                    + ", ".join(f"{n} ({there.get(n)!r}, now {header[n]!r})" for n in differing)
-                    + "; finish it with the same arguments, or start over with --fresh"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(header_path, header)
+            store.discard()
+        store.folder.mkdir(parents=True, exist_ok=True)
+        path = store.folder / "run.json"
+        there = json.loads(path.read_text()) if path.exists() else header
+        if differing := [name for name in header if there.get(name) != header[name]]:
+            raise OtherRun(
+                f"{store.folder} holds an unfinished run with another "
+                + ", ".join(f"{n} ({there.get(n)!r}, now {header[n]!r})" for n in differing)
+                + "; finish it with the same arguments, or start over with --fresh"
+            )
+        write_json(path, header)
+        return store
 
     def _path(self, name: str) -> Path:
         # Names may be longer than a file's name may be.

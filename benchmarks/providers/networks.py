@@ -93,26 +93,6 @@ def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         return unit_layer_scale(make())
 
 
-def convnext_block(width: int) -> nn.Module:
-    timm = import_module("timm.models.convnext")
-    return timm.ConvNeXtBlock(width, ls_init_value=1.0)  # type: ignore[no-any-return]
-
-
-def swin_block(width: int, heads: int, size: int) -> nn.Module:
-    """Shifted windows of 7x7 on a grid of ``size`` squared."""
-    timm = import_module("timm.models.swin_transformer")
-    shift = 3 if size > 7 else 0
-    return timm.SwinTransformerBlock(  # type: ignore[no-any-return]
-        width, (size, size), num_heads=heads, window_size=7, shift_size=shift
-    )
-
-
-def resnet_block(width: int) -> nn.Module:
-    """torchvision's bottleneck: ``width`` channels in and out, a quarter inside."""
-    torchvision = import_module("torchvision.models.resnet")
-    return torchvision.Bottleneck(width, width // 4)  # type: ignore[no-any-return]
-
-
 def timm_model(name: str, **options: Any) -> nn.Module:
     return import_module("timm").create_model(name, **options)  # type: ignore[no-any-return]
 

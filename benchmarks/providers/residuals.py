@@ -82,30 +82,12 @@ def rule(add: Callable[[Addition], Tensor]) -> Rule:
     return added
 
 
-@rule
-def naive(a: Addition) -> Tensor:
-    """torchvision: a mask of Bernoulli values, divided by the survival probability."""
+def _masked(a: Addition) -> Tensor:
+    """torchvision and timm: a mask of Bernoulli values, divided by the survival probability."""
     return reference.naive_masking(a.x, lambda _: a.run(), a.p, residual=a.stream, rows=a.rows)
 
 
-def _masked(a: Addition) -> Tensor:
-    out = a.run()
-    if a.p == 0 and a.rows is None:
-        return a.stream + out
-    size = (out.shape[0],) + (1,) * (out.ndim - 1)
-    if a.rows is None:
-        mask = out.new_empty(size).bernoulli_(1 - a.p)
-        if a.p < 1:
-            mask.div_(1 - a.p)
-    else:
-        mask = ((a.rows.slot >= 0).to(out.dtype) * a.rows.scale).view(size)
-    return a.stream + out * mask
-
-
-@rule
-def naive_timm(a: Addition) -> Tensor:
-    """timm: the same, drawn into a new tensor of the branch's dtype."""
-    return _masked(a)
+naive = rule(_masked)
 
 
 @rule
@@ -250,7 +232,6 @@ def backend(name: str, device: torch.device) -> Iterator[None]:
 # name: (rule, whether it draws for itself while it is timed)
 RULES: dict[str, tuple[Rule, bool]] = {
     "naive": (naive, True),
-    "naive-timm": (naive_timm, True),
     "dinov2": (dinov2, True),
     "dinov3": (dinov3, True),
     "xformers": (xformers, True),

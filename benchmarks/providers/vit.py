@@ -34,18 +34,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
-class Mlp(nn.Module):
-    """Two linear layers four times as wide inside, ``[B, N, D] -> [B, N, D]``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale: two residual branches, attention and MLP."""
 
@@ -55,7 +43,8 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.scale1 = nn.Parameter(torch.full((width,), layer_scale))
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
+        inside = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(*inside)
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(

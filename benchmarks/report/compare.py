@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,9 @@ Figure = tuple[float, float]
 
 def _time(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
     """A provider's time, or its share of the baseline's, and the spread of that."""
-    own = case["providers"].get(provider)
-    if own is None:
-        return None
+    own, baseline = case["providers"][provider], case["providers"].get(case["baseline"])
     if not relative:
         return own["median"], own["spread"]
-    baseline = case["providers"].get(case["baseline"])
     if baseline is None:
         return None
     # Independent: spreads of a quotient add up as squares.
@@ -71,7 +69,7 @@ def _time(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
 
 def _extra(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
     """What a call costs over ``x + branch(x)``, or its share of naive masking's."""
-    own = case["providers"].get(provider, {})
+    own = case["providers"][provider]
     value = own.get("extra_of_baseline" if relative else "extra")
     if not value or value < 0:
         return None
@@ -80,11 +78,10 @@ def _extra(case: dict[str, Any], provider: str, relative: bool) -> Figure | None
 
 
 def _memory(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
-    used = case["providers"].get(provider, {}).get("memory")
+    used = case["providers"][provider].get("memory")
     # What draws its rows independently needs another amount in every call.
-    if not used or not used["bytes"] or provider.endswith("bernoulli"):
-        return None
-    return used["bytes"], 0.0
+    drawn = provider.endswith("bernoulli")
+    return (used["bytes"], 0.0) if used and used["bytes"] and not drawn else None
 
 
 def compare(
@@ -150,13 +147,6 @@ _COLUMNS: dict[str, Callable[[Change], object]] = {
 }
 
 
-def _table(changes: list[Change]) -> Table:
-    groups: dict[str, list[Change]] = {}
-    for change in changes:
-        groups.setdefault(change.case, []).append(change)
-    return Table.of("B / A", _COLUMNS, groups.values(), names=3)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Prints the ratios; returns 0, 1 where something got worse, or 2 for bad input."""
     parser = command.parser("compare", __doc__)
@@ -185,16 +175,15 @@ def main(arguments: list[str] | None = None) -> int:
         and (options.filter is None or matches(change.case, options.filter))
     ]
     names = [{case["name"] for case in result["cases"]} for result in (a, b)]
-    for only, other, which in ((*names, "first"), (*names[::-1], "second")):
-        alone = sorted(only - other)
-        for name in alone[:5]:
+    for only, which in ((names[0] - names[1], "first"), (names[1] - names[0], "second")):
+        alone = sorted(only)
+        for name in [*alone[:5], *([f"{len(alone) - 5} more"] if alone[5:] else [])]:
             print(f"only in the {which} run: {name}")
-        if alone[5:]:
-            print(f"only in the {which} run: {len(alone) - 5} more")
     if not changes:
         print("python -m benchmarks compare: the runs share no figure", file=sys.stderr)
         return 2
-    print(_table(changes).text(window()))
+    groups = [list(group) for _, group in groupby(changes, key=lambda change: change.case)]
+    print(Table.of("B / A", _COLUMNS, groups, names=3).text(window()))
     worse = [change for change in changes if change.verdict == "regression"]
     print(f"{len(changes)} figures, {len(worse)} regressions")
     return 1 if worse else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from sdkernels.measure.turns import quartiles
@@ -31,14 +31,6 @@ class Merged:
     turn_medians: tuple[float, ...]
 
 
-def _quantile(ordered: list[float], share: float) -> float:
-    """Between the two nearest samples, on a straight line."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def merge(turns: Iterable[list[float]]) -> Merged:
     """Merges the samples of several turns.
 
@@ -49,12 +41,12 @@ def merge(turns: Iterable[list[float]]) -> Merged:
     if not turns:
         raise ValueError("merge: expected at least one sample, got none")
     samples = sorted(sample for turn in turns for sample in turn)
-    middle = median(samples)
-    turn_medians = tuple(median(turn) for turn in turns)
+    middle, turn_medians = median(samples), tuple(map(median, turns))
+    fifths = quantiles(samples * 2 if len(samples) == 1 else samples, n=5, method="inclusive")
     return Merged(
         median=middle,
-        p20=_quantile(samples, 0.2),
-        p80=_quantile(samples, 0.8),
+        p20=fifths[0],
+        p80=fifths[-1],
         spread=(max(turn_medians) - min(turn_medians)) / 2 / middle,
         low=samples[0],
         high=samples[-1],
@@ -73,12 +65,6 @@ def quartile_spread(values: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def turn_ratios(numerator: Merged, denominator: Merged) -> tuple[float, float]:
-    """Smallest and largest ratio within a repeat: how far the ratio of medians can be trusted."""
-    ratios = [a / b for a, b in zip(numerator.turn_medians, denominator.turn_medians, strict=True)]
-    return min(ratios), max(ratios)
-
-
 def collect(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merges the turns of every case's record, as ``conftest.py`` keeps it, and adds every ratio of
     the report.
@@ -88,81 +74,63 @@ def collect(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     results = []
     for record in records:
-        case = dict(record["case"])
-        merged = {
-            provider: merge(turn["wall"] for turn in turns)
-            for provider, turns in record["turns"].items()
-            if turns
-        }
         providers: dict[str, dict[str, Any]] = {}
-        for provider, own in merged.items():
-            extras = record["extras"].get(provider) or {"memory": None, "flops": None}
-            clocks = {
-                clock: _median_of(turn[clock] for turn in record["turns"][provider])
-                for clock in ("host", "device")
-            }
-            providers[provider] = asdict(own) | clocks | extras
-        _add_ratios(case, merged, providers)
-        results.append(case | {"skipped": record["skipped"], "providers": providers})
+        for provider, turns in record["turns"].items():
+            if turns:
+                clocks = {clock: _median(turns, clock) for clock in ("host", "device")}
+                extras = record["extras"].get(provider) or {"memory": None, "flops": None}
+                providers[provider] = (
+                    asdict(merge(turn["wall"] for turn in turns)) | clocks | extras
+                )
+        case = record["case"] | {"skipped": record["skipped"], "providers": providers}
+        _add_ratios(case, providers)
+        results.append(case)
     return results
 
 
-def _median_of(turns: Iterable[list[float]]) -> float | None:
-    samples = [sample for turn in turns for sample in turn]
+def _median(turns: list[dict[str, list[float]]], clock: str) -> float | None:
+    samples = [sample for turn in turns for sample in turn[clock]]
     return median(samples) if samples else None
 
 
-def _add_ratios(
-    case: dict[str, Any], merged: dict[str, Merged], providers: dict[str, dict[str, Any]]
-) -> None:
-    baseline, floor = merged.get(case["baseline"]), merged.get(case["floor"])
-    _add_ideal(case, merged)
+def _add_ratios(case: dict[str, Any], providers: dict[str, dict[str, Any]]) -> None:
+    times = {name: figures["median"] for name, figures in providers.items()}
+    baseline, floor = times.get(case["baseline"]), times.get(case["floor"])
+    if case["kind"] == "model" and {"undropped", "skeleton"} <= times.keys():
+        # What is not in a branch is paid for in full, a branch for its kept rows.
+        p, share = 1 - case["k"] / case["batch"], 1 - times["skeleton"] / times["undropped"]
+        case["share_of_branches"], case["ideal_speedup"] = share, 1 / (1 - p * share)
+        case["ideal_seconds"] = times["undropped"] * (1 - p * share)
     for provider, figures in providers.items():
-        own = merged[provider]
+        own = figures["median"]
         if baseline is not None:
-            figures["speedup"] = baseline.median / own.median
+            figures["speedup"] = baseline / own
         if case["kind"] in ("op", "kernel"):
-            if provider not in ("copy", "empty") and "copy" in merged:
-                _add_bandwidth(case, merged, figures)
-            continue
-        if case["kind"] == "host":
+            if provider not in ("copy", "empty") and "copy" in times:
+                # A backward pass is timed through the engine, whose empty call is left out here.
+                # On tiny tensors nothing but that may be left.
+                net = figures["net_median"] = own - times.get("empty", 0.0)
+                copied = case["copy_bytes"] / times["copy"]
+                share = case["traffic_bytes"] / net / copied if net > 0 else None
+                figures["of_copy_bandwidth"] = share
+        elif case["kind"] == "host":
             if floor is not None and provider != case["floor"]:
-                figures["extra"] = own.median - floor.median
+                figures["extra"] = own - floor
                 if baseline is not None:
-                    extra = baseline.median - floor.median
-                    figures["extra_of_baseline"] = figures["extra"] / extra
-            continue
-        if floor is not None:
-            figures["over_floor"] = own.median / floor.median
-            figures["over_floor_turns"] = turn_ratios(own, floor)
-        if case.get("ideal_seconds"):
-            figures["of_ideal"] = case["ideal_seconds"] / own.median
-        reference_memory = providers.get(case["baseline"], {}).get("memory")
-        if figures["memory"] and reference_memory:
-            figures["memory_of_baseline"] = figures["memory"]["bytes"] / reference_memory["bytes"]
-
-
-def _add_bandwidth(
-    case: dict[str, Any], merged: dict[str, Merged], figures: dict[str, Any]
-) -> None:
-    # A backward pass is timed through the engine: its empty call is measured beside it and left out
-    # here.
-    net = figures["median"] - (merged["empty"].median if "empty" in merged else 0.0)
-    copy_bandwidth = case["copy_bytes"] / merged["copy"].median
-    figures["net_median"] = net
-    # On tiny tensors nothing but the call may be left, and then there is no bandwidth to speak of.
-    figures["of_copy_bandwidth"] = case["traffic_bytes"] / net / copy_bandwidth if net > 0 else None
-
-
-def _add_ideal(case: dict[str, Any], merged: dict[str, Merged]) -> None:
-    """Of a model: what is not in a branch is paid for in full, a branch for its kept rows."""
-    if case["kind"] != "model" or not {"undropped", "skeleton"} <= merged.keys():
-        return
-    whole, rest = merged["undropped"].median, merged["skeleton"].median
-    p, share = 1 - case["k"] / case["batch"], 1 - rest / whole
-    case["share_of_branches"] = share
-    case["ideal_speedup"] = 1 / (1 - p * share)
-    case["ideal_seconds"] = whole * (1 - p * share)
+                    figures["extra_of_baseline"] = (own - floor) / (baseline - floor)
+        else:
+            if floor is not None:
+                figures["over_floor"] = own / floor
+                pairs = zip(
+                    figures["turn_medians"], providers[case["floor"]]["turn_medians"], strict=True
+                )
+                ratios = [a / b for a, b in pairs]
+                figures["over_floor_turns"] = min(ratios), max(ratios)
+            if case.get("ideal_seconds"):
+                figures["of_ideal"] = case["ideal_seconds"] / own
+            of_baseline = providers.get(case["baseline"], {}).get("memory")
+            if figures["memory"] and of_baseline:
+                figures["memory_of_baseline"] = figures["memory"]["bytes"] / of_baseline["bytes"]
 
 
 def disturbed(cases: Iterable[dict[str, Any]], limit: float = 0.1) -> tuple[int, int]:
@@ -173,11 +141,8 @@ def disturbed(cases: Iterable[dict[str, Any]], limit: float = 0.1) -> tuple[int,
 
 def merge_training(training: dict[str, Any]) -> dict[str, Any]:
     """Adds merged step times to a training record; an epoch counts as a turn."""
-    merged = {
-        name: merge(variant["step_seconds"]) for name, variant in training["variants"].items()
-    }
-    for name, variant in training["variants"].items():
-        variant["step"] = asdict(merged[name])
-        variant["speedup"] = merged["naive"].median / merged[name].median
-    plans = {name: merge([seconds]).median for name, seconds in training["plan_seconds"].items()}
-    return training | {"plan_median": plans}
+    variants, plans = training["variants"], training["plan_seconds"]
+    for variant in variants.values():
+        variant["step"] = asdict(merge(variant["step_seconds"]))
+        variant["speedup"] = variants["naive"]["step"]["median"] / variant["step"]["median"]
+    return training | {"plan_median": {name: median(times) for name, times in plans.items()}}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,6 @@ MEMORY_NOTES = {
 
 Case = dict[str, Any]
 Figures = dict[str, Any]
-Cell = Callable[[Case, str, Figures], str]
-
-
-def _bytes(memory: dict[str, Any] | None) -> str:
-    return "-" if memory is None else f"{memory['bytes'] / 2**20:.1f} MiB"
-
-
-def _operations(count: int | None) -> str:
-    return "-" if not count else f"{count / 1e9:.3g} GFLOP"
-
-
-def _computes(provider: str) -> bool:
-    """Whether it does what an op does, which a copy and an empty call do not."""
-    return provider not in ("copy", "empty")
 
 
 def _drops(provider: str) -> bool:
@@ -51,34 +38,46 @@ def _drops(provider: str) -> bool:
     return provider not in ("undropped", "skeleton", "dense", "naive")
 
 
-def _model_floor(case: Case, provider: str, figures: Figures) -> str:
+def _bytes(memory: dict[str, Any] | None) -> str:
+    return "-" if memory is None else f"{memory['bytes'] / 2**20:.1f} MiB"
+
+
+def _model_floor(case: Case, provider: str, f: Figures) -> str:
     # Runs of old had another floor.
     shown = _drops(provider) and case["floor"] == "beside"
-    return ratio(figures.get("over_floor") if shown else None)
+    return ratio(f.get("over_floor") if shown else None)
 
 
-def _own_speedup(case: Case, provider: str, figures: Figures) -> str:
-    return ratio(figures.get("speedup") if _computes(provider) else None)
+def _of_ideal(case: Case, provider: str, f: Figures) -> str:
+    return percent(f.get("of_ideal") if _drops(provider) else None)
 
 
-CELLS: dict[str, Cell] = {
+def _operations(case: Case, provider: str, f: Figures) -> str:
+    return f"{f['flops'] / 1e9:.3g} GFLOP" if f.get("flops") else "-"
+
+
+def _speedup(case: Case, provider: str, f: Figures) -> str:
+    return ratio(None if provider in ("copy", "empty") else f.get("speedup"))
+
+
+CELLS: dict[str, Callable[[Case, str, Figures], object]] = {
+    "case": lambda case, provider, f: case["name"].removeprefix(f"{case['kind']}-"),
+    "provider": lambda case, provider, f: SHORT_NAMES.get(provider, provider),
     "median": lambda case, provider, f: seconds(f["median"]),
     "device": lambda case, provider, f: seconds(f["device"]),
     "host": lambda case, provider, f: seconds(f["host"]),
     "p20 to p80": lambda case, provider, f: f"{seconds(f['p20'])} to {seconds(f['p80'])}",
     "spread": lambda case, provider, f: spread(f["spread"]),
-    "PyTorch / this": _own_speedup,
-    "naive / this": lambda case, provider, f: ratio(f.get("speedup")),
-    "dinov3 / this": lambda case, provider, f: ratio(f.get("speedup")),
+    "PyTorch / this": _speedup,
+    "naive / this": _speedup,
+    "dinov3 / this": _speedup,
     "this / dense": lambda case, provider, f: ratio(f.get("over_floor")),
     "this / floor": _model_floor,
-    "ideal / this": lambda case, provider, f: percent(
-        f.get("of_ideal") if _drops(provider) else None
-    ),
+    "ideal / this": _of_ideal,
     "of copy": lambda case, provider, f: percent(f.get("of_copy_bandwidth")),
     "memory": lambda case, provider, f: _bytes(f["memory"]),
     "of naive's": lambda case, provider, f: percent(f.get("memory_of_baseline")),
-    "operations": lambda case, provider, f: _operations(f.get("flops")),
+    "operations": _operations,
     "extra": lambda case, provider, f: seconds(f.get("extra")),
     "extra / naive's": lambda case, provider, f: ratio(f.get("extra_of_baseline")),
 }
@@ -90,53 +89,34 @@ class Kind:
 
     title: str
     columns: tuple[str, ...]
-    notes: Callable[[list[Case]], list[str]]
+    notes: tuple[str, ...] = ()
 
     def table(self, cases: list[Case]) -> Table:
-        columns = list(self.columns)
-        if "memory" in columns and any(
-            f.get("device") for case in cases for f in case["providers"].values()
-        ):
-            columns[1:1] = ["device", "host"]  # the clocks of a GPU
-        made = Table(self.title, ("case", "provider", *columns), self.notes(cases))
-        for case in cases:
-            label = case["name"].removeprefix(f"{case['kind']}-")
-            group: list[Sequence[str]] = [
-                [
-                    label,
-                    SHORT_NAMES.get(provider, provider),
-                    *(CELLS[column](case, provider, figures) for column in columns),
-                ]
-                for provider, figures in case["providers"].items()
-            ]
-            if "*" in case["skipped"]:
-                blank = ["-"] * (len(columns) - 1)
-                group.append([label, "all", f"skipped: {case['skipped']['*']}", *blank])
-            if group:
-                made.groups.append(group)
-        return made
-
-
-def _memory_notes(cases: list[Case]) -> list[str]:
-    kinds = {
-        f["memory"]["kind"] for case in cases for f in case["providers"].values() if f.get("memory")
-    }
-    return [MEMORY_NOTES[kind] for kind in sorted(kinds)]
-
-
-def _model_notes(cases: list[Case]) -> list[str]:
-    return [
-        "Ideal: what is not in a branch (skeleton) in full, a branch (the rest of undropped) "
-        "for its kept rows. Floor, measured: the stream of all rows, and every branch beside "
-        "it for as many rows as it keeps, with nothing gathered or added.",
-        *(
+        columns = ["case", "provider", *self.columns]
+        figures = [f for case in cases for f in case["providers"].values()]
+        memory = "memory" in columns
+        if memory and any(f.get("device") for f in figures):
+            columns[3:3] = ["device", "host"]  # the clocks of a GPU
+        kinds = {f["memory"]["kind"] for f in figures if memory and f.get("memory")}
+        ideals = [
             f"{case['name']}: {percent(case['share_of_branches'])} of a step is in the branches, "
             f"ideal speed-up {case['ideal_speedup']:.3f}."
             for case in cases
             if case.get("ideal_speedup")
-        ),
-        *_memory_notes(cases),
-    ]
+        ]
+        notes = [*self.notes, *ideals, *(MEMORY_NOTES[kind] for kind in sorted(kinds))]
+        made = Table(self.title, columns, notes)
+        for case in cases:
+            group = [
+                [CELLS[column](case, provider, f) for column in columns]
+                for provider, f in case["providers"].items()
+            ]
+            if "*" in case["skipped"]:
+                why = [f"skipped: {case['skipped']['*']}", *["-"] * (len(columns) - 3)]
+                group.append([CELLS["case"](case, "", {}), "all", *why])
+            if group:
+                made.groups.append(group)
+        return made
 
 
 _OP = ("median", "p20 to p80", "spread", "PyTorch / this", "of copy")
@@ -148,79 +128,63 @@ KINDS = {
     "op": Kind(
         "Ops",
         _OP,
-        lambda cases: [
+        (
             "Of copy: bandwidth for the bytes that the op has to move, against a clone of [B, ...] "
             "in the same turns (100 % is the floor); backward passes net of the engine's empty "
-            "call."
-        ],
+            "call.",
+        ),
     ),
     "kernel": Kind(
         "Kernels against PyTorch's own calls, without autograd",
         _OP,
-        lambda cases: [
+        (
             "PyTorch: the calls that the op replaces (index_select and native_layer_norm, "
             "native_layer_norm_backward and index_add, ...), t1 and t2 on one thread and on two. "
-            "Of copy: bandwidth for the bytes that the op has to move, against a clone of the "
-            "stream."
-        ],
+            "Of copy: as above.",
+        ),
     ),
-    "block": Kind("Blocks, forward + backward", _BLOCK, _memory_notes),
+    "block": Kind("Blocks, forward + backward", _BLOCK),
     "model": Kind(
         "Models, forward + loss + backward",
         (
             *("median", "spread", "naive / this", "ideal / this", "this / floor"),
             *("memory", "of naive's"),
         ),
-        _model_notes,
+        (
+            "Ideal: what is not in a branch (skeleton) in full, a branch (the rest of undropped) "
+            "for its kept rows. Floor, measured: the stream of all rows, and every branch beside "
+            "it for as many rows as it keeps, with nothing gathered or added.",
+        ),
     ),
-    "depth": Kind("Stacks of many small branches, forward + backward", _BLOCK, _memory_notes),
+    "depth": Kind("Stacks of many small branches, forward + backward", _BLOCK),
     "compile": Kind(
         "Blocks under torch.compile, forward + backward",
         ("median", "p20 to p80", "spread", "dinov3 / this", "this / dense"),
-        lambda cases: [
+        (
             "static: k never changes; dynamic: it does, rows given; bernoulli: drawn inside. "
-            "eager: the fused op without torch.compile. -fullgraph: one graph, k depends on data."
-        ],
+            "eager: the fused op without torch.compile. -fullgraph: one graph, k depends on data.",
+        ),
     ),
     "host": Kind(
         "Host cost of one call, forward + backward, tiny tensor",
         ("median", "spread", "extra", "extra / naive's"),
-        lambda cases: [
+        (
             "Extra: over x + branch(x), the identity for a branch. -rows: kept rows drawn "
-            "beforehand."
-        ],
+            "beforehand.",
+        ),
+    ),
+    "break_even": Kind(
+        "Few rows dropped, forward + backward",
+        ("median", "spread", "naive / this"),
+        ("Whole: the branch on every row; compact: on the kept rows.",),
     ),
 }
 
 
-def _break_even_table(cases: list[Case]) -> Table:
-    """One line per block and share of dropped rows."""
-
-    def time(name: str) -> Callable[[Case], str]:
-        return lambda case: seconds(case["providers"][name]["median"])
-
-    def share(case: Case) -> str:
-        compact, whole = (case["providers"][name]["median"] for name in ("compact", "whole"))
-        return ratio(compact / whole)
-
-    whole = [c for c in cases if {"naive", "whole", "compact"} <= c["providers"].keys()]
-    columns: dict[str, Callable[[Case], object]] = {
-        "block": lambda case: case["block"],
-        "batch": lambda case: case["batch"],
-        "dropped": lambda case: percent(case["dropped"]),
-        **{name: time(name) for name in ("naive", "whole", "compact")},
-        "compact / whole": share,
-    }
-    notes = ["Whole: the branch on every row; compact: on the kept rows."]
-    title = "Few rows dropped, forward + backward"
-    return Table.of(title, columns, [[case] for case in whole], notes, names=1)
-
-
 def _training_table(training: dict[str, Any]) -> Table:
     """One line per variant."""
-    kept, plans = training["kept_share"].items(), training["plan_median"].items()
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in kept)
-    drawing = ", ".join(f"{name} {seconds(value)}" for name, value in plans)
+    shares = ", ".join(f"{name} {percent(share)}" for name, share in training["kept_share"].items())
+    plans = ", ".join(f"{name} {seconds(time)}" for name, time in training["plan_median"].items())
     apart = training["largest_loss_difference"]
     columns: dict[str, Callable[[tuple[str, Figures]], object]] = {
         "variant": lambda row: row[0],
@@ -236,9 +200,9 @@ def _training_table(training: dict[str, Any]) -> Table:
         f"Training a small ViT on handwritten digits: {training['train_samples']} images, "
         f"{training['validation_samples']} held out, {training['steps']} steps",
         columns,
-        [list(training["variants"].items())],
+        [training["variants"].items()],
         [
-            f"Rows kept, over all branches: {shares}. Drawing a plan, not in the step: {drawing}.",
+            f"Rows kept, over all branches: {shares}. Drawing a plan, not in the step: {plans}.",
             "Loss difference: largest over all steps, against naive masking with the same kept "
             "rows; the last line is the yardstick: naive masking itself from weights changed by "
             "1e-7.",
@@ -270,7 +234,8 @@ _REACH: dict[str, Callable[[Outcome], object]] = {
 
 def targets_table(outcomes: list[Outcome]) -> Table:
     """Each target whose case was run beside what was measured."""
-    missing = sum(outcome.measured is None for outcome in outcomes)
+    measured = [outcome for outcome in outcomes if outcome.measured is not None]
+    missing = len(outcomes) - len(measured)
     notes = [
         "Medians of this run; in brackets the smallest and largest ratio of a single repeat; "
         "inconclusive where they lie on both sides of the bound. "
@@ -278,11 +243,8 @@ def targets_table(outcomes: list[Outcome]) -> Table:
         "k where naive is divided by it, else for the branches on k beside the stream.",
         *([f"Not measured, a provider was skipped: {missing} targets."] if missing else []),
     ]
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.measured is not None:
-            groups.setdefault(outcome.target, []).append(outcome)
-    return Table.of("Reach", _REACH, groups.values(), notes)
+    groups = [list(group) for _, group in groupby(measured, key=lambda outcome: outcome.target)]
+    return Table.of("Reach", _REACH, groups, notes)
 
 
 def _skipped_table(cases: list[Case]) -> Table:
@@ -292,23 +254,21 @@ def _skipped_table(cases: list[Case]) -> Table:
         for case in cases
         for provider, reason in case["skipped"].items()
     )
-    rows = [[*why, str(count)] for why, count in reasons.items()]
+    rows = [[*why, count] for why, count in reasons.items()]
     return Table("Skipped", ("provider", "reason", "cases"), groups=[rows])
 
 
 def tables(result: dict[str, Any], outcomes: list[Outcome]) -> list[Table]:
     """Every table of a run."""
-    found = []
-    for kind in (*KINDS, "break_even"):
-        cases = [case for case in result["cases"] if case["kind"] == kind]
-        if cases:
-            found.append(KINDS[kind].table(cases) if kind in KINDS else _break_even_table(cases))
+    cases = result["cases"]
+    of_kind = {kind: [case for case in cases if case["kind"] == kind] for kind in KINDS}
+    found = [KINDS[kind].table(those) for kind, those in of_kind.items() if those]
     if result["training"]:
         found.append(_training_table(result["training"]))
     if any(outcome.measured is not None for outcome in outcomes):
         found.append(targets_table(outcomes))
-    if any(case["skipped"] for case in result["cases"]):
-        found.append(_skipped_table(result["cases"]))
+    if any(case["skipped"] for case in cases):
+        found.append(_skipped_table(cases))
     return found
 
 
@@ -328,10 +288,9 @@ def warnings(result: dict[str, Any]) -> list[str]:
 
 def outcomes_of(result: dict[str, Any]) -> list[Outcome]:
     """The targets as the run has recorded them."""
-    derived = ("met", "gap")
+    names = [field.name for field in fields(Outcome)]
     return [
-        Outcome(**{key: value for key, value in each.items() if key not in derived})
-        for each in result["reach"]
+        Outcome(**{name: each[name] for name in names if name in each}) for each in result["reach"]
     ]
 
 
@@ -349,10 +308,10 @@ class BadResults(ValueError):
     """A file that is no results.json of this schema; the message says what it is."""
 
 
-_KEYS = (
+_KEYS = {
     *("preset", "filter", "device", "command", "complete", "environment", "seconds", "cases"),
-    *("training", "timeline", "reach"),
-)
+    *("training", "reach"),
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -373,7 +332,6 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: expected results.json of schema {SCHEMA} (benchmarks/SCHEMA.md), got "
             + (f"schema {schema}" if schema else "something else")
         )
-    missing = [key for key in _KEYS if key not in result]
-    if missing:
-        raise BadResults(f"{path}: not whole, without {', '.join(missing)}")
-    return result
+    if missing := _KEYS - result.keys():
+        raise BadResults(f"{path}: not whole, without {', '.join(sorted(missing))}")
+    return result  # type: ignore[no-any-return]

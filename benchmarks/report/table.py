@@ -3,6 +3,7 @@ tables stand in; and how figures are written."""
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import textwrap
@@ -11,10 +12,15 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 
+import rich.table
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.text import Text
+
 from benchmarks.measure.environment import environment_line
 
 T = TypeVar("T")
-NARROWEST = 16  # of a column of words
+NARROWEST = 10  # of a column of words
 
 
 def window() -> int:
@@ -84,56 +90,33 @@ class Table:
         return "\n\n".join([*lines, markdown(self.columns, rows, align), *self.notes])
 
     def text(self, width: int) -> str:
-        """For a window of that width: nothing is left out.
+        """For a window of that width: words are wrapped, figures are not, nothing is left out.
 
-        What the rows of a group begin with is said once, on a line above them. A first column that
-        does not fit beside the others gets lines of its own, and other words are wrapped.
+        What the rows of a group begin with is said once, on a line above them.
         """
         groups = [[[str(cell) for cell in row] for row in group] for group in self.groups if group]
         above = self.names > 1 and all(len({row[0] for row in group}) == 1 for group in groups)
-        names, columns = self.names - above, [str(name) for name in self.columns[above:]]
-        body = [[row[above:] for row in group] for group in groups]
-        wide = [
-            max([_longest_word(name), *(len(row[i]) for group in body for row in group)])
-            for i, name in enumerate(columns)
-        ]
-        overlong = sum(wide) + 2 * (len(wide) - 1) - width
-        own_line = names > 0 and len(wide) > 1 and overlong > max(wide[0] - NARROWEST, 0)
-        if own_line:
-            wide[0], columns[0] = 1, ""
-        words = {*range(names), len(wide) - 1}  # verdicts and reasons come last
-        while sum(wide) + 2 * (len(wide) - 1) > width:
-            widest = max(words, key=lambda i: wide[i])
-            if wide[widest] <= NARROWEST:
-                break
-            wide[widest] -= 1
-
-        def line(cells: Sequence[str]) -> str:
-            wrapped = [textwrap.wrap(c, w) or [""] for c, w in zip(cells, wide, strict=True)]
-            height = max(map(len, wrapped))
-            filled = [cell + [""] * (height - len(cell)) for cell in wrapped]
-            aligned = [
-                [part.ljust(w) if i < names else part.rjust(w) for part in cell]
-                for i, (cell, w) in enumerate(zip(filled, wide, strict=True))
-            ]
-            return "\n".join("  ".join(parts).rstrip() for parts in zip(*aligned, strict=True))
-
-        rule = "-" * min(sum(wide) + 2 * (len(wide) - 1), width)
-        lines = [line(columns), rule]
-        for group, rows in zip(groups, body, strict=True):
-            lines += textwrap.wrap(group[0][0], width) if above else []
-            for row in rows:
-                if own_line:
-                    lines += textwrap.wrap(row[0], width)
-                lines.append(line(["", *row[1:]] if own_line else row))
-            lines.append("" if above or own_line else rule)
-        notes = [textwrap.fill(note, width) for note in self.notes]
-        title = [self.title, ""] if self.title else []
-        return "\n".join([*title, *lines, *notes]).strip("\n")
-
-
-def _longest_word(text: str) -> int:
-    return max(map(len, text.split()), default=1)
+        made = rich.table.Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        least = 0
+        for i, name in list(enumerate(map(str, self.columns)))[above:]:
+            cells = [row[i] for group in groups for row in group]
+            need = max(map(len, [*name.split(), *cells]), default=1)
+            words = i < self.names or i == len(self.columns) - 1  # verdicts and reasons come last
+            least += 2 + (min(need, NARROWEST) if words else need)
+            look: Any = {"justify": "left" if i < self.names else "right", "overflow": "fold"}
+            made.add_column(Text(name), **look, width=None if words else need)
+        for group in groups:
+            for row in group:
+                made.add_row(*map(Text, row[above:]))
+            made.add_section()
+        output = io.StringIO()
+        Console(file=output, width=max(width, least), force_terminal=False).print(made)
+        lines, heads = [self.title, ""] if self.title else [], iter(groups)
+        for line in map(str.rstrip, output.getvalue().splitlines()):
+            lines.append(line)
+            if above and (not line or line.startswith("\u2500")):
+                lines += textwrap.wrap(next(heads)[0][0], width)
+        return "\n".join([*lines, *(textwrap.fill(note, width) for note in self.notes)])
 
 
 def markdown(
@@ -163,8 +146,7 @@ def by_column(rows: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -
     | 2 | 4 |
     | 3 | 9 |
     """
-    made = Table.of("", columns, [rows])
-    return markdown(made.columns, made.groups[0])
+    return Table.of("", columns, [rows], names=len(columns)).markdown()
 
 
 def document(title: str, result: Mapping[str, Any], sections: Iterable[str]) -> str:
@@ -185,9 +167,8 @@ def printed(page: str, width: int) -> str:
     Times
     <BLANKLINE>
     case  s
-    -------
+    ───────
     a     1
-    -------
     """
     lines: list[str] = []
     for is_table, part in groupby(page.splitlines(), lambda text: text.startswith("|")):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+Case = Any  # a dict of figures.collect
+Times = dict[str, float]  # of all providers: their medians, or those of one repeat
+Figure = Callable[[Case, Times], float]
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,8 @@ class Outcome:
         if self.measured is None:
             return None
         best = self.low if self.at_most else self.high
-        if self.noise and best is not None:
-            return best <= self.bound if self.at_most else best >= self.bound
-        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+        figure = best if self.noise and best is not None else self.measured
+        return figure <= self.bound if self.at_most else figure >= self.bound
 
     @property
     def gap(self) -> float | None:
@@ -44,9 +48,9 @@ class Outcome:
         """In words; where the repeats lie on both sides of the bound there is none."""
         if self.measured is None or self.gap is None:
             return "not measured"
-        spans = self.low is not None and self.high is not None and self.low < self.bound < self.high
-        if spans and not (self.noise and self.gap <= 0):
-            return f"inconclusive (spread {50 * (self.high - self.low) / self.measured:.0f} %)"  # type: ignore[operator]
+        low, high = self.low or self.measured, self.high or self.measured
+        if low < self.bound < high and not (self.noise and self.gap <= 0):
+            return f"inconclusive (spread {50 * (high - low) / self.measured:.0f} %)"
         return "met" if self.met else f"missed by {100 * self.gap:.0f} %"
 
     @property
@@ -55,196 +59,200 @@ class Outcome:
         return self.verdict.startswith("missed")
 
 
-def outcomes(cases: list[dict[str, Any]]) -> list[Outcome]:
+@dataclass(frozen=True)
+class Target:
+    """A bound on a figure of every case that ``when`` is true of.
+
+    Args:
+        figure: from a case and the times of its providers. A KeyError: one was skipped; a
+            ZeroDivisionError: nothing is left to divide by.
+        floor: the same figure of a floor.
+        repeats: whether it is another one in every repeat.
+    """
+
+    name: str
+    when: Callable[[Case], bool]
+    figure: Figure
+    bound: float | Callable[[Case], float]
+    at_most: bool = False
+    unit: str = "x"
+    noise: bool = False
+    floor: Figure | None = None
+    repeats: bool = True
+
+    def outcome(self, case: Case) -> Outcome:
+        providers = case["providers"]
+
+        def evaluate(figure: Figure | None, times: Times) -> float | None:
+            try:
+                return figure(case, times) if figure else None
+            except (KeyError, ZeroDivisionError):
+                return None
+
+        medians = {name: figures["median"] for name, figures in providers.items()}
+        measured, floor = evaluate(self.figure, medians), evaluate(self.floor, medians)
+        of_repeats: list[float] = []
+        if self.repeats and measured is not None:
+            turns = zip(*(f["turn_medians"] for f in providers.values()), strict=True)
+            times = (dict(zip(providers, turn, strict=True)) for turn in turns)
+            each = (evaluate(self.figure, of_turn) for of_turn in times)
+            of_repeats = [value for value in each if value is not None]
+        low, high = min(of_repeats, default=None), max(of_repeats, default=None)
+        bound = self.bound if isinstance(self.bound, float) else self.bound(case)
+        told = (bound, self.at_most, self.unit, measured, low, high, self.noise, floor)
+        return Outcome(self.name, case["name"], *told)
+
+
+def outcomes(cases: list[Case]) -> list[Outcome]:
     """Every target of the cases that were run (as ``figures.collect`` returns them)."""
-    found: list[Outcome] = []
-    for case in cases:
-        if case["providers"]:
-            found += _TARGETS.get(case["kind"], lambda _: [])(case)
-    found += _halves(cases)
-    return sorted(found, key=lambda outcome: _ORDER.index(outcome.target))
+    timed = [case for case in cases if case["providers"]]
+    timed += _pairs(timed)
+    return [target.outcome(case) for target in TARGETS for case in timed if target.when(case)]
 
 
-def _ratio(case: dict[str, Any], numerator: str, denominator: str) -> tuple[Any, Any, Any]:
-    """Of the medians, and the smallest and the largest within a repeat."""
-    a, b = case["providers"].get(numerator), case["providers"].get(denominator)
-    if a is None or b is None:
-        return None, None, None
-    turns = [x / y for x, y in zip(a["turn_medians"], b["turn_medians"], strict=True)]
-    return a["median"] / b["median"], min(turns), max(turns)
+def ratio(numerator: str, denominator: str) -> Figure:
+    return lambda case, times: times[numerator] / times[denominator]
 
 
-def _of_copy(case: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Share of the copy's bandwidth, and the smallest and the largest within a repeat."""
-    turns = {name: figures["turn_medians"] for name, figures in case["providers"].items()}
-    share, found = _figure(case, "fused", "of_copy_bandwidth"), []
-    if share is None or "copy" not in turns:
-        return share, None, None
-    empty = turns.get("empty", [0.0] * len(turns["copy"]))
-    for own, nothing, copy in zip(turns["fused"], empty, turns["copy"], strict=True):
-        if own > nothing:
-            found.append(case["traffic_bytes"] / (own - nothing) / (case["copy_bytes"] / copy))
-    return share, min(found, default=None), max(found, default=None)
+def _of_copy(case: Case, times: Times) -> float:
+    """Share of the copy's bandwidth, net of the engine's empty call."""
+    net = max(times["fused"] - times.get("empty", 0.0), 0.0)
+    return case["traffic_bytes"] / net / (case["copy_bytes"] / times["copy"])
 
 
-def _extra(case: dict[str, Any], provider: str) -> tuple[Any, Any, Any]:
-    """Of a call over naive masking's, likewise."""
-    turns = {name: figures["turn_medians"] for name, figures in case["providers"].items()}
-    share, found = _figure(case, provider, "extra_of_baseline"), []
-    if share is None:
-        return None, None, None
-    for own, naive, plain in zip(turns[provider], turns["naive"], turns["plain"], strict=True):
-        if naive > plain:
-            found.append((own - plain) / (naive - plain))
-    return share, min(found, default=None), max(found, default=None)
-
-
-def _figure(case: dict[str, Any], provider: str, key: str) -> Any:
-    return case["providers"].get(provider, {}).get(key)
-
-
-STACK, INPLACE = "fused / dense on k, 48 small branches", "fused / fused in place"
-FLOOR, SPEEDUP, MEMORY = "fused / dense on k", "naive / fused", "memory, fused / naive"
-MODEL_FLOOR = "fused / branches on k beside the stream"
-NEVER_SLOWER, DINO = "naive / fused, min_saving auto", "DINOv2 style / fused"
-IDEAL, ADD, BANDWIDTH = "ideal / fused", "index_add / scatter-add", "bandwidth / copy's"
-KERNEL, NORM_KERNEL = "PyTorch's calls / kernel", "PyTorch's calls / norm kernel"
-HALVES = "slower / faster of bf16 and fp16"
-HOST, HOST_DRAWN = "extra per call / naive's, rows given", "extra per call / naive's, with sampling"
-STATIC, DYNAMIC = (
-    "compiled DINOv3 style / fused, static k",
-    "compiled DINOv3 style / fused, dynamic k",
-)
-_ORDER = (
-    *(FLOOR, STACK, SPEEDUP, NEVER_SLOWER, DINO, MEMORY, IDEAL, MODEL_FLOOR, INPLACE),
-    *(KERNEL, NORM_KERNEL, HALVES),
-    *(ADD, BANDWIDTH, HOST, HOST_DRAWN, STATIC, DYNAMIC),
-)
-
-
-def _block(case: dict[str, Any]) -> list[Outcome]:
-    # Of few rows, those that are kept are another share than keep.
-    name, keep, share_kept = case["name"], case["keep"], case["k"] / case["batch"]
-    never = Outcome(
-        NEVER_SLOWER, name, 1.0, False, "x", *_ratio(case, "naive", "fused-auto"), noise=True
+def _extra(provider: str) -> Figure:
+    """Of a call over ``x + branch(x)``, as a share of naive masking's."""
+    return lambda case, times: (
+        (times[provider] - times["plain"]) / max(times["naive"] - times["plain"], 0.0)
     )
-    if keep not in (0.5, 0.75):
-        return [never]
-    share = _figure(case, "fused", "memory_of_baseline")
-    # Where a branch computes little for what it moves, the passes around it weigh more. Its stream
-    # holds all rows: what is `beside` it is the floor there.
-    light = case["block"].startswith("resnet") or case["block"] == "vit-D192-N50"
-    beside = Outcome(MODEL_FLOOR, name, 1.03, True, "x", *_ratio(case, "fused", "beside"))
-    return [
-        *([beside] if light else []),
-        *_inplace(case),
-        Outcome(MEMORY, name, share_kept + 0.05, True, "%", share),
-        Outcome(
-            FLOOR,
-            name,
-            1.03 if light else 1.02,
-            True,
-            "x",
-            *_ratio(case, "fused", "dense"),
-            floor=_ratio(case, "beside", "dense")[0],
-        ),
-        Outcome(
-            SPEEDUP,
-            name,
-            0.97 / share_kept,
-            False,
-            "x",
-            *_ratio(case, "naive", "fused"),
-            floor=_ratio(case, "naive", "dense")[0],
-        ),
-        never,
-        Outcome(DINO, name, 1.0, False, "x", *_ratio(case, "dinov2", "fused-fixed"), noise=True),
-    ]
 
 
-def _inplace(case: dict[str, Any]) -> list[Outcome]:
-    """A second branch in place moves less, and computes the same."""
-    if "fused-inplace" not in case["providers"]:
-        return []
-    ratio = _ratio(case, "fused", "fused-inplace")
-    return [Outcome(INPLACE, case["name"], 1.0, False, "x", *ratio, noise=True)]
+def _of_ideal(provider: str) -> Figure:
+    return lambda case, times: case["ideal_seconds"] / times[provider]
 
 
-def _depth(case: dict[str, Any]) -> list[Outcome]:
-    if case["branches"] != 48:
-        return []
-    ratio = _ratio(case, "fused", "dense")
-    return [Outcome(STACK, case["name"], 1.1, True, "x", *ratio), *_inplace(case)]
+def _memory(case: Case, times: Times) -> float:
+    return case["providers"]["fused"]["memory_of_baseline"]
 
 
-def _model(case: dict[str, Any]) -> list[Outcome]:
-    name = case["name"]
-    of_ideal, floor = _figure(case, "fused", "of_ideal"), _figure(case, "beside", "of_ideal")
-    turns = case["providers"].get("fused", {}).get("turn_medians", ())
-    shares = [case["ideal_seconds"] / own for own in turns] if case.get("ideal_seconds") else []
-    low, high = min(shares, default=None), max(shares, default=None)
-    return [
-        Outcome(IDEAL, name, 0.97, False, "%", of_ideal, low, high, floor=floor),
-        Outcome(MODEL_FLOOR, name, 1.03, True, "x", *_ratio(case, "fused", "beside")),
-    ]
-
-
-def _op(case: dict[str, Any]) -> list[Outcome]:
-    if case["op"] not in ("compact", "scatter_add"):
-        return []
-    found = [Outcome(BANDWIDTH, case["name"], 0.9, False, "%", *_of_copy(case))]
-    if case["op"] == "scatter_add" and case["direction"] == "fwd" and case["dtype"] != "mixed":
-        speedup = _ratio(case, "torch", "fused")
-        found.append(Outcome(ADD, case["name"], 1.5, False, "x", *speedup))
-    return found
-
-
-def _kernel(case: dict[str, Any]) -> list[Outcome]:
-    name, speedup = case["name"], _ratio(case, "torch", "fused")
-    if case["norm"] and not case["in_cache"]:
-        return [Outcome(NORM_KERNEL, name, 1.2, False, "x", *speedup)]
-    found = [Outcome(KERNEL, name, 1.0, False, "x", *speedup, noise=True)]
-    if case["copies"] and not case["in_cache"]:
-        found.append(Outcome(BANDWIDTH, name, 0.9, False, "%", *_of_copy(case)))
-    return found
-
-
-def _halves(cases: list[dict[str, Any]]) -> list[Outcome]:
-    """The two 16-bit types beside each other: they move the same bytes."""
-    found = []
+def _pairs(cases: list[Case]) -> Iterator[Case]:
+    """Of kernels, the two 16-bit types as providers of one case: they move the same bytes."""
     kernels = {case["name"]: case for case in cases if case["kind"] == "kernel"}
     for name, case in kernels.items():
-        other = kernels.get(name.replace("-bf16-", "-fp16-"))
-        if other is None or other is case:
-            continue
-        pair = [each["providers"].get("fused", {}).get("median") for each in (case, other)]
-        ratio = max(pair) / min(pair) if None not in pair else None
-        found.append(Outcome(HALVES, name, 1.15, True, "x", ratio))
-    return found
+        other = kernels.get(name.replace("-bf16-", "-fp16-"), case)
+        if other is not case:
+            pair = {"bf16": case["providers"].get("fused"), "fp16": other["providers"].get("fused")}
+            providers = {dtype: own for dtype, own in pair.items() if own}
+            yield {"kind": "halves", "name": name, "providers": providers}
 
 
-def _host(case: dict[str, Any]) -> list[Outcome]:
-    return [
-        Outcome(title, case["name"], bound, True, "x", *_extra(case, provider))
-        for provider, bound, title in (("fused-rows", 1.5, HOST), ("fused", 2.0, HOST_DRAWN))
-    ]
+# Which cases
 
 
-def _compile(case: dict[str, Any]) -> list[Outcome]:
-    ratio = _ratio(case, "dinov3", "fused")
-    if case["counts"] == "static":
-        return [Outcome(STATIC, case["name"], 1.0, False, "x", *ratio, noise=True)]
-    if case["counts"] == "dynamic":
-        return [Outcome(DYNAMIC, case["name"], 1.1, False, "x", *ratio)]
-    return []
+def _all(kind: str, **described: Any) -> Callable[[Case], bool]:
+    wanted = {"kind": kind, **described}
+    return lambda case: all(case[key] == value for key, value in wanted.items())
 
 
-_TARGETS: dict[str, Callable[[dict[str, Any]], list[Outcome]]] = {
-    "block": _block,
-    "depth": _depth,
-    "model": _model,
-    "op": _op,
-    "kernel": _kernel,
-    "host": _host,
-    "compile": _compile,
-}
+def _middle(case: Case) -> bool:
+    return case["kind"] == "block" and case["keep"] in (0.5, 0.75)
+
+
+def _light(case: Case) -> bool:
+    """Where a branch computes little for what it moves, the passes around it weigh more. Its
+    stream holds all rows: what is `beside` it is the floor there."""
+    return case["block"].startswith("resnet") or case["block"] == "vit-D192-N50"
+
+
+def _beside(case: Case) -> bool:
+    return case["kind"] == "model" or (_middle(case) and _light(case))
+
+
+def _inplace(case: Case) -> bool:
+    """A second branch in place moves less, and computes the same."""
+    return (_middle(case) or DEEP(case)) and "fused-inplace" in case["providers"]
+
+
+def _large_norm(case: Case) -> bool:
+    return case["kind"] == "kernel" and case["norm"] and not case["in_cache"]
+
+
+def _moves(case: Case) -> bool:
+    """Whether memory bounds it."""
+    if case["kind"] == "kernel":
+        return not case["norm"] and not case["in_cache"]
+    return case["kind"] == "op" and case["op"] in ("compact", "scatter_add")
+
+
+DEEP = _all("depth", branches=48)
+COMPILED = "compiled DINOv3 style / fused, "
+OVER_DENSE, OVER_FUSED = ratio("fused", "dense"), ratio("torch", "fused")
+at_least, at_most = Target, partial(Target, at_most=True)
+TARGETS = (
+    at_most(
+        *("fused / dense on k", _middle, OVER_DENSE),
+        bound=lambda case: 1.03 if _light(case) else 1.02,
+        floor=ratio("beside", "dense"),
+    ),
+    at_most("fused / dense on k, 48 small branches", DEEP, OVER_DENSE, 1.1),
+    at_least(
+        *("naive / fused", _middle, ratio("naive", "fused")),
+        bound=lambda case: 0.97 * case["batch"] / case["k"],  # of few rows, not 1 / keep
+        floor=ratio("naive", "dense"),
+    ),
+    at_least(
+        *("naive / fused, min_saving auto", _all("block"), ratio("naive", "fused-auto")),
+        bound=1.0,
+        noise=True,
+    ),
+    at_least("DINOv2 style / fused", _middle, ratio("dinov2", "fused-fixed"), 1.0, noise=True),
+    at_most(
+        *("memory, fused / naive", _middle, _memory),
+        bound=lambda case: case["k"] / case["batch"] + 0.05,
+        unit="%",
+        repeats=False,
+    ),
+    at_least(
+        *("ideal / fused", _all("model"), _of_ideal("fused")),
+        bound=0.97,
+        unit="%",
+        floor=_of_ideal("beside"),
+    ),
+    at_most("fused / branches on k beside the stream", _beside, ratio("fused", "beside"), 1.03),
+    at_least("fused / fused in place", _inplace, ratio("fused", "fused-inplace"), 1.0, noise=True),
+    at_least(
+        *(
+            "PyTorch's calls / kernel",
+            lambda case: case["kind"] == "kernel" and not _large_norm(case),
+        ),
+        *(OVER_FUSED, 1.0),
+        noise=True,
+    ),
+    at_least("PyTorch's calls / norm kernel", _large_norm, OVER_FUSED, 1.2),
+    at_most(
+        *("slower / faster of bf16 and fp16", _all("halves")),
+        lambda case, times: max(times["bf16"] / times["fp16"], times["fp16"] / times["bf16"]),
+        bound=1.15,
+        repeats=False,
+    ),
+    *(
+        at_least(
+            "index_add / scatter-add",
+            _all("op", op="scatter_add", direction="fwd", dtype=dtype),
+            OVER_FUSED,
+            1.5,
+        )
+        for dtype in ("fp32", "bf16")
+    ),
+    at_least("bandwidth / copy's", _moves, _of_copy, 0.9, unit="%"),
+    at_most("extra per call / naive's, rows given", _all("host"), _extra("fused-rows"), 1.5),
+    at_most("extra per call / naive's, with sampling", _all("host"), _extra("fused"), 2.0),
+    at_least(
+        *(COMPILED + "static k", _all("compile", counts="static"), ratio("dinov3", "fused")),
+        bound=1.0,
+        noise=True,
+    ),
+    at_least(
+        COMPILED + "dynamic k", _all("compile", counts="dynamic"), ratio("dinov3", "fused"), 1.1
+    ),
+)

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 __all__ = ["TINY", "WIDE", "Sizes"]
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(SimpleNamespace):
     """Widths, depths and resolutions of all the models."""
-
-    image: int
-    vit: dict[str, Any]  # timm's
-    swin: dict[str, Any]  # timm's
-    window: int
-    convnext: dict[str, Any]  # timm's
-    resnet: tuple[int, ...]  # channels of timm's basic blocks; a quarter in its bottlenecks
-    torchvision_resnet: int  # base width of bottlenecks
-    maxxvit: dict[str, Any]
-    maxxvit_head: int
-    maxxvit_window: int
-    efficientnet: tuple[int, int]  # channels
-    torchvision_convnext: tuple[int, int]
-    torchvision_swin: tuple[int, int, int]  # patch, width, window
-    torchvision_maxvit: tuple[Any, ...]  # stem, partition, widths, head
-    hugging_face_vit: dict[str, Any]
-    hugging_face_swin: dict[str, Any]
-    hugging_face_stages: dict[str, Any]
 
 
 TINY = Sizes(
     image=32,
+    # Of timm, as far as no other library is named.
     vit={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     swin={"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)},
     window=4,
     convnext={"dims": (8, 8, 16, 16), "patch_size": 2},
-    resnet=(64, 64, 64, 64),
-    torchvision_resnet=64,
+    resnet=(64, 64, 64, 64),  # channels of basic blocks; a quarter in bottlenecks
+    torchvision_resnet=64,  # base width of bottlenecks
     maxxvit={"embed_dim": (16, 32), "stem_width": 8},
     maxxvit_head=8,
     maxxvit_window=2,
-    efficientnet=(8, 16),
+    efficientnet=(8, 16),  # channels
     torchvision_convnext=(16, 32),
-    torchvision_swin=(2, 16, 3),
-    torchvision_maxvit=(8, 2, [8, 16], 8),
+    torchvision_swin=(2, 16, 3),  # patch, width, window
+    torchvision_maxvit=(8, 2, [8, 16], 8),  # stem, partition, widths, head
     hugging_face_vit={
         "patch_size": 8,
         "hidden_size": 32,

@@ -8,61 +8,55 @@ from typing import Any
 from torch import nn
 
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.zoo.net import DROP, Net
+from benchmarks.providers.zoo.net import DROP, Net, later
 from benchmarks.providers.zoo.sizes import Sizes
 
 
-def timm_model(path: str, block: str | None = None, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        module, name = path.split(":")
-        file = import_module(f"timm.models.{module}")
-        arguments = {"num_classes": 5, "drop_path_rate": DROP, **options}
-        if block:
-            arguments["block" if name == "ResNet" else "block_fn"] = getattr(file, block)
-        found: Any = getattr(file, name)
-        return found(**arguments)
-
-    return make
+@later
+def timm_model(path: str, block: str | None = None, **options: Any) -> nn.Module:
+    module, name = path.split(":")
+    file = import_module(f"timm.models.{module}")
+    arguments = {"num_classes": 5, "drop_path_rate": DROP, **options}
+    if block:
+        arguments["block" if name == "ResNet" else "block_fn"] = getattr(file, block)
+    found: Any = getattr(file, name)
+    return found(**arguments)
 
 
-def maxxvit(sizes: Sizes, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("timm.models.maxxvit")
-        kinds = options.get("kinds", ("M", "M"))
-        window = (sizes.maxxvit_window, sizes.maxxvit_window)
-        transformer = m.MaxxVitTransformerCfg(
-            dim_head=sizes.maxxvit_head,
-            window_size=window,
-            grid_size=window,
-            **options.get("transformer", {}),
-        )
-        cfg = m.MaxxVitCfg(
-            **sizes.maxxvit,
-            depths=(1, 2),
-            block_type=kinds,
-            conv_cfg=m.MaxxVitConvCfg(**options.get("conv", {})),
-            transformer_cfg=transformer,
-        )
-        image = (sizes.image, sizes.image)
-        return m.MaxxVit(cfg, img_size=image, num_classes=5, drop_path_rate=DROP)
-
-    return make
+@later
+def maxxvit(sizes: Sizes, **options: Any) -> nn.Module:
+    m: Any = import_module("timm.models.maxxvit")
+    kinds = options.get("kinds", ("M", "M"))
+    window = (sizes.maxxvit_window, sizes.maxxvit_window)
+    transformer = m.MaxxVitTransformerCfg(
+        dim_head=sizes.maxxvit_head,
+        window_size=window,
+        grid_size=window,
+        **options.get("transformer", {}),
+    )
+    cfg = m.MaxxVitCfg(
+        **sizes.maxxvit,
+        depths=(1, 2),
+        block_type=kinds,
+        conv_cfg=m.MaxxVitConvCfg(**options.get("conv", {})),
+        transformer_cfg=transformer,
+    )
+    image = (sizes.image, sizes.image)
+    return m.MaxxVit(cfg, img_size=image, num_classes=5, drop_path_rate=DROP)
 
 
-def efficientnet(width: int, stages: list[list[str]]) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import_module("timm")
-        builder: Any = import_module("timm.models._efficientnet_builder")
-        net: Any = import_module("timm.models.efficientnet")
-        return net.EfficientNet(
-            builder.decode_arch_def(stages),
-            num_classes=5,
-            num_features=2 * width,
-            stem_size=width,
-            drop_path_rate=DROP,
-        )
-
-    return make
+@later
+def efficientnet(width: int, stages: list[list[str]]) -> nn.Module:
+    import_module("timm")
+    builder: Any = import_module("timm.models._efficientnet_builder")
+    net: Any = import_module("timm.models.efficientnet")
+    return net.EfficientNet(
+        builder.decode_arch_def(stages),
+        num_classes=5,
+        num_features=2 * width,
+        stem_size=width,
+        drop_path_rate=DROP,
+    )
 
 
 def timm_vit(sizes: Sizes, **options: Any) -> Callable[[], nn.Module]:

@@ -2,80 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.zoo.net import DROP, Net
+from benchmarks.providers.zoo.net import DROP, Net, later
 from benchmarks.providers.zoo.sizes import Sizes
 from sdkernels import linear_decay
 
 
-def torchvision_swin(sizes: Sizes, block: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("torchvision.models.swin_transformer")
-        merging = m.PatchMergingV2 if block.endswith("V2") else m.PatchMerging
-        patch, width, window = sizes.torchvision_swin
-        return m.SwinTransformer(
-            [patch, patch],
-            width,
-            [2, 2],
-            [2, 2],
-            [window, window],
-            stochastic_depth_prob=DROP,
-            num_classes=5,
-            block=getattr(m, block),
-            downsample_layer=merging,
-        )
-
-    return make
+@later
+def torchvision_swin(sizes: Sizes, block: str) -> nn.Module:
+    m: Any = import_module("torchvision.models.swin_transformer")
+    merging = m.PatchMergingV2 if block.endswith("V2") else m.PatchMerging
+    patch, width, window = sizes.torchvision_swin
+    return m.SwinTransformer(
+        [patch, patch],
+        width,
+        [2, 2],
+        [2, 2],
+        [window, window],
+        stochastic_depth_prob=DROP,
+        num_classes=5,
+        block=getattr(m, block),
+        downsample_layer=merging,
+    )
 
 
-def torchvision_convnext(sizes: Sizes) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("torchvision.models.convnext")
-        first, second = sizes.torchvision_convnext
-        setting = [m.CNBlockConfig(first, second, 2), m.CNBlockConfig(second, None, 2)]
-        return m.ConvNeXt(setting, stochastic_depth_prob=DROP, num_classes=5)
-
-    return make
+@later
+def torchvision_convnext(sizes: Sizes) -> nn.Module:
+    m: Any = import_module("torchvision.models.convnext")
+    first, second = sizes.torchvision_convnext
+    setting = [m.CNBlockConfig(first, second, 2), m.CNBlockConfig(second, None, 2)]
+    return m.ConvNeXt(setting, stochastic_depth_prob=DROP, num_classes=5)
 
 
-def torchvision_efficientnet(sizes: Sizes) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("torchvision.models.efficientnet")
-        first, second = sizes.efficientnet
-        setting = [
-            m.FusedMBConvConfig(1, 3, 1, first, first, 2),
-            m.FusedMBConvConfig(2, 3, 1, first, first, 1),
-            m.MBConvConfig(4, 3, 2, first, second, 3),
-        ]
-        return m.EfficientNet(
-            setting, dropout=0.0, stochastic_depth_prob=DROP, num_classes=5, last_channel=16
-        )
-
-    return make
+@later
+def torchvision_efficientnet(sizes: Sizes) -> nn.Module:
+    m: Any = import_module("torchvision.models.efficientnet")
+    first, second = sizes.efficientnet
+    setting = [
+        m.FusedMBConvConfig(1, 3, 1, first, first, 2),
+        m.FusedMBConvConfig(2, 3, 1, first, first, 1),
+        m.MBConvConfig(4, 3, 2, first, second, 3),
+    ]
+    return m.EfficientNet(
+        setting, dropout=0.0, stochastic_depth_prob=DROP, num_classes=5, last_channel=16
+    )
 
 
-def torchvision_maxvit(sizes: Sizes) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("torchvision.models.maxvit")
-        stem, partition, widths, head = sizes.torchvision_maxvit
-        image = (sizes.image, sizes.image)
-        return m.MaxVit(image, stem, partition, widths, [1, 2], head, DROP, num_classes=5)
-
-    return make
+@later
+def torchvision_maxvit(sizes: Sizes) -> nn.Module:
+    m: Any = import_module("torchvision.models.maxvit")
+    stem, partition, widths, head = sizes.torchvision_maxvit
+    image = (sizes.image, sizes.image)
+    return m.MaxVit(image, stem, partition, widths, [1, 2], head, DROP, num_classes=5)
 
 
-def torchvision_resnet(sizes: Sizes, block: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        m: Any = import_module("torchvision.models.resnet")
-        width = sizes.torchvision_resnet
-        return m.ResNet(getattr(m, block), [1, 2, 1, 1], num_classes=5, width_per_group=width)
-
-    return make
+@later
+def torchvision_resnet(sizes: Sizes, block: str) -> nn.Module:
+    m: Any = import_module("torchvision.models.resnet")
+    width = sizes.torchvision_resnet
+    return m.ResNet(getattr(m, block), [1, 2, 1, 1], num_classes=5, width_per_group=width)
 
 
 def torchvision_nets(sizes: Sizes) -> dict[str, Net]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.zoo.net import DROP, Net
+from benchmarks.providers.zoo.net import DROP, Net, later
 from benchmarks.providers.zoo.sizes import Sizes
 
 
-def hugging_face(model: str, config: str, name: str, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        module = f"transformers.models.{model}"
-        config_class: Any = getattr(import_module(module), config)
-        return getattr(import_module(module), name)(config_class(**options))
-
-    return make
+@later
+def hugging_face(model: str, config: str, name: str, **options: Any) -> nn.Module:
+    module = f"transformers.models.{model}"
+    config_class: Any = getattr(import_module(module), config)
+    return getattr(import_module(module), name)(config_class(**options))
 
 
 def transformers_nets(sizes: Sizes) -> dict[str, Net]:

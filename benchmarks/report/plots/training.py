@@ -1,75 +1,36 @@
-"""The training on digits: loss curves, how far they are apart, and what a step costs."""
+"""The training on digits: loss curves, and how far they are apart."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report.plots.style import BLUE, COLOURS, GREY, ORANGE
-
-
-def _plot_curves(axes: Axes, variants: dict[str, Any], names: tuple[str, str], title: str) -> None:
-    """Naive masking as a broad band, the fused op as a thin line on it."""
-    looks = ((GREY, 5.0), (BLUE, 1.4))
-    for name, (colour, width) in zip(names, looks, strict=True):
-        losses, accuracy = variants[name]["losses"], variants[name]["validation_accuracy"][-1]
-        label = f"{name}, validation accuracy {100 * accuracy:.1f} %"
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=width, label=label)
-    axes.set(xlabel="step", ylabel="training loss (cross entropy)", yscale="log", title=title)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend()
+from benchmarks.report.plots.style import BLUE, GREY, ORANGE, log_axis, panels
 
 
 def plot_training(training: dict[str, Any]) -> Figure:
-    """Loss curves, how far each pair of them is apart, and what a step costs."""
-    variants = training["variants"]
-    figure, ((bernoulli, fixed), (apart, cost)) = plt.subplots(2, 2, figsize=(12, 8.4))
-    _plot_curves(bernoulli, variants, ("naive", "fused"), "Handwritten digits, Bernoulli rows")
-    _plot_curves(fixed, variants, ("naive-fixed", "fused-fixed"), "Handwritten digits, fixed count")
+    """Naive masking as a broad band and the op as a thin line on it; differences of all pairs."""
+    losses = {name: variant["losses"] for name, variant in training["variants"].items()}
+    figure, ((curves, apart),) = panels(1, 2, 6, 4.4)
+    curves.plot(losses["naive"], color=GREY, linewidth=5, label="naive masking")
+    curves.plot(losses["fused"], color=BLUE, linewidth=1.4, label="sdkernels, the same rows")
+    log_axis(curves, [0.05, 0.1, 0.2, 0.5, 1, 2], "y")
+    curves.set(xlabel="step", ylabel="loss (cross entropy)", title="Handwritten digits")
+    curves.legend()
 
+    yardstick = "yardstick: naive, weights changed by 1e-7"
     for name, other, colour, label in (
-        (
-            "naive-perturbed",
-            "naive",
-            GREY,
-            "yardstick: naive from weights changed by 1e-7 - naive",
-        ),
-        ("fused", "naive", BLUE, "fused - naive, Bernoulli"),
-        ("fused-fixed", "naive-fixed", ORANGE, "fused - naive, fixed count"),
+        ("naive-perturbed", "naive", GREY, yardstick),
+        ("fused", "naive", BLUE, "fused, Bernoulli"),
+        ("fused-fixed", "naive-fixed", ORANGE, "fused, fixed count"),
     ):
-        pairs = zip(variants[name]["losses"], variants[other]["losses"], strict=True)
-        differences = [abs(a - b) for a, b in pairs]
-        apart.plot(
-            range(1, len(differences) + 1),
-            differences,
-            ".",
-            color=colour,
-            markersize=4,
-            label=label,
-        )
+        pairs = zip(losses[name], losses[other], strict=True)
+        apart.plot([abs(a - b) for a, b in pairs], ".", color=colour, label=label)
     # Linear around zero: many differences are exactly zero, and those are the best ones.
     apart.set_yscale("symlog", linthresh=1e-8)
-    low, high = apart.get_ylim()
-    apart.set_ylim(min(low, -2e-9), max(high, 1e-7) * 300)  # room for the legend above the points
-    apart.set(
-        xlabel="step",
-        ylabel="absolute difference of the losses",
-        title="How far apart the curves are",
-    )
+    apart.set_ylim(-2e-9, max(apart.get_ylim()[1], 1e-7) * 300)  # room for the legend
+    title = "Difference of the losses from naive masking's"
+    apart.set(xlabel="step", ylabel="absolute difference", title=title)
     apart.legend(loc="upper left")
-
-    names = ("naive", "fused", "naive-fixed", "fused-fixed")
-    times = [1e3 * variants[name]["step"]["median"] for name in names]
-    colours = [COLOURS[name.removesuffix("-fixed")] for name in names]
-    bars = cost.bar(names, times, color=colours, width=0.6)
-    cost.bar_label(bars, labels=[f"{time:.1f} ms" for time in times], padding=3)
-    cost.set(ylabel="time of a training step, median (ms)", title="What a step costs")
-    cost.margins(y=0.1)
-    cost.grid(axis="x", visible=False)
     return figure

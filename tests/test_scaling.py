@@ -197,7 +197,7 @@ def test_run_end_to_end(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     written = json.loads((tmp_path / "scaling.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,29 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.report.plots.style import (
-    BLUE,
-    GREY,
-    ORANGE,
-    RED,
-    ideal_line,
-    legend,
-    log_axis,
-    panels,
-    save,
-)
-from benchmarks.report.table import by_column, document, markdown, percent, ratio
-from benchmarks.studies.scaling.law import (
-    KINDS,
-    SAMPLERS,
-    SYNCS,
-    Floats,
-    Layers,
-    bernoulli,
-    draw,
-    expected,
-    summarise,
-)
+from benchmarks.report.plots import style
+from benchmarks.report.table import document, markdown, percent, ratio
+from benchmarks.studies.scaling import law
+from benchmarks.studies.scaling.law import KINDS, SAMPLERS, SYNCS, Floats, Layers
 from sdkernels import linear_decay, uniform
 
 RANKS = (1, 2, 8, 64, 1024, 4096)
@@ -44,10 +24,10 @@ RUN_STEPS = 100_000  # of a training run, for the memory that has to be there al
 WHERE = {"step": "once a step (DDP)", "block": "once a block (every parameter sharded)"}
 # The markers tell curves apart that lie on each other.
 LOOKS = {
-    "bernoulli": (RED, "o"),
-    "balanced": (ORANGE, "v"),
-    "rounded": (BLUE, "D"),
-    "fixed": (GREY, "x"),
+    "bernoulli": (style.RED, "o"),
+    "balanced": (style.ORANGE, "v"),
+    "rounded": (style.BLUE, "D"),
+    "fixed": (style.GREY, "x"),
 }
 
 
@@ -96,7 +76,7 @@ def work_out(results: dict[str, Any]) -> list[Case]:
             ideal = costs.rest + layers.ideal(costs.seconds)
             samplers = SAMPLERS if case.name == HARDEST else SAMPLERS[:1]
             for sampler, sync in product(samplers, SYNCS):
-                waited = np.array(expected(sampler, layers, costs.seconds, RANKS, sync))
+                waited = np.array(law.expected(sampler, layers, costs.seconds, RANKS, sync))
                 case.over_ideal[sampler, sync] = (costs.rest + waited) / ideal - 1
                 case.speedup[sampler, sync] = naive / (costs.rest + waited[-1])
             cases.append(case)
@@ -130,29 +110,21 @@ def steps_section(cases: list[Case]) -> list[str]:
 
 
 def law_section(results: dict[str, Any]) -> list[str]:
-    found = []
-    for batch in map(int, results["measured"]):
+    rows = []
+    for batch, sampler in product(map(int, results["measured"]), SAMPLERS[1:]):
         layers = Layers(batch, tuple(uniform(KINDS * results["shape"]["depth"], 0.3)))
-        found += [
-            {"batch": batch, "sampler": name, **summarise(draw(name, layers, 100, 16), layers)}
-            for name in SAMPLERS[1:]
-        ]
-    columns: dict[str, Callable[[dict[str, Any]], object]] = {
-        "B": lambda law: law["batch"],
-        "sampler": lambda law: law["sampler"],
-        "error of keep": lambda law: (
-            percent(law["keep_error"]) if law["sampler"] == "fixed" else "exact"
-        ),
-        "variance of a branch's count": lambda law: percent(law["count_variance"], 0),
-        "of a rank's total": lambda law: percent(law["total_variance"], 0),
-        "correlation of two samples": lambda law: f"{law['row_correlation'] + 0.0:.3f}",
-    }
+        left = law.summarise(law.draw(sampler, layers, 100, 16), layers)
+        error = percent(left["keep_error"]) if sampler == "fixed" else "exact"
+        shares = [percent(left[key], 0) for key in ("count_variance", "total_variance")]
+        rows.append([batch, sampler, error, *shares, f"{left['row_correlation']:.3f}"])
+    variances = ["variance of a branch's count", "of a rank's total"]
+    head = ["B", "sampler", "error of keep", *variances, "correlation of two samples"]
     return [
         "## What is left of Bernoulli's law",
         "At p = 0.3 in every branch, variances as shares of Bernoulli's, from drawn counts. Every "
         "sampler but `balanced` decides for the branches of one sample independently, so that for "
         "one sample `rounded` is Bernoulli's law itself: only samples of one batch are coupled.",
-        by_column(found, columns),
+        markdown(head, rows),
     ]
 
 
@@ -161,7 +133,7 @@ def memory_section(cases: list[Case]) -> list[str]:
     for case in (case for case in cases if case.name == HARDEST):
         for label, steps in (("a step", 1), ("a run", RUN_STEPS)):
             draws = [steps * r for r in RANKS]
-            most = np.array(bernoulli(case.layers, case.costs.saved, draws, "step"))
+            most = np.array(law.bernoulli(case.layers, case.costs.saved, draws, "step"))
             over = most / case.layers.ideal(case.costs.saved) - 1
             rows.append([case.layers.batch, label, *map(percent, over)])
     return [
@@ -175,32 +147,25 @@ def memory_section(cases: list[Case]) -> list[str]:
 
 
 def measured_section(results: dict[str, Any]) -> list[str]:
-    shape, measured = results["shape"], results["measured"]
-
-    def at(share: float) -> Callable[[dict[str, Any]], object]:
-        def cell(branch: dict[str, Any]) -> str:
-            place = branch["counts"].index(int(share * branch["batch"]))
-            return f"{1e3 * branch['seconds'][place]:.1f} ms"
-
-        return cell
-
-    columns: dict[str, Callable[[dict[str, Any]], object]] = {
-        "B": lambda branch: branch["batch"],
-        "branch": lambda branch: branch["kind"],
-        "half kept, naive masking": lambda branch: f"{1e3 * branch['at_half']['naive']:.1f} ms",
-        **{f"{name} kept": at(s) for name, s in (("none", 0), ("half", 0.5), ("all", 1))},
-        "largest spread": lambda branch: percent(max(branch["spread"][1:])),
-        "saved a sample": lambda branch: (
-            f"{branch['saved_bytes'][-1] / branch['batch'] / 2**20:.2f} MiB"
-        ),
-    }
+    shape, measured, rows = results["shape"], results["measured"], []
+    for branch in (branch for each in measured.values() for branch in each["branches"]):
+        batch, seconds = (
+            branch["batch"],
+            dict(zip(branch["counts"], branch["seconds"], strict=True)),
+        )
+        times = [branch["at_half"]["naive"], *(seconds[k] for k in (0, batch // 2, batch))]
+        shown = [f"{1e3 * each:.1f} ms" for each in times]
+        spread, saved = max(branch["spread"][1:]), branch["saved_bytes"][-1] / batch / 2**20
+        rows.append([batch, branch["kind"], *shown, percent(spread), f"{saved:.2f} MiB"])
+    kept = [f"{name} kept" for name in ("none", "half", "all")]
+    head = ["B", "branch", "half kept, naive masking", *kept, "largest spread", "saved a sample"]
     rest = ", ".join(f"{1e3 * Costs(each).rest:.1f} ms at B = {b}" for b, each in measured.items())
     return [
         "## Measured: a branch by number of kept samples",
         f"ViT, D = {shape['width']}, N = {shape['tokens']}, {shape['depth']} blocks of two "
         "branches; forward + backward, fp32, inside training steps; one thread, its CPU time (on "
         "a GPU wall time, synchronised). The JSON has more numbers of kept samples.",
-        by_column([branch for each in measured.values() for branch in each["branches"]], columns),
+        markdown(head, rows),
         f"Outside the branches (stem, head, loss, AdamW): {rest}. Communication is not in it: "
         "where a step also waits for the network, every percentage above shrinks.",
     ]
@@ -209,32 +174,20 @@ def measured_section(results: dict[str, Any]) -> list[str]:
 def processes_section(results: dict[str, Any]) -> list[str]:
     outcomes = results["validation"]
     case = outcomes[0]["case"]
-    found = [
-        (outcome["ranks"], sampler, sync, each["excess"][sync])
-        for outcome in outcomes
-        for sampler, each in outcome["samplers"].items()
-        for sync in SYNCS
-    ]
-    inside = sum(
-        excess["interval"][0] <= excess["counts_and_noise"] <= excess["interval"][1]
-        for *_, excess in found
-    )
-    columns: dict[str, Callable[[Any], object]] = {
-        "ranks": lambda row: row[0],
-        "sampler": lambda row: row[1],
-        "ranks wait": lambda row: f"once a {row[2]}",
-        "measured (90 % interval)": lambda row: (
-            f"{percent(row[3]['measured'])} "
-            f"({' to '.join(percent(bound) for bound in row[3]['interval'])})"
-        ),
-        "expected, counts alone": lambda row: percent(row[3]["counts"]),
-        "expected, counts and machine noise": lambda row: percent(row[3]["counts_and_noise"]),
-    }
-    furthest = max(
-        abs(excess["counts_and_noise"] - excess["measured"])
-        for _, sampler, _, excess in found
-        if sampler == "bernoulli"
-    )
+    rows, furthest, inside = [], 0.0, 0
+    for outcome, sync in product(outcomes, SYNCS):
+        for sampler, each in outcome["samplers"].items():
+            excess = each["excess"][sync]
+            measured, expected = excess["measured"], excess["counts_and_noise"]
+            low, high = excess["interval"]
+            inside += low <= expected <= high
+            if sampler == "bernoulli":
+                furthest = max(furthest, abs(expected - measured))
+            shown = f"{percent(measured)} ({percent(low)} to {percent(high)})"
+            told = [percent(excess["counts"]), percent(expected)]
+            rows.append([outcome["ranks"], f"once a {sync}", sampler, shown, *told])
+    counts = [f"expected, counts {other}" for other in ("alone", "and machine noise")]
+    head = ["ranks", "they wait", "sampler", "measured (90 % interval)", *counts]
     correlations = ", ".join(
         f"{outcome['samplers']['bernoulli']['correlation']:.2f} on {outcome['ranks']} ranks"
         for outcome in outcomes
@@ -249,9 +202,9 @@ def processes_section(results: dict[str, Any]) -> list[str]:
         "a block` sums up the slowest rank of every block, forward and backward apart, of the same "
         "steps. The seconds by kept samples are those of one process alone; the machine's noise is "
         "taken from the steps with the fixed count.",
-        by_column(found, columns),
+        markdown(head, rows),
         f"Expected and measured differ by at most {percent(furthest)} of a step under Bernoulli; "
-        f"{inside} of all {len(found)} expected figures lie in the interval of the measured one. "
+        f"{inside} of all {len(rows)} expected figures lie in the interval of the measured one. "
         "Correlation of the expected and the measured time of a rank's step under Bernoulli, both "
         f"less the mean of the step's ranks: {correlations}.",
     ]
@@ -261,17 +214,17 @@ def plot_ranks(cases: list[Case]) -> Figure:
     """Step time over the ideal by number of ranks: a column a batch, a row a way to wait."""
     hardest = [case for case in cases if case.name == HARDEST]
     width = 3.6 + 2 / len(hardest)
-    figure, grid = panels(len(SYNCS), len(hardest), width, 3.7, sharex=True, sharey="row")
+    figure, grid = style.panels(len(SYNCS), len(hardest), width, 3.7, sharex=True, sharey="row")
     for line, sync in zip(grid, SYNCS, strict=True):
         for axes, case in zip(line, hardest, strict=True):
             for sampler, (colour, marker) in LOOKS.items():
                 look = {"color": colour, "marker": marker, "markerfacecolor": "none"}
                 axes.plot(RANKS, 1 + case.over_ideal[sampler, sync], label=sampler, **look)
-            ideal_line(axes, 1, "ideal")
-            log_axis(axes, RANKS, xlabel="data-parallel ranks")
+            style.ideal_line(axes, 1, "ideal")
+            style.log_axis(axes, RANKS, xlabel="data-parallel ranks")
             axes.set_title(f"B = {case.layers.batch} a rank, {HARDEST}")
         line[0].set_ylabel(f"step time / ideal\n(ranks wait once a {sync})")
-    legend(figure, 5)
+    style.legend(figure, 5)
     return figure
 
 
@@ -280,7 +233,7 @@ def write(results: dict[str, Any], directory: Path) -> str:
     cases = work_out(results)
     sections = [*steps_section(cases), *law_section(results), *memory_section(cases)]
     sections += [*measured_section(results), *processes_section(results)]
-    (plot,) = save({"ranks": lambda: plot_ranks(cases)}, directory)
+    (plot,) = style.save({"ranks": lambda: plot_ranks(cases)}, directory)
     page = document("The slowest rank", results, [*sections, f"![ranks]({plot.name})"])
     (directory / "scaling.md").write_text(page)
     return page

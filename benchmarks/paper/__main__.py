@@ -32,7 +32,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument(
-        "--dataset", choices=("digits", *SETS), default="digits", help="(default: digits)"
+        "--dataset",
+        choices=("digits", *SETS),
+        default="digits",
+        help="scikit-learn's, or from --data",
     )
     data.add_argument("--data", type=Path, metavar="DIR", help="where torchvision keeps CIFAR")
     data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--checkpoint-every", type=int, default=0, metavar="STEPS", help="0: every epoch"
     )
 
-    presets = "\n".join(f"  {effort.name:9} {effort.duration}" for effort in EFFORTS.values())
+    presets = "\n".join(f"  {name:9} {effort.duration}" for name, effort in EFFORTS.items())
     claim = commands.add_parser(
         "claim",
         parents=[data],
@@ -106,7 +109,6 @@ def _train(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _claim(options: argparse.Namespace, device: torch.device, command: str) -> int:
-    effort = EFFORTS[options.preset]
     names = list(CLAIMS) if "all" in options.names else list(dict.fromkeys(options.names))
     env = environment(device)
     data = load(options.dataset, options.data)
@@ -116,11 +118,11 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
     def advance(doing: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {doing}", flush=True)
 
-    lab = Lab(effort, data, device, options.out / "runs", advance)
+    lab = Lab(EFFORTS[options.preset], data, device, options.out / "runs", advance)
     result = {
         "schema": SCHEMA,
         "command": command,
-        "preset": effort.name,
+        "preset": options.preset,
         "data": data.name,
         "environment": env,
         "claims": {},

@@ -41,12 +41,16 @@ class Recipe:
     schedule: str = _option("linear", "how the survival of blocks falls", "linear", "uniform")
     p_last: float = _option(0.5, "survival probability of the last block")
     mode: str = _option("batch", "a gate for the mini-batch or for each sample", "row", "batch")
-    rescale: str = _option("eval", "eval: the paper's rule, in evaluation", "eval", "train")
-    implementation: str = _option("fused", "or constant depth", "fused", "naive", "constant")
+    rescale: str = _option(
+        "eval", "where survival is made up for (eval: the paper's rule)", "eval", "train"
+    )
+    implementation: str = _option(
+        "fused", "the op, naive masking, or constant depth", "fused", "naive", "constant"
+    )
     projection: bool = _option(False, "1x1 convolutions in shortcuts that change shape")
     epochs: int = _option(500, "of training")
     batch: int = _option(128, "images of a step, of all processes together")
-    learning_rate: float = _option(0.1, "at first")
+    learning_rate: float = _option(0.1, "until the first milestone")
     momentum: float = _option(0.9, "Nesterov's")
     weight_decay: float = _option(1e-4, "of all parameters")
     milestones: tuple[float, ...] = _option(

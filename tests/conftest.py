@@ -55,7 +55,7 @@ LONGEST = [
     "test_packed_compiled.py",
     "test_layer_dropout_compiled.py",
     "test_triton.py",
-    "test_simulation.py",
+    "test_scaling.py",
     "test_dino.py",
     "test_examples.py",
     "test_extension.py",

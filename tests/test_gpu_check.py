@@ -269,13 +269,6 @@ def test_backends_stand_side_by_side(monkeypatch, capsys, tmp_path):
         cuda_bandwidth.main([*command, "cuda"])
 
 
-def test_both_ways_of_the_pair_agree():
-    case, *_ = cuda_bandwidth.cases("197x384", "fp32", 6, 0.5)
-    ours, peers = cuda_bandwidth.pair(case.tensors(torch.device("cpu")))
-    for a, b in zip(ours(), peers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of 591 lines, in other orders
-
-
 def test_a_shape_is_measured(monkeypatch):
     """All but the clock: every kernel runs, and its floor is its share of the copy's bytes."""
 
@@ -287,8 +280,7 @@ def test_a_shape_is_measured(monkeypatch):
     monkeypatch.setattr(cuda_bandwidth, "seconds", seconds)
     results = cuda_bandwidth.run_shape("197x384", "bf16", 8, 0.25, torch.device("cpu"))
     shares = {result.case.split(maxsplit=4)[-1]: result.share for result in results}
-    assert len(shares) == len(cuda_bandwidth.KERNELS) + 1
+    assert len(shares) == len(cuda_bandwidth.KERNELS)
     # Of the copy's 8 rows, read and written: 2 are read and written; 2 are read, 8 written.
     assert shares["compact"] == pytest.approx(4 / 16)
     assert shares["expand"] == pytest.approx(10 / 16)
-    assert shares["forward + backward over index_select + index_add"] == 1.0

@@ -1,8 +1,8 @@
 """The paper's experiments: networks, rules, data, and training that goes on where it was killed."""
 
-import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,11 +22,22 @@ for package in ("matplotlib", "rich", "sklearn"):
 from benchmarks.measure import flops  # noqa: E402
 from benchmarks.paper import claims, data, networks, report, timing, training  # noqa: E402
 from benchmarks.paper.__main__ import main  # noqa: E402
+from benchmarks.providers.libraries import import_module  # noqa: E402
 from benchmarks.providers.networks import HAS_LIBRARIES, seeded_module  # noqa: E402
 from sdkernels import DepthPlan  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+SMOKE = claims.Effort(
+    duration="",
+    recipe=training.Recipe(depth=8, epochs=2, batch=64, mode="row"),
+    decay_recipe=training.Recipe(depth=8, epochs=1, batch=64, mode="row"),
+    seeds=2,
+    survivals=(0.5, 1.0),
+    time=(14, 8, 2),
+    deep=(20, 4, 2),
+    image=(64, 2, 1),
+)
 TINY = training.Recipe(depth=8, epochs=2, batch=256, mode="row", p_last=0.5)
 
 
@@ -146,8 +157,6 @@ def test_schedules():
     plans = [DepthPlan.for_step(0, step, 1, linear) for step in range(2000)]
     depth = mean(sum(rows.k for rows in plan) for plan in plans)
     assert depth == pytest.approx(40.25, abs=0.3)  # five standard errors
-    with pytest.raises(ValueError, match=r"^schedule: expected linear or uniform, got 'steep'"):
-        networks.drop_probabilities("steep", 3, 0.5)
 
 
 @pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
@@ -163,63 +172,51 @@ def test_resnet_152_has_fifty_gates():
 # Data
 
 
-def write_cifar(folder, name, images=20, labels=(3, 9)):
-    """The files of the data set's binary version, with few images; returns its changed entry."""
-    files = data.SETS[name]
-    small = replace(
-        files,
-        train=tuple((file, images) for file, _ in files.train),
-        test=tuple((file, images) for file, _ in files.test),
-    )
-    target = folder / files.folder
-    target.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for file, count in (*small.train, *small.test):
-        records = rng.integers(0, 256, (count, files.labels + data.PIXELS), dtype=np.uint8)
-        records[:, : files.labels] = labels[-1] if files.labels == 1 else labels
-        records.tofile(target / file)
-    return small
+def write_cifar(folder, name, monkeypatch, images=20):
+    """The files of torchvision's data set, with few images; returns the pixels of the last one."""
+    kind = getattr(import_module("torchvision.datasets"), data.SETS[name])
+    key = "labels" if name == "cifar10" else "fine_labels"
+    target, rng = folder / kind.base_folder, np.random.default_rng(0)
+    target.mkdir()
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: target.is_dir())
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
+    for file, _ in (*kind.train_list, *kind.test_list):
+        pixels = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
+        (target / file).write_bytes(pickle.dumps({"data": pixels, key: [9] * images}))
+    classes = [str(number) for number in range(10 if name == "cifar10" else 100)]
+    (target / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: classes}))
+    return pixels
 
 
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
 @pytest.mark.parametrize(("name", "images"), [("cifar10", 100), ("cifar100", 20)])
 def test_cifar_from_its_files(name, images, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SETS, name, write_cifar(tmp_path, name))
+    pixels = write_cifar(tmp_path, name, monkeypatch)
     loaded = data.load(name, tmp_path)
+    assert loaded.classes == (10 if name == "cifar10" else 100)
     assert len(loaded.train[1]) == 9 * images // 10
     assert len(loaded.validation[1]) == images // 10
     assert len(loaded.test[1]) == 20
     assert loaded.flips
-    assert set(loaded.test[1].tolist()) == {9}  # of CIFAR-100's two labels the fine one
+    assert set(loaded.test[1].tolist()) == {9}
     x = loaded.train[0]
     assert x.shape[1:] == (3, 32, 32)
     assert x.mean((0, 2, 3)).abs().max() < 1e-4
     assert (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    first = np.fromfile(tmp_path / data.SETS[name].folder / data.SETS[name].test[0][0], np.uint8)
-    pixels = torch.from_numpy(first[data.SETS[name].labels :][:1024].copy()).float()
+    red = torch.from_numpy(pixels[0, :1024]).float()
     image = loaded.test[0][0, 0].flatten()
-    assert torch.corrcoef(torch.stack([pixels, image]))[0, 1] > 0.9999  # red, row by row
-    again = data.load(name, tmp_path / data.SETS[name].folder)
+    assert torch.corrcoef(torch.stack([red, image]))[0, 1] > 0.9999  # row by row
+    again = data.load(name, tmp_path)
     assert torch.equal(again.train[0], loaded.train[0])
 
 
-def test_cifar_is_checked(tmp_path, monkeypatch):
-    with pytest.raises(data.DataError, match=r"^--data: expected the folder .*cs\.toronto\.edu"):
-        data.load("cifar10", None)
-    with pytest.raises(data.DataError, match="no such folder"):
-        data.load("cifar10", tmp_path / "none")
-    monkeypatch.setitem(data.SETS, "cifar10", write_cifar(tmp_path, "cifar10"))
-    folder = tmp_path / "cifar-10-batches-bin"
-    third = folder / "data_batch_3.bin"
-    whole = third.read_bytes()
-    third.write_bytes(whole[:-1])
-    with pytest.raises(data.DataError, match=r"data_batch_3\.bin: expected 20 records of 3073 byt"):
-        data.load("cifar10", tmp_path)
-    third.write_bytes(b"\xff" + whole[1:])
-    with pytest.raises(data.DataError, match="expected labels from 0 to 9, got 255"):
-        data.load("cifar10", tmp_path)
-    third.unlink()
-    with pytest.raises(data.DataError, match=r"data_batch_3\.bin is missing; .* binary version"):
-        data.load("cifar10", tmp_path)
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
+def test_cifar_is_checked(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"something else")
+    for folder in (None, tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match=r"^--data: expected the folder .*cs\.toronto\.edu"):
+            data.load("cifar10", folder)
 
 
 def test_digits(digits):
@@ -284,17 +281,12 @@ def test_training_learns_and_records(few):
     assert mean(trainer.losses[-4:]) < mean(trainer.losses[:4]) - 0.1
 
 
-@pytest.mark.parametrize("options", [{"amp": "bf16"}, {"amp": "fp16"}, {"channels_last": True}])
+@pytest.mark.parametrize("options", [{"amp": "bf16"}, {"channels_last": True}])
 def test_other_formats(options, few):
     recipe = replace(TINY, epochs=1, batch=64, **options)
     trainer = training.Trainer(recipe, few, CPU)
     plain = training.Trainer(replace(TINY, epochs=1, batch=64), few, CPU)
     assert trainer.train_step() == pytest.approx(plain.train_step(), rel=0.02)
-
-
-def steps_in(folder):
-    with (folder / "steps.csv").open(newline="") as file:
-        return list(csv.reader(file))
 
 
 COMMAND = (
@@ -321,16 +313,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < step < 20
-    # What a run that died just after it had logged more leaves behind.
-    with (killed / "steps.csv").open("a") as file:
-        file.write("15,1,0.1,99.0\r\n16,1")
+    assert 0 < len(torch.load(killed / "checkpoint.pt", weights_only=True)["losses"]) < 20
     again = subprocess.run(
         [*COMMAND, "--out", str(killed)], cwd=ROOT, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert steps_in(killed) == steps_in(whole)
     runs = [json.loads((folder / "run.json").read_text()) for folder in (whole, killed)]
     for run in runs:
         for epoch in run["epochs"]:
@@ -359,7 +346,7 @@ def test_interruption_leaves_a_checkpoint(few, tmp_path):
         trainer.run()
     again = training.Trainer(recipe, few, CPU, tmp_path)
     assert again.step == 3
-    assert [row[0] for row in steps_in(tmp_path)[1:]] == ["0", "1", "2"]
+    assert again.losses == trainer.losses
 
 
 def test_two_processes_train_one_network(tmp_path):
@@ -376,7 +363,7 @@ def test_two_processes_train_one_network(tmp_path):
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "run.json").read_text())
     assert len(run["epochs"]) == 1
-    assert len(steps_in(tmp_path)) == 1 + 5
+    assert len(run["losses"]) == 5
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["identity"]["processes"] == 2
 
@@ -387,7 +374,6 @@ def test_two_processes_train_one_network(tmp_path):
         (["--depth", "9"], "--depth: expected 6n + 2"),
         (["--p-last", "0"], "--p-last: expected a probability above 0"),
         (["--epochs", "0"], "--epochs: expected at least 1"),
-        (["--dataset", "cifar10"], "--data: expected the folder"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys, tmp_path):
@@ -399,18 +385,18 @@ def test_bad_arguments(arguments, message, capsys, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_LIBRARIES, reason="needs timm and torchvision")
-def test_every_claim_has_a_table_and_a_plot(few, tmp_path, monkeypatch, capsys):
+def test_every_claim_has_a_table_and_curves_a_plot(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.paper.__main__.load", lambda *_: few)
-    effort = claims.EFFORTS["smoke"]
-    small = replace(effort.recipe, batch=64)
-    monkeypatch.setitem(claims.EFFORTS, "smoke", replace(effort, recipe=small, decay_recipe=small))
-    arguments = ["claim", "all", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setitem(claims.EFFORTS, "quick", SMOKE)
+    arguments = ["claim", "all", "--preset", "quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(arguments) == 0
     result = json.loads((tmp_path / "claims.json").read_text())
     assert result["claims"].keys() == claims.CLAIMS.keys()
     text = (tmp_path / "report.md").read_text()
     for name, record in result["claims"].items():
         assert f"## {record['title']}" in text
+        assert f"![{name}]" in text or name not in report.PLOTS
+    for name in report.PLOTS:
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     depth = result["claims"]["time"]["expected_depth"]
     assert depth["plan"] == pytest.approx(depth["formula"], abs=0.3)
@@ -421,7 +407,7 @@ def test_every_claim_has_a_table_and_a_plot(few, tmp_path, monkeypatch, capsys):
 
 
 def test_claims_share_their_runs(few, tmp_path):
-    lab = claims.Lab(claims.EFFORTS["smoke"], few, CPU, tmp_path)
+    lab = claims.Lab(SMOKE, few, CPU, tmp_path)
     recipe = replace(TINY, epochs=1, batch=64)
     first = lab.train(recipe)
     assert lab.train(recipe) == first

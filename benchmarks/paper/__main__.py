@@ -11,43 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from benchmarks.measure.ending import BadFolder, in_one_sentence, out_folder
+from benchmarks.measure.ending import in_one_sentence, out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import read_json, write_json
 from benchmarks.paper import report
 from benchmarks.paper.claims import CLAIMS, EFFORTS, Lab
-from benchmarks.paper.data import SETS, DataError, load
+from benchmarks.paper.data import SETS, load
 from benchmarks.paper.training import Recipe, Trainer
 from benchmarks.report.table import printed, window
 
 SCHEMA = 2
 OUT = Path(__file__).parent / "out"
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "schedule": ("linear", "uniform"),
-    "mode": ("row", "batch"),
-    "rescale": ("eval", "train"),
-    "impl": ("fused", "naive", "constant"),
-    "amp": ("bf16", "fp16"),
-}
-HELP = {
-    "depth": "layers, 6n + 2",
-    "schedule": "survival of the blocks: falls linearly, or the same for all",
-    "p-last": "survival probability of the last block",
-    "mode": "a gate for the mini-batch (the paper's) or for each sample",
-    "rescale": "eval: evaluation multiplies by the survival probability (the paper's rule)",
-    "impl": "fused; naive masking; constant depth",
-    "projection": "1x1 convolutions in shortcuts that change shape",
-    "milestones": "shares of the epochs after which the rate is divided by 10",
-    "warmup": "epochs at a tenth of the rate first",
-    "amp": "autocast",
-}
-
-
-def _option(field: str) -> str:
-    return {"implementation": "impl"}.get(field, field.replace("_", "-"))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -56,9 +32,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument(
-        "--dataset", choices=("digits", *SETS), default="digits", help="(default: digits)"
+        "--dataset",
+        choices=("digits", *SETS),
+        default="digits",
+        help="scikit-learn's, or from --data",
     )
-    data.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR's binary version")
+    data.add_argument("--data", type=Path, metavar="DIR", help="where torchvision keeps CIFAR")
     data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     train = commands.add_parser(
@@ -67,23 +46,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="train one network; started again it goes on from its checkpoint",
         description="Defaults are the paper's for ResNet-110. Under torchrun all processes train "
         "one network, the batch shared among them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for field in fields(Recipe):
-        name, default = _option(field.name), field.default
-        text = f"{HELP.get(name, '')} (default: {default})".strip()
-        if isinstance(default, bool):
-            train.add_argument(f"--{name}", action="store_true", help=HELP.get(name))
-        elif isinstance(default, tuple):
-            train.add_argument(f"--{name}", type=float, nargs="*", default=default, help=text)
-        else:
-            kind, choices = str if default is None else type(default), CHOICES.get(name)
-            train.add_argument(f"--{name}", type=kind, default=default, choices=choices, help=text)
-    train.add_argument("--out", type=Path, default=OUT / "run", metavar="DIR", help="logs")
+    for each in fields(Recipe):
+        option = {"implementation": "impl"}.get(each.name, each.name.replace("_", "-"))
+        how: dict[str, Any] = {"dest": each.name, "default": each.default, **each.metadata}
+        if isinstance(each.default, bool):
+            how |= {"action": "store_true"}
+            del how["choices"]
+        elif isinstance(each.default, tuple):
+            how |= {"type": float, "nargs": "*"}
+        elif each.default is not None:
+            how["type"] = type(each.default)
+        train.add_argument(f"--{option}", **how)
+    train.add_argument("--out", type=Path, default=OUT / "run", metavar="DIR")
     train.add_argument(
-        "--checkpoint-every", type=int, default=0, metavar="STEPS", help="0: every epoch (default)"
+        "--checkpoint-every", type=int, default=0, metavar="STEPS", help="0: every epoch"
     )
 
-    presets = "\n".join(f"  {effort.name:9} {effort.duration}" for effort in EFFORTS.values())
+    presets = "\n".join(f"  {name:9} {effort.duration}" for name, effort in EFFORTS.items())
     claim = commands.add_parser(
         "claim",
         parents=[data],
@@ -103,59 +84,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, device: torch.device) -> int:
-    values = {f.name: getattr(options, _option(f.name).replace("-", "_")) for f in fields(Recipe)}
-    values["milestones"] = tuple(values["milestones"])
-    recipe = Recipe(**values)
+    values = {each.name: getattr(options, each.name) for each in fields(Recipe)}
+    recipe = Recipe(**values | {"milestones": tuple(options.milestones)})
     data = load(options.dataset, options.data, recipe.seed)
     trainer = Trainer(recipe, data, device, options.out, options.checkpoint_every)
     is_first = trainer.rank == 0
-    bars = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[state]}"),
-        disable=not is_first,
-    )
-    with bars:
-        total = recipe.epochs * trainer.steps_per_epoch
-        task = bars.add_task("", total=total, completed=trainer.step, epoch=0, state="")
+    with Progress(disable=not is_first) as bars:
+        task = bars.add_task("", total=recipe.epochs * trainer.steps_per_epoch)
 
         def advance(loss: float) -> None:
-            state = f"loss {loss:.3f}"
+            state = f"epoch {len(trainer.epochs) + 1}/{recipe.epochs}, loss {loss:.3f}"
             if trainer.epochs:
                 state += f", validation error {100 * trainer.epochs[-1]['validation_error']:.2f} %"
-            epoch = f"{len(trainer.epochs) + 1}/{recipe.epochs}"
-            bars.update(task, completed=trainer.step, epoch=epoch, state=state)
+            bars.update(task, completed=trainer.step, description=state)
 
         trainer.advance = advance
         record = trainer.run()
     if is_first:
         print(
             f"test error at the best validation epoch: {100 * record['test_error']:.2f} %; "
-            f"checkpoint and logs in {options.out}"
+            f"checkpoint and run.json in {options.out}"
         )
     return 0
 
 
 def _claim(options: argparse.Namespace, device: torch.device, command: str) -> int:
-    effort = EFFORTS[options.preset]
     names = list(CLAIMS) if "all" in options.names else list(dict.fromkeys(options.names))
-    console = Console(file=sys.stdout)
     env = environment(device)
     data = load(options.dataset, options.data)
     start = time.perf_counter()
     out_folder(options.out)
 
     def advance(doing: str) -> None:
-        passed = time.perf_counter() - start
-        console.print(f"{passed:6.0f} s  {doing}", highlight=False)
+        print(f"{time.perf_counter() - start:6.0f} s  {doing}", flush=True)
 
-    lab = Lab(effort, data, device, options.out / "runs", advance)
+    lab = Lab(EFFORTS[options.preset], data, device, options.out / "runs", advance)
     result = {
         "schema": SCHEMA,
         "command": command,
-        "preset": effort.name,
+        "preset": options.preset,
         "data": data.name,
         "environment": env,
         "claims": {},
@@ -197,9 +164,9 @@ def _run(arguments: list[str]) -> int:
         if options.command == "train":
             return _train(options, device)
         return _claim(options, device, shlex.join(["python", "-m", "benchmarks.paper", *arguments]))
-    except (BadFolder, BrokenPipeError):
+    except BrokenPipeError:
         raise
-    except (DataError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"python -m benchmarks.paper: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

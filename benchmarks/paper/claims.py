@@ -35,7 +35,6 @@ Record = dict[str, Any]
 class Effort:
     """How much a preset spends on each claim; the paper's own sizes are those of "full"."""
 
-    name: str
     duration: str
     recipe: Recipe  # of what is trained
     decay_recipe: Recipe  # of the claim on decay
@@ -46,56 +45,38 @@ class Effort:
     image: tuple[int, int, int]  # of ResNet-152: pixels, batch and repeats
 
 
-_DIGITS = Recipe(depth=20, epochs=12, batch=64, mode="row")
-_SMOKE = replace(_DIGITS, depth=8, epochs=2, batch=512)
+_DIGITS = Recipe(depth=20, epochs=30, batch=64, mode="row")
 EFFORTS = {
-    effort.name: effort
-    for effort in (
-        Effort(
-            name="smoke",
-            duration="under a minute; figures mean nothing",
-            recipe=_SMOKE,
-            decay_recipe=replace(_SMOKE, epochs=1),
-            seeds=2,
-            survivals=(0.5, 1.0),
-            time=(14, 8, 2),
-            deep=(20, 4, 2),
-            image=(64, 2, 1),
-        ),
-        Effort(
-            name="quick",
-            duration="about 5 minutes on 2 cores",
-            recipe=replace(_DIGITS, epochs=8),
-            decay_recipe=replace(_DIGITS, depth=14, epochs=4),
-            seeds=2,
-            survivals=(0.2, 0.5, 0.8, 1.0),
-            time=(110, 64, 6),
-            deep=(1202, 4, 3),
-            image=(96, 8, 3),
-        ),
-        Effort(
-            name="standard",
-            duration="about 45 minutes on 2 cores",
-            recipe=replace(_DIGITS, epochs=30),
-            decay_recipe=replace(_DIGITS, depth=14, epochs=8),
-            seeds=4,
-            survivals=(0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0),
-            time=(110, 64, 16),
-            deep=(1202, 8, 8),
-            image=(128, 8, 10),
-        ),
-        Effort(
-            name="full",
-            duration="days on one GPU; not yet run",
-            recipe=Recipe(),
-            decay_recipe=Recipe(),
-            seeds=3,
-            survivals=tuple(share / 10 for share in range(1, 11)),
-            time=(110, 128, 100),
-            deep=(1202, 128, 20),
-            image=(224, 128, 30),
-        ),
-    )
+    "quick": Effort(
+        duration="about 5 minutes on 2 cores",
+        recipe=replace(_DIGITS, epochs=8),
+        decay_recipe=replace(_DIGITS, depth=14, epochs=4),
+        seeds=2,
+        survivals=(0.2, 0.5, 0.8, 1.0),
+        time=(110, 64, 6),
+        deep=(1202, 4, 3),
+        image=(96, 8, 3),
+    ),
+    "standard": Effort(
+        duration="about 45 minutes on 2 cores",
+        recipe=_DIGITS,
+        decay_recipe=replace(_DIGITS, depth=14, epochs=8),
+        seeds=4,
+        survivals=(0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0),
+        time=(110, 64, 16),
+        deep=(1202, 8, 8),
+        image=(128, 8, 10),
+    ),
+    "full": Effort(
+        duration="days on one GPU; not yet run",
+        recipe=Recipe(),
+        decay_recipe=Recipe(),
+        seeds=3,
+        survivals=tuple(share / 10 for share in range(1, 11)),
+        time=(110, 128, 100),
+        deep=(1202, 128, 20),
+        image=(224, 128, 30),
+    ),
 }
 
 
@@ -139,8 +120,9 @@ class Lab:
         return images[chosen].to(self.device), labels[chosen].to(self.device)
 
 
-def _spread(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+def _summary(values: list[float], name: str = "test_error") -> Record:
+    """Their mean, by that name, and their standard deviation."""
+    return {name: mean(values), "deviation": stdev(values) if len(values) > 1 else 0.0}
 
 
 def _variants(base: Recipe) -> dict[str, Recipe]:
@@ -216,15 +198,8 @@ def errors(lab: Lab) -> Record:
     rows = []
     for name, each in runs.items():
         found = [run["test_error"] for run in each]
-        rows.append(
-            {
-                "variant": name,
-                "test_error": mean(found),
-                "deviation": _spread(found),
-                "errors": found,
-                "curves": [[epoch["test_error"] for epoch in run["epochs"]] for run in each],
-            }
-        )
+        curves = [[epoch["test_error"] for epoch in run["epochs"]] for run in each]
+        rows.append({"variant": name, **_summary(found), "errors": found, "curves": curves})
     pairs = zip(runs["per sample"], runs["per sample, masking"], strict=True)
     apart = [compacted["test_error"] - masked["test_error"] for compacted, masked in pairs]
     return {
@@ -232,7 +207,7 @@ def errors(lab: Lab) -> Record:
         f"p_L = {base.p_last:g}",
         "recipe": asdict(base),
         "rows": rows,
-        "batch_norm": {"differences": apart, "mean": mean(apart), "deviation": _spread(apart)},
+        "batch_norm": {"differences": apart, **_summary(apart, "mean")},
     }
 
 
@@ -264,16 +239,10 @@ def decay(lab: Lab) -> Record:
         for p_last in lab.effort.survivals
     }
     for name, runs in lab.train_all(laws, max(lab.effort.seeds // 2, 1)).items():
-        found, recipe = [run["test_error"] for run in runs], laws[name]
-        rows.append(
-            {
-                "schedule": recipe.schedule,
-                "p_last": recipe.p_last,
-                "test_error": mean(found),
-                "deviation": _spread(found),
-                "keep": 1 - mean(recipe.drop_probs),
-            }
-        )
+        recipe = laws[name]
+        law = {"schedule": recipe.schedule, "p_last": recipe.p_last}
+        found = _summary([run["test_error"] for run in runs])
+        rows.append({**law, **found, "keep": 1 - mean(recipe.drop_probs)})
     return {
         "title": f"Uniform and linear survival, ResNet-{base.depth} on {lab.data.name}, "
         f"{base.epochs} epochs",

@@ -4,60 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.providers import digits
+from benchmarks.providers.libraries import import_module
 
-HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
-PIXELS = 3 * 32 * 32
-
-
-class DataError(RuntimeError):
-    """The folder does not hold the data set; the message says what is missing and where it is."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """The binary version of a data set: records of labels, then 3072 bytes of pixels.
-
-    Args:
-        folder: what its archive unpacks to.
-        train, test: file names with the number of images in each.
-        labels: bytes before the pixels; the last one is the class.
-        classes: how many there are.
-        archive: the name under which it is offered.
-    """
-
-    folder: str
-    train: tuple[tuple[str, int], ...]
-    test: tuple[tuple[str, int], ...]
-    labels: int
-    classes: int
-    archive: str
-
-
-SETS = {
-    "cifar10": Files(
-        "cifar-10-batches-bin",
-        tuple((f"data_batch_{i}.bin", 10_000) for i in range(1, 6)),
-        (("test_batch.bin", 10_000),),
-        1,
-        10,
-        "CIFAR-10 binary version",
-    ),
-    "cifar100": Files(
-        "cifar-100-binary",
-        (("train.bin", 50_000),),
-        (("test.bin", 10_000),),
-        2,
-        100,
-        "CIFAR-100 binary version",
-    ),
-}
+# Classes of torchvision.datasets, by name on the command line.
+SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 @dataclass(frozen=True)
@@ -76,28 +33,6 @@ class Data:
         return self.train[0].shape[1]
 
 
-def _read(path: Path, images: int, files: Files) -> tuple[Tensor, Tensor]:
-    """One file: images as uint8 and labels."""
-    where = f'it is part of the "{files.archive}" of {HOME}'
-    if not path.is_file():
-        raise DataError(f"{path} is missing; {where}")
-    record = files.labels + PIXELS
-    size = path.stat().st_size
-    if size != images * record:
-        raise DataError(
-            f"{path}: expected {images} records of {record} bytes, {images * record} in all, got "
-            f"{size}; {where}"
-        )
-    records = torch.from_numpy(np.fromfile(path, dtype=np.uint8).reshape(images, record))
-    labels = records[:, files.labels - 1].long()
-    if int(labels.max()) >= files.classes:
-        raise DataError(
-            f"{path}: expected labels from 0 to {files.classes - 1}, got {int(labels.max())}; "
-            f"{where}"
-        )
-    return records[:, files.labels :].reshape(images, 3, 32, 32), labels
-
-
 def _normalized(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """By the mean and the deviation of each channel of the first part's images."""
     images = parts[0][0].float()
@@ -106,36 +41,33 @@ def _normalized(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
     return [((x.float() - mean) / deviation, y) for x, y in parts]
 
 
-def load_cifar(name: str, directory: Path, seed: int = 0) -> Data:
+def load_cifar(name: str, directory: Path | None, seed: int = 0) -> Data:
     """CIFAR-10 or CIFAR-100: 45,000 images to train, 5,000 to validate, 10,000 to test.
 
     Args:
         name: "cifar10" or "cifar100".
-        directory: the folder that the binary version unpacks to, or the one that holds it.
+        directory: the folder that torchvision keeps data sets in.
         seed: of the split.
 
     Raises:
-        DataError: a file is missing, has another size, or labels that cannot be.
+        ValueError: a file is missing, or is not what its checksum says.
     """
-    files = SETS[name]
-    if not directory.is_dir():
-        raise DataError(
-            f"--data {directory}: no such folder; expected one with {files.folder}, which the "
-            f'"{files.archive}" of {HOME} unpacks to'
-        )
-    if (directory / files.folder).is_dir():
-        directory = directory / files.folder
-    train = [_read(directory / file, images, files) for file, images in files.train]
-    images, labels = (torch.cat(part) for part in zip(*train, strict=True))
-    test = [_read(directory / file, count, files) for file, count in files.test]
+    kind: Any = getattr(import_module("torchvision.datasets"), SETS[name])
+    try:
+        parts = [kind(directory or "", train=train) for train in (True, False)]
+    except RuntimeError:
+        raise ValueError(
+            f"--data: expected the folder that holds a whole {kind.base_folder}, which {kind.url} "
+            f"unpacks to, got {directory}"
+        ) from None
+    (images, labels), test = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, used = order[: len(order) // 10], order[len(order) // 10 :]
-    parts = [
-        (images[used], labels[used]),
-        (images[held_out], labels[held_out]),
-        (torch.cat([x for x, _ in test]), torch.cat([y for _, y in test])),
-    ]
-    return Data(name, files.classes, True, *_normalized(parts))
+    split = [(images[chosen], labels[chosen]) for chosen in (used, held_out)]
+    return Data(name, len(parts[0].classes), True, *_normalized([*split, test]))
 
 
 def load_digits(seed: int = 0) -> Data:
@@ -150,14 +82,7 @@ def load_digits(seed: int = 0) -> Data:
 
 def load(name: str, directory: Path | None, seed: int = 0) -> Data:
     """The data set called ``name``; digits need no folder."""
-    if name == "digits":
-        return load_digits(seed)
-    if directory is None:
-        raise DataError(
-            f"--data: expected the folder with {SETS[name].folder}, which the "
-            f'"{SETS[name].archive}" of {HOME} unpacks to'
-        )
-    return load_cifar(name, directory, seed)
+    return load_digits(seed) if name == "digits" else load_cifar(name, directory, seed)
 
 
 def augment(images: Tensor, flips: bool, generator: torch.Generator, shift: int = 4) -> Tensor:

@@ -31,11 +31,7 @@ def drop_probabilities(schedule: str, depth: int, p_last: float) -> list[float]:
     >>> drop_probabilities("linear", 4, 0.5)
     [0.125, 0.25, 0.375, 0.5]
     """
-    if schedule == "linear":
-        return linear_decay(depth, 1 - p_last)
-    if schedule == "uniform":
-        return uniform(depth, 1 - p_last)
-    raise ValueError(f"schedule: expected linear or uniform, got {schedule!r}")
+    return {"linear": linear_decay, "uniform": uniform}[schedule](depth, 1 - p_last)
 
 
 def expected_depth(blocks: int) -> float:

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.paper.timing import CONSTANT, FLOOR
-from benchmarks.report.plots.style import BLUE, GREEN, GREY, ORANGE, RED, legend, save
+from benchmarks.paper.timing import FLOOR
+from benchmarks.report.plots.style import BLUE, GREY, ORANGE, RED, save
 from benchmarks.report.table import by_column, document, percent, ratio, seconds
 
 Record = dict[str, Any]
@@ -27,9 +27,6 @@ COLOURS = {
     "linear": BLUE,
     "uniform": ORANGE,
 }
-
-# By the end of a variant's name; the op's own are blue.
-BARS = {CONSTANT: GREY, FLOOR: GREY, "naive": RED}
 FLOOR_TEXT = (
     "The ideal takes all blocks for equally dear, and a block for proportional to its samples. A "
     "floor is measured in the same run: the step without branches, and the branches beside it for "
@@ -137,50 +134,6 @@ def _budget_table(record: Record) -> list[str]:
     return [by_column(record["rows"], STEP | columns), text]
 
 
-def _bars(record: Record, height: float, paper: dict[str, float]) -> Figure:
-    """Steps as shares of constant depth, with the range of the repeats, the ideals, the paper's."""
-    figure, axes = plt.subplots(figsize=(8.4, height))
-    rows = record["rows"]
-    places = range(len(rows))
-    values, low, high = ([100 * row[key] for row in rows] for key in ("of_constant", "low", "high"))
-    ranges = [
-        [max(value - least, 0) for value, least in zip(values, low, strict=True)],
-        [max(most - value, 0) for value, most in zip(values, high, strict=True)],
-    ]
-    colours = [
-        next((c for end, c in BARS.items() if row["variant"].endswith(end)), BLUE) for row in rows
-    ]
-    bars = axes.barh(places, values, 0.62, color=colours, xerr=ranges, ecolor="#333333")
-    axes.bar_label(bars, fmt="%.0f", padding=4, fontsize=9)
-    for place, row in zip(places, rows, strict=True):
-        ideal = 100 * row["ideal"]
-        axes.vlines(ideal, place - 0.4, place + 0.4, "black", linestyles="--", label="ideal")
-        if row["variant"] in paper:
-            look = {"color": GREEN, "markersize": 7, "label": "the paper"}
-            axes.plot(100 * paper[row["variant"]], place, "D", **look)
-    axes.set_yticks(places, [row["variant"] for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.grid(axis="y", visible=False)
-    axes.set(xlabel="time of a training step (% of constant depth)", title=record["title"])
-    legend(figure, 2)
-    return figure
-
-
-def _plot_time(record: Record) -> Figure:
-    shares = record["paper"].items()
-    paper = {f"p_L = {float(p):g}, per mini-batch, fused": share for p, share in shares}
-    return _bars(record, 6.4, paper)
-
-
-def _plot_budget(record: Record) -> Figure:
-    return _bars(record, 3, {"per mini-batch, fused": 90 / record["paper"]})
-
-
-def _plot_deep(record: Record) -> Figure:
-    return _bars(record, 3.8, {})
-
-
 def _curves(record: Record, factor: float, ylabel: str) -> tuple[Figure, Axes]:
     """The mean over the seeds, and every seed as a faint line."""
     figure, axes = plt.subplots(figsize=(8.4, 4.8))
@@ -251,23 +204,22 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "deep": _deep_table,
     "budget": _budget_table,
 }
+# Curves; what the other claims found is in their tables.
 PLOTS: dict[str, Callable[[Record], Figure]] = {
-    "time": _plot_time,
     "error": _plot_error,
     "gradient": _plot_gradient,
     "decay": _plot_decay,
-    "deep": _plot_deep,
-    "budget": _plot_budget,
 }
 
 
 def write(result: Record, directory: Path) -> list[Path]:
     """Plots and ``report.md`` of the claims in ``result``; returns the paths."""
     claims = result["claims"]
-    drawn = save({name: partial(PLOTS[name], claims[name]) for name in claims}, directory)
+    drawn = save({n: partial(PLOTS[n], claims[n]) for n in claims if n in PLOTS}, directory)
     sections = [f"Preset {result['preset']}, data: {result['data']}"]
-    for (name, record), path in zip(claims.items(), drawn, strict=True):
-        sections += [f"## {record['title']}", *TABLES[name](record), f"![{name}]({path.name})"]
+    for name, record in claims.items():
+        sections += [f"## {record['title']}", *TABLES[name](record)]
+        sections += [f"![{name}]({path.name})" for path in drawn if path.stem == name]
     report = directory / "report.md"
     report.write_text(document("The paper's claims", result, sections))
     return [report, *drawn]

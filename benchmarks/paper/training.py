@@ -3,16 +3,15 @@ which a run goes on as if it had never stopped.
 
 Nothing is drawn from a generator with a state: the order of an epoch, the augmentation of a step
 and the kept rows of a step follow from the seed and their numbers. So a checkpoint is the weights,
-the optimizer and a step number.
+the optimizer and what was recorded of the steps so far.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +28,38 @@ from benchmarks.providers.networks import seeded_module
 from sdkernels import DepthPlan
 
 
+def _option(default: Any, text: str, *choices: str) -> Any:
+    """A field of the recipe, as the command line has it."""
+    return field(default=default, metadata={"help": text, "choices": choices or None})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One run. The defaults are the paper's for ResNet-110 (section 4).
+    """One run. The defaults are the paper's for ResNet-110 (section 4)."""
 
-    Args:
-        depth: layers, 6n + 2.
-        schedule, p_last: survival of the blocks, see ``networks.drop_probabilities``.
-        mode: "batch" or "row". rescale: "eval" or "train".
-        implementation: "fused", "naive" or "constant".
-        milestones: shares of the epochs after which the rate is divided by ten.
-        warmup: epochs at a tenth of the rate first (the paper's run of 1202 layers: 10).
-        amp: None, "bf16" or "fp16".
-    """
-
-    depth: int = 110
-    schedule: str = "linear"
-    p_last: float = 0.5
-    mode: str = "batch"
-    rescale: str = "eval"
-    implementation: str = "fused"
-    projection: bool = False
-    epochs: int = 500
-    batch: int = 128
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    warmup: int = 0
-    seed: int = 0
-    amp: str | None = None
-    channels_last: bool = False
+    depth: int = _option(110, "layers, 6n + 2")
+    schedule: str = _option("linear", "how the survival of blocks falls", "linear", "uniform")
+    p_last: float = _option(0.5, "survival probability of the last block")
+    mode: str = _option("batch", "a gate for the mini-batch or for each sample", "row", "batch")
+    rescale: str = _option(
+        "eval", "where survival is made up for (eval: the paper's rule)", "eval", "train"
+    )
+    implementation: str = _option(
+        "fused", "the op, naive masking, or constant depth", "fused", "naive", "constant"
+    )
+    projection: bool = _option(False, "1x1 convolutions in shortcuts that change shape")
+    epochs: int = _option(500, "of training")
+    batch: int = _option(128, "images of a step, of all processes together")
+    learning_rate: float = _option(0.1, "until the first milestone")
+    momentum: float = _option(0.9, "Nesterov's")
+    weight_decay: float = _option(1e-4, "of all parameters")
+    milestones: tuple[float, ...] = _option(
+        (0.5, 0.75), "shares of the epochs after which the rate is divided by 10"
+    )
+    warmup: int = _option(0, "epochs at a tenth of the rate first (the paper's 1202 layers: 10)")
+    seed: int = _option(0, "of weights, order, augmentation and gates")
+    amp: str | None = _option(None, "autocast", "bf16")
+    channels_last: bool = _option(False, "memory format of images and weights")
 
     def __post_init__(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
@@ -89,19 +89,9 @@ class Recipe:
 
     def model(self, data: Data) -> PaperResNet:
         """The network with the recipe's seed."""
-        model = seeded_module(
-            lambda: PaperResNet(
-                self.n,
-                self.drop_probs,
-                data.classes,
-                data.channels,
-                self.mode,
-                self.rescale,
-                self.implementation,
-                self.projection,
-            ),
-            self.seed,
-        )
+        law = (self.mode, self.rescale, self.implementation, self.projection)
+        sizes = (self.n, self.drop_probs, data.classes, data.channels)
+        model = seeded_module(lambda: PaperResNet(*sizes, *law), self.seed)
         assert isinstance(model, PaperResNet)
         return model
 
@@ -130,8 +120,8 @@ class Trainer:
     Args:
         recipe, data: what to train.
         device: of the model and of the data.
-        directory: where checkpoint and logs go; None keeps nothing. A checkpoint that is there is
-            gone on from: it must be of the same recipe and data.
+        directory: where the checkpoint and ``run.json`` go; None keeps nothing. A checkpoint that
+            is there is gone on from: it must be of the same recipe and data.
         checkpoint_every: steps between checkpoints; 0: at the end of an epoch only.
         advance: called after every step with its loss, as a float.
 
@@ -173,14 +163,15 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             nesterov=True,
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-        self.step = 0
-        self.losses: list[float] = []  # of the steps since the checkpoint that was gone on from
+        self.losses: list[float] = []  # of every step
         self.gradients: list[float] = []  # of the epoch so far
         self.epochs: list[dict[str, Any]] = []
         self._load()
 
-    # What a step needs
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.losses)
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """This process' images of the present step, augmented, and their labels."""
@@ -211,8 +202,7 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[self.recipe.amp]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp is not None)
 
     def train_step(self) -> float:
         """One step of the optimizer; returns the loss before it."""
@@ -224,16 +214,12 @@ class Trainer:
         with self._autocast():
             loss = F.cross_entropy(self.replica(images, self._plan(len(labels))), labels)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
+        loss.backward()
         gradient = self.model.first_convolution.weight.grad
         self.gradients.append(0.0 if gradient is None else gradient.abs().mean().item())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        value = loss.item()
-        self.losses.append(value)
-        return value
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        return self.losses[-1]
 
     @torch.no_grad()
     def error(self, part: tuple[Tensor, Tensor]) -> float:
@@ -244,8 +230,6 @@ class Trainer:
             with self._autocast():
                 wrong += int((self.model(images).argmax(1) != labels).sum())
         return wrong / len(part[1])
-
-    # A run
 
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch; returns the record that ``run.json`` holds.
@@ -291,57 +275,37 @@ class Trainer:
             "images": [len(self.train[1]), len(self.validation[1]), len(self.test[1])],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "epochs": self.epochs,
+            "losses": self.losses,
             # As the paper reports it: at the epoch with the smallest validation error.
             "test_error": best["test_error"] if best else None,
         }
-
-    # Checkpoint and logs
-
-    def _paths(self, directory: Path) -> tuple[Path, Path, Path]:
-        return directory / "checkpoint.pt", directory / "steps.csv", directory / "run.json"
 
     def _identity(self) -> dict[str, Any]:
         """What a run must share with the one that it continues."""
         return asdict(self.recipe) | {"data": self.data.name, "processes": self.world}
 
     def _save(self) -> None:
-        """The logs first, then the checkpoint, each whole or not at all: what the log has too much
-        of is cut off when the run goes on."""
+        """Whole or not at all."""
         if self.directory is None or self.rank:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        checkpoint, steps, run = self._paths(self.directory)
-        first = self.step - len(self.losses)
-        with steps.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(("step", "epoch", "rate", "loss"))
-            for number, loss in enumerate(self.losses, first):
-                epoch = number // self.steps_per_epoch
-                writer.writerow((number, epoch, self.recipe.rate(epoch), repr(loss)))
-        self.losses = []
-        write_json(run, self.record())
+        write_json(self.directory / "run.json", self.record())
         state = {
             "identity": self._identity(),
-            "step": self.step,
+            "losses": self.losses,
             "gradients": self.gradients,
             "epochs": self.epochs,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
         }
-        part = checkpoint.with_suffix(".part")
+        part = self.directory / "checkpoint.part"
         torch.save(state, part)
-        os.replace(part, checkpoint)
+        os.replace(part, self.directory / "checkpoint.pt")
 
     def _load(self) -> None:
-        if self.directory is None:
+        if self.directory is None or not (self.directory / "checkpoint.pt").exists():
             return
-        checkpoint, steps, _ = self._paths(self.directory)
-        if not checkpoint.exists():
-            if steps.exists() and self.rank == 0:
-                steps.unlink()  # of a run that ended before its first checkpoint
-            return
+        checkpoint = self.directory / "checkpoint.pt"
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         there = state["identity"]
         differing = [
@@ -356,14 +320,5 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.epochs = state["step"], state["epochs"]
-        self.gradients = state["gradients"]
-        if self.rank == 0 and steps.exists():
-            with steps.open(newline="") as file:
-                header, *rows = list(csv.reader(file))
-            kept = [row for row in rows if len(row) == 4 and int(row[0]) < self.step]
-            part = steps.with_suffix(".part")
-            with part.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *kept])
-            os.replace(part, steps)
+        self.losses, self.gradients = state["losses"], state["gradients"]
+        self.epochs = state["epochs"]

@@ -22,24 +22,29 @@ long as its calls do: its time is host time.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment, environment_line
+from benchmarks.measure.environment import environment
 from benchmarks.measure.memory import keep_freed_memory, saved_activation_bytes
-from benchmarks.report.table import markdown, printed, seconds, window
+from benchmarks.measure.store import write_json
+from benchmarks.providers.networks import seeded_module
+from benchmarks.providers.residuals import naive
+from benchmarks.providers.vit import Attention, Block
+from benchmarks.report.table import by_column, document, printed, seconds, window
 from sdkernels import KeptRows, Packed, fused_stochastic_depth
 from sdkernels.measure.comparing import Differs, compare
 from sdkernels.measure.turns import quartiles, time_in_turns
@@ -76,82 +81,41 @@ SIZES = (
 Rows = list[list[KeptRows]]  # of both branches, a list each with those of every crop
 
 
-class Block(nn.Module):
-    """A pre-norm block with layer scale, whose linear layers take tokens of any leading shape."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.scale1 = nn.Parameter(torch.full((width,), 0.5))
-        self.scale2 = nn.Parameter(torch.full((width,), 0.5))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """[B, N, 3 * width] -> [B, N, width]."""
-        split = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(*split.unbind(0)).transpose(1, 2).flatten(2)
-
-    def attention(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(self.qkv(x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-    def packed_attention(self, packed: Packed) -> Tensor:
-        qkv = self.qkv(packed.values).unflatten(-1, (3, self.heads, -1))
-        return self.proj(packed.attention(*qkv.unbind(1)).flatten(1))
-
-    def packed_mlp(self, packed: Packed) -> Tensor:
-        return self.mlp(packed.values)
-
-
 def masked(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
-    out = []
-    for crop, x in enumerate(xs):
-        for branch, norm, scale, index in (
-            (block.attention, block.norm1, block.scale1, 0),
-            (block.mlp, block.norm2, block.scale2, 1),
-        ):
-            own = rows[index][crop] if rows else KeptRows.sample(len(x), DROP, sampler="fixed")
-            mask = ((own.slot >= 0).to(x.dtype) * own.scale).view(-1, 1, 1)
-            x = x + branch(norm(x)) * scale * mask
-        out.append(x)
-    return out
+    def own(crop: int, x: Tensor) -> list[KeptRows]:
+        if rows is not None:
+            return [of_branch[crop] for of_branch in rows]
+        return [KeptRows.sample(len(x), DROP, sampler="fixed") for _ in range(2)]
+
+    return [block(x, naive, (DROP, DROP), own(crop, x)) for crop, x in enumerate(xs)]
 
 
 def op_on_list(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
-    def each(branch: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-        return lambda kept: [branch(x) for x in kept]
+    def rule(xs: Any, branch: Callable[[Tensor], Tensor], p: float, **given: Any) -> Any:
+        def each(kept: list[Tensor]) -> list[Tensor]:
+            return [branch(x) for x in kept]
 
-    return _op(block, xs, rows, each(block.attention), each(block.mlp))
+        return fused_stochastic_depth(xs, each, p, sampler="fixed", **given)
+
+    return block(xs, rule, (DROP, DROP), rows or (None, None))  # type: ignore[no-any-return]
 
 
 def op_packed(
     block: Block, xs: list[Tensor], rows: Rows | None, multiple_of: int = 1
 ) -> list[Tensor]:
-    packed = {"packed": True, "multiple_of": multiple_of}
-    return _op(block, xs, rows, block.packed_attention, block.packed_mlp, **packed)
+    def rule(xs: Any, branch: Any, p: float, **given: Any) -> Any:
+        options = {"packed": True, "multiple_of": multiple_of, "sampler": "fixed"}
+        return fused_stochastic_depth(xs, partial(on_tokens, branch), p, **options, **given)
+
+    return block(xs, rule, (DROP, DROP), rows or (None, None))  # type: ignore[no-any-return]
 
 
-def _op(
-    block: Block,
-    xs: list[Tensor],
-    rows: Rows | None,
-    attention: Callable[..., Any],
-    mlp: Callable[..., Any],
-    **options: Any,
-) -> list[Tensor]:
-    first, second = rows or (None, None)
-    common = {"sampler": "fixed", **options}
-    norm1, norm2, scale1, scale2 = block.norm1, block.norm2, block.scale1, block.scale2
-    xs = fused_stochastic_depth(
-        xs, attention, DROP, norm=norm1, layer_scale=scale1, rows=first, **common
-    )
-    return fused_stochastic_depth(
-        xs, mlp, DROP, norm=norm2, layer_scale=scale2, rows=second, **common
-    )
+def on_tokens(branch: Any, packed: Packed) -> Tensor:
+    """Attention or MLP of the tokens of all crops."""
+    if not isinstance(branch, Attention):
+        return branch(packed.values)  # type: ignore[no-any-return]
+    qkv = branch.qkv(packed.values).unflatten(-1, (3, branch.heads, -1))
+    return branch.proj(packed.attention(*qkv.unbind(1)).flatten(1))
 
 
 def recipe(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
@@ -170,12 +134,16 @@ def recipe(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
             for x, i, out, alpha in zip(xs, index, outs, alphas, strict=True)
         ]
 
+    def attend(qkv: Tensor) -> Tensor:
+        split = qkv.unflatten(-1, (3, block.attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(*split.unbind(0)).transpose(1, 2).flatten(2)
+
     index, alphas = drawn(0)
     flat, shapes = _flat([x[i] for x, i in zip(xs, index, strict=True)])
     # The norm's result goes to the attention as a list, which makes it flat for qkv once more.
     flat, _ = _flat(_unflat(block.norm1(flat), shapes))
-    flat, _ = _flat([block.attend(part) for part in _unflat(block.qkv(flat), shapes)])
-    xs = added(_unflat(block.proj(flat), shapes), block.scale1)
+    flat, _ = _flat([attend(part) for part in _unflat(block.attention.qkv(flat), shapes)])
+    xs = added(_unflat(block.attention.proj(flat), shapes), block.scale1)
     index, alphas = drawn(1)
     flat, shapes = _flat([x[i] for x, i in zip(xs, index, strict=True)])
     flat, _ = _flat(_unflat(block.norm2(flat), shapes))
@@ -194,7 +162,8 @@ def _unflat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 def dense(block: Block, tokens: Tensor, kept: list[Tensor]) -> Tensor:
     """`tokens`: those of all of `kept`, flat, and so they stay."""
     packed = Packed(tokens, [tuple(x.shape[:2]) for x in kept])
-    tokens = tokens + block.packed_attention(packed.with_values(block.norm1(tokens))) * block.scale1
+    out = on_tokens(block.attention, packed.with_values(block.norm1(tokens)))
+    tokens = tokens + out * block.scale1
     return tokens + block.mlp(block.norm2(tokens)) * block.scale2
 
 
@@ -203,7 +172,7 @@ PROVIDERS: dict[str, Callable[[Block, list[Tensor], Rows | None], list[Tensor]]]
     "list": op_on_list,
     "recipe": recipe,
     "packed": op_packed,
-    "packed-16": lambda block, xs, rows: op_packed(block, xs, rows, 16),
+    "packed-16": partial(op_packed, multiple_of=16),
 }
 
 
@@ -212,24 +181,26 @@ class Subject:
 
     def __init__(self, size: Size, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.block = Block(size.width, size.heads).to(dtype)
-        self.xs = [
-            torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-            for shape in size.shapes()
-        ]
-        self.grads = [torch.randn(x.shape, generator=generator).to(dtype) for x in self.xs]
+        block = seeded_module(lambda: Block(size.width, size.heads, layer_scale=0.5)).to(dtype)
+        self.block, self.parameters = block, dict(block.named_parameters())
+        self.xs, self.grads = (
+            [torch.randn(shape, generator=generator).to(dtype) for shape in size.shapes()]
+            for _ in range(2)
+        )
         self.kept = [
             KeptRows.sample(len(x), DROP, sampler="fixed", generator=generator).index
             for x in self.xs
         ]
-        picked = [x.detach()[index] for x, index in zip(self.xs, self.kept, strict=True)]
-        self.some = [x.requires_grad_() for x in picked]
-        self.tokens = _flat(picked)[0].detach().requires_grad_()
-        self.token_grads = _flat(
-            [grad[index] for grad, index in zip(self.grads, self.kept, strict=True)]
-        )[0]
+        # What `dense` is given: the tokens of the kept samples.
+        self.some = self.pick(self.xs)
+        self.tokens = _flat(self.some)[0].requires_grad_()
+        self.token_grads = _flat(self.pick(self.grads))[0]
+        for x in self.xs:
+            x.requires_grad_()
+
+    def pick(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Of the kept samples."""
+        return [part[index] for part, index in zip(parts, self.kept, strict=True)]
 
     def forward(self, provider: str, rows: Rows | None = None) -> list[Tensor]:
         if provider == "dense":
@@ -237,20 +208,21 @@ class Subject:
         return PROVIDERS[provider](self.block, self.xs, rows)
 
     def backward(self, provider: str, ys: list[Tensor]) -> tuple[Tensor, ...]:
-        parameters = list(self.block.parameters())
+        xs, grads = self.xs, self.grads
         if provider == "dense":
-            return torch.autograd.grad(ys, [self.tokens, *parameters], [self.token_grads])
-        return torch.autograd.grad(ys, [*self.xs, *parameters], self.grads)
+            xs, grads = [self.tokens], [self.token_grads]
+        return torch.autograd.grad(ys, [*xs, *self.parameters.values()], grads)
 
     def step(self, provider: str) -> Callable[[], object]:
         return lambda: self.backward(provider, self.forward(provider))
 
-    def found(self, provider: str, rows: Rows) -> dict[str, Tensor | None]:
+    def found(self, provider: str, rows: Rows) -> dict[str, Tensor]:
         """Outputs and gradients by name."""
         ys = self.forward(provider, rows)
-        gradients = self.backward(provider, ys)
-        named: dict[str, Tensor | None] = {f"output {n}": y.detach() for n, y in enumerate(ys)}
-        return named | {f"gradient {n}": gradient for n, gradient in enumerate(gradients)}
+        names = [f"gradient of input {n}" for n in range(len(ys))]
+        names += [f"gradient of {name}" for name in self.parameters]
+        gradients = dict(zip(names, self.backward(provider, ys), strict=True))
+        return {f"output {n}": y.detach() for n, y in enumerate(ys)} | gradients
 
 
 def check(size: Size) -> None:
@@ -263,21 +235,17 @@ def check(size: Size) -> None:
         for _ in range(2)
     ]
     same = [KeptRows.from_index(i, b) for i, b in zip(subject.kept, batches, strict=True)]
-    expected = subject.found("masked", rows)
-    of_kept = subject.found("masked", [same, same])
+    of_all = subject.found("masked", [same, same])
     # The rows that no branch keeps give no parameter a gradient, so only theirs are left out.
-    for key in ("output", "gradient"):
-        parts = [of_kept.pop(f"{key} {n}") for n in range(2)]
-        picked = [part[i] for part, i in zip(parts, subject.kept, strict=True)]  # type: ignore[index]
-        of_kept[f"{key} 0"] = _flat(picked)[0]
-    count = len(list(subject.block.parameters()))
-    of_kept |= {f"gradient {n + 1}": of_kept.pop(f"gradient {n + 2}") for n in range(count)}
-    for provider in (*PROVIDERS, "dense"):
+    of_kept = {
+        f"{key} 0": _flat(subject.pick([of_all.pop(f"{key} {n}") for n in range(2)]))[0]
+        for key in ("output", "gradient of input")
+    }
+    expected = dict.fromkeys(PROVIDERS, subject.found("masked", rows))
+    expected["dense"] = of_kept | of_all
+    for provider, wanted in expected.items():
         try:
-            if provider == "dense":
-                compare(subject.found(provider, rows), of_kept)
-            else:
-                compare(subject.found(provider, rows), expected)
+            compare(subject.found(provider, rows), wanted)
         except Differs as error:
             sys.exit(f"{size.name}: {provider!r} differs in its {error}")
 
@@ -303,89 +271,84 @@ def measure(size: Size, turns: int) -> dict[str, Any]:
     """The figures of one size, ready for JSON."""
     check(size)
     subject = Subject(size)
-    names = [*PROVIDERS, "dense"]
-    parameters = list(subject.block.parameters())
+    steps = {name: subject.step(name) for name in (*PROVIDERS, "dense")}
     calls, saved = {}, {}
-    for name in names:
-        subject.step(name)()  # what is made once is made
+    for name, step in steps.items():
+        step()  # what is made once is made
         with Calls() as seen:
-            subject.step(name)()
+            step()
         calls[name] = len(seen.names)
-        saved[name] = saved_activation_bytes(lambda name=name: subject.forward(name), parameters)  # type: ignore[misc]
-    steps = {name: subject.step(name) for name in names}
-    timed = time_in_turns(steps, torch.device("cpu"), turns, warm_up=2).seconds
+        forward = partial(subject.forward, name)
+        saved[name] = saved_activation_bytes(forward, subject.parameters.values())
+    print(f"{size.name}: checked", flush=True)
     return {
         **asdict(size),
         "shapes": size.shapes(),
         "kept": [len(index) for index in subject.kept],
         "calls": calls,
         "saved_bytes": saved,
-        "seconds": timed,
+        "seconds": time_in_turns(steps, torch.device("cpu"), turns, warm_up=2).seconds,
     }
 
 
-COLUMNS = (
-    "block and crops", "provider", "calls", "step", "quartiles", "/ masked", "/ recipe", "/ dense",
-    "saved activations",
-)  # fmt: skip
+Line = tuple[dict[str, Any], str]  # a size's figures, and a provider
 
 
-def rows_of(figures: dict[str, Any]) -> list[list[str]]:
-    """The table's lines for one size."""
-    times, saved = figures["seconds"], figures["saved_bytes"]
+def _over(other: str) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        times = line[0]["seconds"]
+        return f"{median(a / b for a, b in zip(times[line[1]], times[other], strict=True)):.3f}"
 
-    def over(name: str, other: str) -> str:
-        pairs = zip(times[name], times[other], strict=True)
-        return f"{statistics.median(a / b for a, b in pairs):.3f}"
+    return cell
 
-    lines = []
-    for name in times:
-        low, middle, high = quartiles(times[name])
-        lines.append(
-            [
-                figures["name"],
-                name,
-                str(figures["calls"][name]),
-                seconds(middle),
-                f"{seconds(low)} to {seconds(high)}",
-                *(over(name, other) for other in ("masked", "recipe", "dense")),
-                f"{saved[name] / 2**20:.3g} MiB, {saved[name] / saved['masked']:.0%}",
-            ]
-        )
-    return lines
+
+def _quartiles(line: Line) -> str:
+    low, _, high = quartiles(line[0]["seconds"][line[1]])
+    return f"{seconds(low)} to {seconds(high)}"
+
+
+def _saved(line: Line) -> str:
+    saved = line[0]["saved_bytes"]
+    return f"{saved[line[1]] / 2**20:.3g} MiB, {saved[line[1]] / saved['masked']:.0%}"
+
+
+COLUMNS: dict[str, Callable[[Line], object]] = {
+    "block and crops": lambda line: line[0]["name"],
+    "provider": lambda line: line[1],
+    "calls": lambda line: line[0]["calls"][line[1]],
+    "step": lambda line: seconds(median(line[0]["seconds"][line[1]])),
+    "quartiles": _quartiles,
+    **{f"/ {other}": _over(other) for other in ("masked", "recipe", "dense")},
+    "saved activations": _saved,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks multi-crop",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("multi-crop", __doc__, out=Path("out"))
     parser.add_argument("--turns", type=int, default=15, help="of the largest size (default 15)")
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="so many, the small first")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder (default out)")
     options = parser.parse_args(arguments)
-    folder = out_folder(options.out)
+    folder, start = out_folder(options.out), time.perf_counter()
     torch.set_num_threads(options.threads)
     env = environment(torch.device("cpu")) | {"keeps_memory": keep_freed_memory()}
-    lines = []
-    for size in SIZES[: options.sizes]:
-        # A call of the small ones is soon over.
-        turns = options.turns * (1 if size.global_tokens > 100 else 20)
-        lines.append(measure(size, turns))
-        print(f"{size.name}: measured", flush=True)
-    record = {"schema": 1, "drop": DROP, "environment": env, "sizes": lines}
-    text = "\n\n".join(
-        [
-            f"One block, forward and backward, float32, drop rate {DROP}, five images, {GLOBAL} "
-            f"global and {LOCAL} local crops of each.",
-            environment_line(env),
-            markdown(COLUMNS, [row for figures in lines for row in rows_of(figures)]),
-        ]
+    # A call of the small ones is soon over.
+    sizes = [measure(s, options.turns * (1 if s.global_tokens > 100 else 20)) for s in SIZES]
+    record = {
+        "schema": 1,
+        "drop": DROP,
+        "command": command.command_line("multi-crop", arguments),
+        "seconds": time.perf_counter() - start,
+        "environment": env,
+        "sizes": sizes,
+    }
+    text = (
+        f"One block, forward and backward, float32, drop rate {DROP}, five images, {GLOBAL} global "
+        f"and {LOCAL} local crops of each."
     )
-    print(f"\n{printed(text, window())}")
-    (folder / "multi-crop.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "multi-crop.md").write_text(text + "\n")
+    table = by_column([(figures, name) for figures in sizes for name in figures["calls"]], COLUMNS)
+    page = document("Crops in one tensor", record, [text, table])
+    print(f"\n{printed(page, window())}")
+    write_json(folder / "multi-crop.json", record)
+    (folder / "multi-crop.md").write_text(page)
     return 0

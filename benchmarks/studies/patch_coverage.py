@@ -30,7 +30,7 @@ import sdkernels
 from benchmarks.measure import command
 from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.providers.zoo import TINY, nets
-from benchmarks.report.table import by_column
+from benchmarks.report.table import markdown
 from sdkernels.models.comparing import verified
 from sdkernels.models.comparing.verified import VERIFIED
 from sdkernels.models.parts import drop_law, is_drop_path
@@ -50,7 +50,8 @@ class Architecture(NamedTuple):
     inputs: Callable[[nn.Module], dict[str, Any] | tuple[Any, ...]]
 
 
-# The libraries
+# What was written, as class and mark, with the number of parameters of the smallest that has it.
+Smallest = dict[tuple[type[nn.Module], str], tuple[int, Architecture]]
 
 
 def timm_architectures() -> Iterator[Architecture]:
@@ -146,9 +147,6 @@ SOURCES = {
 }
 
 
-# Counting
-
-
 class Counted(NamedTuple):
     name: str
     modules: int
@@ -156,68 +154,46 @@ class Counted(NamedTuple):
     left: list[str]
 
 
-def _drops(model: nn.Module) -> dict[int, str]:
-    """The drop paths of a model that drop anything."""
-    found = {}
-    for name, module in model.named_modules():
+def count(name: str, model: nn.Module, report: sdkernels.models.PatchReport) -> Counted | None:
+    """None where nothing drops."""
+    drops, left, unused, reached = set[int](), set[int](), set[int](), set[int]()
+    for module in model.modules():
         if is_drop_path(module):
             law = drop_law(module)
             if law is None or law.p > 0:
-                found[id(module)] = name
-    return found
-
-
-def count(name: str, model: nn.Module, report: sdkernels.models.PatchReport) -> Counted | None:
-    drops = _drops(model)
-    modules = dict(model.named_modules())
-    unused, reached = set[int](), set[int]()
-    reasons: list[str] = []
-    for entry in report.left:
-        kind = f"{entry.kind.__module__}.{entry.kind.__name__}"
-        if entry.reason.startswith(UNUSED):
-            own = {id(m) for m in modules[entry.name].children()} & drops.keys()
-            patched = {id(m) for e in report.patched if e.name == entry.name for m in _of(e)}
-            unused |= own - patched
-        else:
-            reasons.append(f"{kind}: {entry.reason}")
-    left = {
-        id(m) for e in report.left if not e.reason.startswith(UNUSED) for m in _left(e, modules)
-    }
+                drops.add(id(module))
+    reasons = set()
     for entry in report.patched:
-        reached |= {id(m) for m in _of(entry)} & drops.keys()
-    counted = drops.keys() - unused
+        reached |= _drop_paths(entry.block, entry.branches)
+    for entry in report.left:
+        block: Any = model.get_submodule(entry.name)
+        own = {id(m) for m in block.children() if is_drop_path(m)}
+        state = getattr(block, "_sdkernels", None)
+        if entry.reason.startswith(UNUSED):
+            unused |= own - reached
+            continue
+        reasons.add(f"{entry.kind.__module__}.{entry.kind.__name__}: {entry.reason}")
+        if state is not None:  # a part of the block is patched
+            own = _drop_paths(block, [e for e in state.rewriting.left if e.reason == entry.reason])
+        left |= own
+    counted = drops - unused
     if not counted:
         return None
-    return Counted(name, len(counted), len((reached - left) & counted), sorted(set(reasons)))
+    return Counted(name, len(counted), len((reached - left) & counted), sorted(reasons))
 
 
-def _of(entry: Any) -> list[nn.Module]:
-    return _modules(entry.block, entry.branches)
-
-
-def _modules(block: nn.Module, branches: Sequence[Any]) -> list[nn.Module]:
+def _drop_paths(block: nn.Module, branches: Sequence[Any]) -> set[int]:
     """The drop path modules of branches that have one."""
     found = [attrgetter(each.drop)(block) for each in branches if each.drop]
-    return [each for each in found if isinstance(each, nn.Module)]
+    return {id(each) for each in found if isinstance(each, nn.Module)}
 
 
-def _left(entry: Any, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """The drop paths that a reason is about."""
-    block: Any = modules[entry.name]
-    state = getattr(block, "_sdkernels", None)
-    if state is None:
-        return [m for m in block.children() if is_drop_path(m)]
-    return _modules(block, [e for e in state.rewriting.left if e.reason == entry.reason])
-
-
-def survey(
-    library: str, pattern: str = "", every: int = 1
-) -> tuple[list[Counted], dict[Any, tuple[int, Architecture]]]:
+def survey(library: str, pattern: str) -> tuple[list[Counted], Smallest]:
     """Every architecture, and for each source that was written the smallest that has it."""
     found: list[Counted] = []
-    smallest: dict[Any, tuple[int, Architecture]] = {}
-    for number, each in enumerate(SOURCES[library]()):
-        if pattern not in each.name or number % every:
+    smallest: Smallest = {}
+    for each in SOURCES[library]():
+        if pattern not in each.name:
             continue
         try:
             with torch.device("meta"):
@@ -245,9 +221,9 @@ def written_for(model: nn.Module) -> Iterator[Any]:
             yield state.rewriting.original, state.rewriting.mark
 
 
-def zoo(library: str) -> dict[Any, tuple[int, Architecture]]:
+def zoo(library: str) -> Smallest:
     """What is written for the small models of the tests, of which each is quickly compared."""
-    found: dict[Any, tuple[int, Architecture]] = {}
+    found: Smallest = {}
     for name, net in nets(TINY).items():
         if name.partition("-")[0] == library:
             model = net.model()
@@ -257,7 +233,7 @@ def zoo(library: str) -> dict[Any, tuple[int, Architecture]]:
     return found
 
 
-def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
+def check(smallest: Smallest) -> dict[Any, str]:
     """Why a source was not found equal to its original; empty where it was."""
     found: dict[Any, str] = {}
     wanted: dict[str, tuple[Architecture, list[Any]]] = {}
@@ -270,10 +246,8 @@ def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
             given = each.inputs(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if isinstance(given, tuple):
-                    checked = report.check(*given)
-                else:
-                    checked = report.check(**given)
+                by_name = isinstance(given, dict)
+                checked = report.check(**given) if by_name else report.check(*given)
         except Exception as error:
             for key in keys:
                 found.setdefault(key, f"{name} did not run: {error!r}"[:200])
@@ -291,25 +265,17 @@ def check(smallest: dict[Any, tuple[int, Architecture]]) -> dict[Any, str]:
     return found
 
 
-# The table
-
-
-def _sum(found: list[Counted]) -> tuple[int, int, int]:
-    """Architectures that are wholly patched, drop path modules, and those that are patched."""
-    whole = sum(each.patched == each.modules for each in found)
-    return whole, sum(each.modules for each in found), sum(each.patched for each in found)
-
-
 def table(surveyed: dict[str, list[Counted]]) -> str:
-    columns: dict[str, Callable[[tuple[str, list[Counted]]], object]] = {
-        "library": lambda row: f"{row[0]} {version(row[0])}",
-        "architectures": lambda row: len(row[1]),
-        "wholly patched": lambda row: f"{_sum(row[1])[0]} ({_sum(row[1])[0] / len(row[1]):.1%})",
-        "partly": lambda row: sum(0 < each.patched < each.modules for each in row[1]),
-        "drop path modules": lambda row: _sum(row[1])[1],
-        "patched": lambda row: f"{_sum(row[1])[2]} ({_sum(row[1])[2] / _sum(row[1])[1]:.1%})",
-    }
-    return by_column(surveyed.items(), columns)
+    rows = []
+    for library, found in surveyed.items():
+        modules, patched = sum(e.modules for e in found), sum(e.patched for e in found)
+        whole = sum(each.patched == each.modules for each in found)
+        partly = sum(0 < each.patched < each.modules for each in found)
+        shares = (f"{whole} ({whole / len(found):.1%})", f"{patched} ({patched / modules:.1%})")
+        name = f"{library} {version(library)}"
+        rows.append([name, len(found), shares[0], partly, modules, shares[1]])
+    head = ["library", "architectures", "wholly patched", "partly", "drop path modules", "patched"]
+    return markdown(head, rows)
 
 
 def reasons(found: list[Counted]) -> str:
@@ -340,7 +306,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.parser("patch-coverage", __doc__)
     parser.add_argument("--library", choices=SOURCES, action="append")
     parser.add_argument("--filter", default="", help="architectures whose names have this part")
-    parser.add_argument("--every", type=int, default=1, help="one in so many: a sample")
     parser.add_argument("--zoo", action="store_true", help="the tests' small models only")
     parser.add_argument("--check", action="store_true", help="compare with the originals")
     parser.add_argument("--write", action="store_true", help="keep what was found equal")
@@ -353,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.zoo:
             smallest = zoo(library)
         else:
-            found, smallest = survey(library, options.filter, options.every)
+            found, smallest = survey(library, options.filter)
             if not found:
                 continue
             surveyed[library] = found

@@ -32,32 +32,92 @@ from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import write_json
-from benchmarks.providers.libraries import LIBRARIES, is_installed
+from benchmarks.measure.workload import Workload
+from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
 from benchmarks.report.figures import quartile_spread
 from benchmarks.report.table import by_column, document, printed, window
-from benchmarks.studies.patched_subjects import (
-    DROP,
-    Subject,
-    drop_path_of,
-    give_drop_paths,
-    masked,
-    subjects,
-)
 from sdkernels import KeptRows
-from sdkernels.measure.comparing import Differs, compare
+from sdkernels.measure import masking
+from sdkernels.measure.comparing import Differs, compare, without_batch_effects
 from sdkernels.measure.memory import saved_activation_bytes
 from sdkernels.measure.turns import quartiles, time_in_turns
 from sdkernels.models import PatchReport
+from sdkernels.models.parts import looks_like_drop_path
+from sdkernels.models.registry import original_class
 
 BATCH = 20
+DROP = 0.4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the zoo, and the classes of its blocks that drop."""
+
+    name: str
+    net: Net
+    classes: frozenset[type[nn.Module]]
+    whole: bool  # all of them
+
+    def drop_probs(self, report: PatchReport) -> list[float]:
+        """Of all branches."""
+        return [
+            DROP * (original_class(entry.block) in self.classes)
+            for entry in report.patched
+            for _ in entry.branches
+        ]
+
+    def model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        return self.net.model(dtype).to(device).train()
+
+    def patched(self, model: nn.Module) -> PatchReport:
+        """With a fixed count."""
+        probs = self.drop_probs(sdkernels.patch(model, drop_probs=DROP))
+        return sdkernels.patch(model, drop_probs=probs, sampler="fixed")
+
+    def dropping_by(self, model: nn.Module, drop: nn.Module | None) -> nn.Module:
+        """The model with copies of ``drop`` (None: nothing) where branches drop."""
+        report = sdkernels.patch(copy.deepcopy(model), drop_probs=DROP)
+        drops = self.drop_probs(report)
+        return masking.give_drop_paths(
+            model, report.patched, lambda branch: copy.deepcopy(drop) if drops[branch] else None
+        )
+
+
+def subjects(zoo: dict[str, Net]) -> Iterator[Subject]:
+    """The models that together have every class, and the classes of those that have several."""
+    seen: set[type[nn.Module]] = set()
+    alone: set[type[nn.Module]] = set()
+    for name, net in zoo.items():
+        if not is_installed(name.partition("-")[0]):
+            continue
+        report = sdkernels.patch(net.model(torch.float32), drop_probs=DROP)
+        classes = frozenset(original_class(entry.block) for entry in report.patched)
+        if classes <= seen:
+            continue
+        yield Subject(name, net, classes, True)
+        seen |= classes
+        if len(classes) > 1:
+            for kind in sorted(classes - alone, key=lambda kind: kind.__name__):
+                yield Subject(name, net, frozenset((kind,)), False)
+        alone |= classes
+
+
+def drop_path_of(model: nn.Module) -> nn.Module:
+    """A drop path module of the model's library, with a drop probability of DROP."""
+    own = next((m for m in model.modules() if looks_like_drop_path(m)), None)
+    if own is None:  # torchvision's ResNet
+        made: nn.Module = import_module("torchvision.ops").StochasticDepth(DROP, "row")
+        return made
+    drop = copy.deepcopy(own)
+    setattr(drop, "p" if hasattr(drop, "p") else "drop_prob", DROP)
+    return drop
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     """Output and gradients of a step."""
-    torch.manual_seed(5)  # relative position MLPs have dropout
     y = output_of(model(x))
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(y.square().mean(), parameters, allow_unused=True)
@@ -65,28 +125,18 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {"output": y.detach(), **named}
 
 
-def patch(model: nn.Module, subject: Subject) -> PatchReport:
-    """Of the classes that drop, with a fixed count."""
-    probs = subject.drop_probs(sdkernels.patch(model, drop_probs=DROP))
-    return sdkernels.patch(model, drop_probs=probs, sampler="fixed")
-
-
 def check(subject: Subject, x: Tensor) -> None:
     """Ends the program if a provider computes something else than masks of the same rows."""
-
-    def model() -> nn.Module:
-        # In float64: in float32 a sum that is near 0 may pass a ReLU in one and not in the other.
-        made = subject.net.model(torch.float64).to(x.device).train()
-        for module in made.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()  # batch statistics are of the kept rows, by design
-        return made
-
+    # In float64: in float32 a sum that is near 0 may pass a ReLU in one and not in the other.
+    # Batch statistics are of the kept rows, by design.
     x = x.double()
-    patched = model()
-    report = patch(patched, subject)
+    plain, patched = (
+        without_batch_effects(subject.model(torch.float64, x.device)) for _ in range(2)
+    )
+    report = subject.patched(patched)
     plan = report.plan(len(x), generator=torch.Generator().manual_seed(1))
-    expected = gradients(masked(model(), subject, list(plan)), x)
+    by_masks = masking.masked(plain, report.patched, list(plan), masking.Masked)
+    expected = gradients(by_masks, x)
     with report.use(plan):
         found = {"fused": gradients(patched, x)}
         with in_place_of_the_op(dinov3):
@@ -95,40 +145,30 @@ def check(subject: Subject, x: Tensor) -> None:
         try:
             compare(tensors, expected)
         except Differs as error:
-            sys.exit(f"{subject.name} ({subject.label}): {provider!r} differs in its {error}")
+            classes = ", ".join(sorted(kind.__name__ for kind in subject.classes))
+            sys.exit(f"{subject.name} ({classes}): {provider!r} differs in its {error}")
 
 
-@dataclass(frozen=True)
-class Step:
-    """Forward, loss and backward of a model.
+def step(
+    model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Workload:
+    """Forward, within a context, loss and backward."""
+    parameters = tuple(p for p in model.parameters() if p.requires_grad)
 
-    Args:
-        context: entered around the forward pass.
-    """
+    def forward() -> Tensor:
+        with context():
+            return output_of(model(x)).square().mean()
 
-    model: nn.Module
-    x: Tensor
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    def run() -> object:
+        return torch.autograd.grad(forward(), parameters, allow_unused=True)
 
-    def forward(self) -> Tensor:
-        with self.context():
-            return output_of(self.model(self.x)).square().mean()
-
-    def parameters(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def __call__(self) -> None:
-        torch.autograd.grad(self.forward(), self.parameters(), allow_unused=True)
+    return Workload(run, forward, parameters)
 
 
-def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport]:
-    def model() -> nn.Module:
-        return subject.net.model(torch.float32).to(x.device).train()
-
-    naive, fused, gathered = model(), model(), model()
-    drop = drop_path_of(naive)
-    give_drop_paths(naive, subject, lambda _: copy.deepcopy(drop))
-    report, other = patch(fused, subject), patch(gathered, subject)
+def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Workload], PatchReport]:
+    naive, fused, gathered, kept = (subject.model(torch.float32, x.device) for _ in range(4))
+    subject.dropping_by(naive, drop_path_of(naive))
+    report, other = subject.patched(fused), subject.patched(gathered)
     for each in (report, other):
         each.check(x)  # before gather and index_add stand in for the op
     plan = other.plan(len(x))
@@ -139,27 +179,28 @@ def providers(subject: Subject, x: Tensor) -> tuple[dict[str, Step], PatchReport
             yield
 
     steps = {
-        "naive": Step(naive, x),
-        "index_add": Step(gathered, x, by_index_add),
-        "fused": Step(fused, x),
+        "naive": step(naive, x),
+        "index_add": step(gathered, x, by_index_add),
+        "fused": step(fused, x),
     }
     if subject.whole:
         k = KeptRows.sample(len(x), DROP, sampler="fixed").k
-        steps["dense"] = Step(give_drop_paths(model(), subject, lambda _: None), x[:k].clone())
+        steps["dense"] = step(subject.dropping_by(kept, None), x[:k].clone())
     return steps, report
 
 
-def measure(subject: Subject, batch: int, turns: int, device: torch.device) -> dict[str, Any]:
+def measure(subject: Subject, turns: int, device: torch.device) -> dict[str, Any]:
     """A line of the table, ready for JSON."""
     torch.manual_seed(0)
-    x = subject.net.inputs(batch, torch.float32).to(device)
+    x = subject.net.inputs(BATCH, torch.float32).to(device)
     check(subject, x)
     steps, report = providers(subject, x)
     saved = {
-        name: saved_activation_bytes(steps[name].forward, steps[name].parameters())
+        name: saved_activation_bytes(steps[name].forward, steps[name].parameters)
         for name in ("naive", "fused")
     }
-    seconds = time_in_turns(steps, device, turns).seconds
+    calls = {name: each.run for name, each in steps.items()}
+    seconds = time_in_turns(calls, device, turns).seconds
     pairs = zip(seconds["naive"], seconds["fused"], strict=True)
     low, speedup, high = quartiles([naive / fused for naive, fused in pairs])
     saving = report.expected_saving(x[:1])
@@ -227,46 +268,35 @@ def verdict(lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
-def run(
-    zoo: dict[str, Net], pattern: str, batch: int, turns: int, device: torch.device
-) -> list[Line]:
-    """Measures every subject whose name matches, and prints its line."""
-    chosen = {name: net for name, net in zoo.items() if fnmatch.fnmatch(name, pattern)}
-    lines = []
-    for subject in subjects(chosen):
-        lines.append(measure(subject, batch, turns, device))
-        print("  ".join(cell(lines[-1]) for cell in COLUMNS.values()), flush=True)
-    return lines
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the table; returns the exit code."""
     parser = command.parser("patched-classes", __doc__, out=Path("out"))
     parser.add_argument("--filter", default="*", help="shell pattern of the models' names")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"samples (default {BATCH})")
     parser.add_argument("--turns", type=int, default=5, help="calls of each provider (default 5)")
     parser.add_argument("--sizes", choices=("wide", "tiny"), default="wide")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     options = parser.parse_args(arguments)
-    called = command.command_line("patched-classes", arguments)
     device = torch.device(options.device)
     env, start = environment(device), time.perf_counter()
     missing = [library for library in LIBRARIES if not is_installed(library)]
     zoo = nets(WIDE if options.sizes == "wide" else TINY)
     out_folder(options.out)
-    lines = run(zoo, options.filter, options.batch, options.turns, device)
+    lines = []
+    for subject in subjects({n: zoo[n] for n in fnmatch.filter(zoo, options.filter)}):
+        lines.append(measure(subject, options.turns, device))
+        print("  ".join(cell(lines[-1]) for cell in COLUMNS.values()), flush=True)
     if not lines:
         parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
     data = {
         "schema": 1,
         "drop": DROP,
-        "command": called,
+        "command": command.command_line("patched-classes", arguments),
         "seconds": time.perf_counter() - start,
         "environment": env,
         "lines": lines,
     }
     sections = [
-        f"Training step, float32, batch {options.batch}, drop rate {DROP} in every block.",
+        f"Training step, float32, batch {BATCH}, drop rate {DROP} in every block.",
         *([f"Not installed: {', '.join(missing)}."] if missing else []),
         by_column(lines, COLUMNS),
         verdict(lines),

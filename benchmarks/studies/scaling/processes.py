@@ -1,21 +1,19 @@
-"""Real data-parallel processes, to hold the simulation against.
-
-    python -m benchmarks.studies.scaling.processes RANK WORLD_SIZE FOLDER    (started by launch())
+"""Real data-parallel processes beside what is expected of them.
 
 Every process trains the network under DistributedDataParallel over gloo, one thread each, one step
 per sampler in turn, and writes down the rows that it kept and the CPU time of its thread: of the
-step, and of every branch forward and backward. The thread's clock stands still while it waits for
+step, and of every branch forward and backward. That clock stands still while the thread waits for
 other ranks or for a core, so that more processes than cores can be run: the slowest rank's time is
-the largest of these, not a wall time. Wall times are recorded too, for where cores are enough.
-A single process that sweeps through the numbers of kept rows gives the simulation its table.
+the largest of these, not a wall time.
+
+Between ranks, time differs because the counts do, and because computers do. What the counts do is
+looked up in the branches' times of a single process. The second part is taken from the steps with a
+fixed count, where all counts are equal: each step gets the deviations of each of those in turn.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,19 +21,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.studies.scaling.model import BranchClock, Net, Shape, make_batch, row_counts
-from benchmarks.studies.scaling.simulation import KINDS
-from sdkernels import DepthPlan, uniform
+from benchmarks.studies.scaling.law import KINDS, SAMPLERS, Floats
+from benchmarks.studies.scaling.network import BranchClock, Net, Shape, make_batch
+from sdkernels import DepthPlan
 
-SAMPLERS = ("bernoulli", "fixed", "rounded", "total")
-SWEEP = "sweep"  # all branches keep 0, 1, 2, 4, ... rows, one number a step
 WARM_UP = 2  # steps of each sampler: DDP builds its buckets anew after the first
-TIMEOUT = 300  # seconds for a launch
+TIMEOUT = 300  # seconds that a rank waits for another
 
 
 @dataclass(frozen=True)
@@ -46,118 +43,137 @@ class ProcessCase:
     batch: int  # of a rank
     p: float  # of every branch
     steps: int
-    samplers: tuple[str, ...] = SAMPLERS
-    seed: int = 1
-
-    @property
-    def drop_probs(self) -> list[float]:
-        return uniform(KINDS * self.shape.depth, self.p)
 
 
-def draw_plan(case: ProcessCase, sampler: str, step: int, rank: int) -> DepthPlan:
-    """The rows of a rank in a step."""
-    batch, drop_probs, seed = case.batch, case.drop_probs, case.seed
-    if sampler == "total":
-        return DepthPlan.for_step(
-            seed, step, batch, drop_probs, sampler="balanced", kinds=KINDS, rank=rank
-        )
-    if sampler == SWEEP:
-        counts = row_counts(batch)
-        k = counts[step % len(counts)]
-        sampler = "fixed" if k else "bernoulli"  # the fixed count is at least one
-        drop_probs = [1 - k / batch] * len(drop_probs)
-    return DepthPlan.for_step(seed, step, batch, drop_probs, sampler=sampler, rank=rank)
-
-
-def work(case: ProcessCase, rank: int) -> list[dict[str, Any]]:
-    """Trains; one record a step."""
+def train(rank: int, case: ProcessCase, ranks: int, folder: Path) -> None:
+    """What one process does."""
+    torch.set_num_threads(1)
+    store = f"file://{(folder / f'store-{ranks}').resolve()}"
+    wait = timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=wait)
     torch.manual_seed(0)
     net = Net(case.shape)
     model = DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(net.parameters())
     torch.manual_seed(rank)
     patches, labels = make_batch(case.shape, case.batch, torch.device("cpu"))
+    drop_probs = [case.p] * KINDS * case.shape.depth
     records = []
     for step in range(WARM_UP + case.steps):
-        for sampler in case.samplers:
-            plan = list(draw_plan(case, sampler, step, rank))
-            clock = BranchClock(time.thread_time)
+        for sampler in SAMPLERS:
+            kinds = KINDS if sampler == "balanced" else 1
+            law: Any = {"sampler": sampler, "kinds": kinds, "rank": rank}
+            plan = list(DepthPlan.for_step(1, step, case.batch, drop_probs, **law))
+            clock = BranchClock(torch.device("cpu"))
             dist.barrier()
-            wall, cpu = time.perf_counter(), time.thread_time()
+            start = time.thread_time()
             F.cross_entropy(model(patches, plan, clock=clock), labels).backward()
             optimizer.step()
-            cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+            seconds = time.thread_time() - start
             optimizer.zero_grad()
             if step >= WARM_UP:
-                records.append(
-                    {
-                        "sampler": sampler,
-                        "counts": [rows.k for rows in plan],
-                        "cpu": cpu,
-                        "wall": wall,
-                        "forward": clock.forward,
-                        "backward": clock.backward,
-                    }
-                )
-    return records
+                counts = [rows.k for rows in plan]
+                passes = {"forward": clock.forward, "backward": clock.backward}
+                records.append({"sampler": sampler, "counts": counts, "cpu": seconds, **passes})
+    dist.barrier()
+    dist.destroy_process_group()
+    (folder / f"records-{ranks}-{rank}.json").write_text(json.dumps(records))
 
 
-def launch(case: ProcessCase, world_size: int, folder: Path) -> list[list[dict[str, Any]]]:
+def launch(case: ProcessCase, ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """Every rank's records.
 
     Raises:
-        RuntimeError: a process failed or did not finish; with what it printed last.
+        torch.multiprocessing.ProcessRaisedException: a process failed; the first one ends them all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "case.json").write_text(json.dumps(asdict(case)))
-    (folder / "store").unlink(missing_ok=True)
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    processes = []
-    for rank in range(world_size):
-        with open(folder / f"output-{rank}.txt", "w") as file:
-            command = [sys.executable, "-m", __name__, str(rank), str(world_size), str(folder)]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=root)
-            )
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        # A rank that failed leaves the others waiting for it: the first failure ends them all.
-        while any(process.poll() is None for process in processes):
-            failed = [process for process in processes if process.poll() not in (None, 0)]
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(processes):
-        if process.returncode:
-            output = (folder / f"output-{rank}.txt").read_text().strip()
-            raise RuntimeError(
-                f"rank {rank} of {world_size}: exit code {process.returncode}\n{output[-2000:]}"
-            )
-    return [json.loads((folder / f"records-{rank}.json").read_text()) for rank in range(world_size)]
+    torch.multiprocessing.spawn(train, (case, ranks, folder), nprocs=ranks)
+    return [json.loads((folder / f"records-{ranks}-{r}.json").read_text()) for r in range(ranks)]
 
 
-def main(arguments: Sequence[str]) -> None:
-    rank, world_size, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
-    settings = json.loads((folder / "case.json").read_text())
-    case = ProcessCase(**{**settings, "shape": Shape(**settings["shape"])})
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{(folder / 'store').resolve()}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
-    records = work(case, rank)
-    dist.barrier()
-    dist.destroy_process_group()
-    (folder / f"records-{rank}.json").write_text(json.dumps(records))
+def pairs(branches: Floats) -> Floats:
+    """[..., branches] to [..., blocks]: a block is its branches together."""
+    return branches.reshape(*branches.shape[:-1], -1, KINDS).sum(-1)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def over_mean(step: Floats, blocks: Floats) -> dict[str, Floats]:
+    """[steps]: the slowest rank's time over the mean rank's, by how often ranks wait.
+
+    Args:
+        step: [steps, ranks] seconds.
+        blocks: [steps, ranks, 2, blocks], the part of them that is spent in blocks.
+    """
+    outside = step - blocks.sum((2, 3))
+    waited = {"step": step.max(1), "block": blocks.max(1).sum((1, 2)) + outside.mean(1)}
+    return {sync: (each - step.mean(1)) / step.mean() for sync, each in waited.items()}
+
+
+def interval(values: Floats) -> list[float]:
+    """Where 90 % of the means of as many steps drawn from these lie."""
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    return [float(each) for each in np.quantile(means, (0.05, 0.95))]
+
+
+def compare(records: Sequence[Sequence[dict[str, Any]]], table: Floats) -> dict[str, Any]:
+    """By sampler: measured and expected excess of the slowest rank, ready for JSON.
+
+    Args:
+        records: of every rank.
+        table: [kinds, B + 1] seconds of a branch by kept rows, from a process alone.
+    """
+
+    def field(sampler: str, name: str) -> Any:
+        chosen = [[each[name] for each in rank if each["sampler"] == sampler] for rank in records]
+        return np.array(chosen).swapaxes(0, 1)  # [steps, ranks, ...]
+
+    def measured(sampler: str) -> tuple[Floats, Floats, Floats]:
+        """Steps, their blocks, and what the table says of the blocks' counts."""
+        passes = [pairs(field(sampler, name)) for name in ("forward", "backward")]
+        counts = field(sampler, "counts")
+        alone = pairs(table[np.arange(counts.shape[2]) % KINDS, counts])
+        return field(sampler, "cpu"), np.stack(passes, 2), alone
+
+    step, blocks, alone = measured("fixed")
+    # Beside other processes everything takes longer than alone: one factor for all blocks.
+    slower = blocks.sum() / alone.sum()
+    of_passes = blocks.sum((0, 1, 3)) / blocks.sum()
+    outside = step - blocks.sum((2, 3))
+    noise = blocks / blocks.mean((0, 1))
+
+    outcomes: dict[str, Any] = {}
+    for sampler in SAMPLERS:
+        step, blocks, alone = measured(sampler)
+        quiet = slower * alone[:, :, None] * of_passes[:, None]
+        expected = quiet.sum((2, 3)) + outside.mean()
+        # Every step with the noise of every step of the fixed count.
+        noisy = (quiet[:, None] * noise).reshape(-1, *quiet.shape[1:])
+        around = np.tile(outside, (len(quiet), 1))
+        found = over_mean(step, blocks)
+        counts = over_mean(expected, quiet)
+        both = over_mean(noisy.sum((2, 3)) + around, noisy)
+        # Between the ranks of a step: what slows a step as a whole is not at issue.
+        apart = [(each - each.mean(1, keepdims=True)).ravel() for each in (expected, step)]
+        outcomes[sampler] = {
+            "correlation": float(np.corrcoef(*apart)[0, 1]) if sampler == "bernoulli" else None,
+            "excess": {
+                sync: {
+                    "measured": float(found[sync].mean()),
+                    "interval": interval(found[sync]),
+                    "counts": float(counts[sync].mean()),
+                    "counts_and_noise": float(both[sync].mean()),
+                }
+                for sync in found
+            },
+        }
+    return outcomes
+
+
+def validate(
+    case: ProcessCase, numbers: Sequence[int], table: Floats, folder: Path
+) -> list[dict[str, Any]]:
+    """The outcome for each number of processes; on the CPU, wherever the branches are timed."""
+    outcomes = []
+    for ranks in numbers:
+        outcome = compare(launch(case, ranks, folder), table)
+        outcomes.append({"case": asdict(case), "ranks": ranks, "samplers": outcome})
+        print(f"trained: {ranks} processes", flush=True)
+    return outcomes

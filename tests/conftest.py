@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # Memory is poisoned under deterministic algorithms, for which cuBLAS needs a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Inductor starts processes that compile for Triton, which nothing here does: each imports torch.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
+
 # Convolutions in fp32 are compared as such: cuDNN takes TF32 by default.
 torch.backends.cudnn.allow_tf32 = False
 
@@ -32,28 +35,36 @@ settings.load_profile("repeatable")
 # Programs that tests run, which import Triton (it need not be there); tests of other libraries.
 collect_ignore = ["triton_compiler.py", "triton_interpreter.py", "ptx", "peers"]
 
-# What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
-os.environ.pop("PYTEST_XDIST_WORKER", None)
+# Workers of pytest-xdist, and what their tests start, share the processors: with more threads than
+# those they only wait for each other. test_determinism.py has several at all times.
+if "OMP_NUM_THREADS" not in os.environ and "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
-# Files that take a quarter of a minute or more start first, so that no process is left with one of
-# them alone; their tests are marked `slow`.
+# What tests start is no worker of pytest-xdist; in one, pytest-benchmark times nothing.
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.pop(name, None)
+
+# Files that take a quarter of a minute or more start first, the longest before the others, so that
+# no process is left with one of them alone; their tests are marked `slow`.
 LONGEST = [
-    "test_without_extension.py",
-    "test_patched_training.py",
-    "test_cuda_emulation.py",
     "test_ptx.py",
-    "test_paper.py",
     "test_benchmark_runs.py",
-    "test_distributed.py",
-    "test_cuda_compile.py",
-    "test_compiled_models.py",
+    "test_paper.py",
     "test_compile_graphs.py",
     "test_compile.py",
+    "test_cuda_emulation.py",
+    "test_distributed.py",
+    "test_without_extension.py",
     "test_backends.py",
     "test_triton_compiled.py",
-    "test_benchmarks.py",
+    "test_compiled_models.py",
     "test_packed_compiled.py",
     "test_layer_dropout_compiled.py",
+    "test_cuda_compile.py",
+    "test_benchmarks.py",
+    "test_patched_training.py",
     "test_triton.py",
     "test_scaling.py",
     "test_dino.py",
@@ -97,7 +108,8 @@ def poisoned_memory() -> Iterator[None]:
     """Every allocation starts as NaN: an element that an op does not write shows."""
     # With deterministic algorithms ATen fills what at::empty returns, on every device.
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # By this name no Inductor is told, whose import takes seconds of every process.
+    torch._C._set_deterministic_algorithms(True)
     # Allocations that go past the dispatcher are filled by the CPU allocator (in half precision
     # only every second element becomes NaN).
     libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
@@ -106,7 +118,7 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(4).isnan().all()
     yield
     junk_fill.value = False
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
-"""A process of test_distributed.py: runs every check and writes down what came of each.
+"""The processes of test_distributed.py: each runs every check and writes down what came of it.
 
-    python distributed_worker.py RANK WORLD_SIZE FOLDER
+    python distributed_worker.py WORLD_SIZE FOLDER
 
-A check that fails ends the process, because the others wait for it in a collective; theirs time
-out.
+All are forked from one, which imports what they need. A check that fails ends a process, because
+the others wait for it in a collective; theirs time out.
 """
 
 import copy
 import datetime
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import libraries
 import pytest
 import torch
 import torch.distributed as dist
@@ -593,7 +595,7 @@ def all_equal(slots: list[Any]) -> bool:
 
 @check
 def rows_differ_per_rank_by_default() -> None:
-    # Nothing has seeded this process yet: main() takes care that this check is the first.
+    # Nothing has seeded this process yet: checks_of() has this check first.
     assert all_differ(slots_of_all_ranks(KeptRows.sample(64, 0.5)))
     assert all_differ(slots_of_all_ranks(DepthPlan.for_step(1, 2, 64, [0.5])))
     torch.manual_seed(5 + dist.get_rank())
@@ -760,8 +762,7 @@ def checks_of(world_size: int) -> list[str]:
     return [first, *(name for name in names if name != first)]
 
 
-def main() -> None:
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def run_checks(rank: int, world_size: int, folder: Path) -> None:
     store = f"file://{folder.resolve()}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
@@ -778,6 +779,22 @@ def main() -> None:
     if all(outcome == "passed" for outcome in report.values()):
         dist.barrier()
         dist.destroy_process_group()
+
+
+def main() -> None:
+    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    if world_size == 2:  # where all checks run
+        import test_dino  # noqa: F401
+
+        for name in filter(libraries.is_installed, ("timm", "torchvision")):
+            libraries.load(name)
+    for rank in range(world_size):
+        if os.fork() == 0:
+            torch.seed()  # from the system's entropy, as torch does it where it is imported
+            run_checks(rank, world_size, folder)
+            return
+    for _ in range(world_size):
+        os.wait()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import processes
 import pytest
 
 from sdkernels.backends import extension, ops, traceable
@@ -17,16 +17,11 @@ TESTS = Path(__file__).resolve().parent
 CORE = ["test_ops.py", "test_functional.py", "test_accuracy.py", "test_dropped_rows.py"]
 
 
-def run(program: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: str, **environ: str) -> CompletedProcess[str]:
     """Run a Python program with `environ` on top of the environment, without variables of ours."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=TESTS.parent,
-        env=clean | {"OMP_NUM_THREADS": "2"} | environ,
-        capture_output=True,
-        text=True,
-    )
+    env = clean | {"OMP_NUM_THREADS": "2"} | environ
+    return processes.run("-c", program, *arguments, cwd=TESTS.parent, env=env)
 
 
 # Who serves the CPU, and why; then the tests that are named on the command line, if any.

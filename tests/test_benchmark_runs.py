@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 # Nothing here is needed to use the package.
@@ -28,9 +29,7 @@ def command(*arguments, program=("-m", "benchmarks")):
 
 
 def run(*arguments, program=("-m", "benchmarks")):
-    return subprocess.run(
-        command(*arguments, program=program), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return processes.run(*program, *arguments, cwd=ROOT, env=os.environ, timeout=300)
 
 
 def results_in(folder):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from installing import ROOT
@@ -322,7 +323,8 @@ def collected(devices):
 
 
 def test_info_json():
-    result = run("-m", "sdkernels.info", "--json", SDKERNELS_BUILD="cpu")
+    environ = os.environ | {"SDKERNELS_BUILD": "cpu"}
+    result = processes.run("-m", "sdkernels.info", "--json", cwd=ROOT, env=environ)
     assert (result.returncode, result.stderr) == (0, "")
     printed = json.loads(result.stdout)
     assert printed["error"] is None
@@ -333,7 +335,7 @@ def test_info_json():
 
 
 def test_info_text():
-    result = run("-m", "sdkernels.info")
+    result = processes.run("-m", "sdkernels.info", cwd=ROOT, env=os.environ)
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["torch", torch.__version__] in lines

@@ -61,7 +61,8 @@ def test_one_compilation_serves_every_count():
         assert compiled.graphs == 2
     with compilation() as compiled:
         peer = torch.compile(lambda x, rows: index_add(x, block, rows), dynamic=True)
-        results(peer, leaves, x, kept_rows(5))
+        with torch.no_grad():
+            peer(x, kept_rows(5))
         assert compiled.atomics > 0
 
 
@@ -208,7 +209,7 @@ def kept_in(y: Tensor, x: Tensor) -> tuple[int, ...]:
 @needs_inductor
 def test_fixed_rows_are_drawn_at_every_call():
     """Those of eager code from the same seed, in one graph with gradients; no frozen dice."""
-    blocks = [make_block(sampler="fixed") for _ in range(3)]
+    blocks = [make_block(sampler="fixed") for _ in range(2)]
     x = torch.randn(B, 5, 6, requires_grad=True)
     leaves = [x, *(p for block in blocks for p in block.parameters())]
 
@@ -232,10 +233,10 @@ def test_fixed_rows_are_drawn_at_every_call():
         assert (compiled.graphs, compiled.breaks, compiled.atomics) == (1, 0, 0)
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
-    kept = [kept_in(step[i + 1], step[i]) for step in actual for i in range(3)]
+    kept = [kept_in(step[i + 1], step[i]) for step in actual for i in range(2)]
     assert {len(rows) for rows in kept} == {8}
-    # 15 draws out of 12870 sets: layers differ within a step, and steps from one another.
-    assert len(set(kept)) == 15
+    # 10 draws out of 12870 sets: layers differ within a step, and steps from one another.
+    assert len(set(kept)) == 10
 
 
 @pytest.mark.parametrize(

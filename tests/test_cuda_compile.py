@@ -248,15 +248,24 @@ def toolkit_headers(nvcc: Path) -> Path:
     return headers
 
 
-@pytest.mark.parametrize("name", GLUE)
-def test_glue(name, toolkit_headers):
-    """Against PyTorch's headers, of a CPU build too."""
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(GLUE, id="together"),
+        *(pytest.param([name], id=name, marks=pytest.mark.whole) for name in GLUE),
+    ],
+)
+def test_glue(names, toolkit_headers, tmp_path):
+    """Against PyTorch's headers, of a CPU build too. They take most of the time: all files as one
+    first, with `make test-whole` each alone."""
     include = Path(torch.__file__).parent / "include"
     if not (include / "c10/cuda/CUDAGuard.h").is_file():
         pytest.skip("this PyTorch comes without the headers of c10/cuda")
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if not compiler:
         pytest.skip("no C++ compiler is installed here")
+    source = tmp_path / "glue.cpp"
+    source.write_text("".join(f'#include "{CUDA / name}.cpp"\n' for name in names))
     run(
         compiler,
         "-std=c++20",
@@ -270,5 +279,5 @@ def test_glue(name, toolkit_headers):
         '-DSDKERNELS_CUDA_ARCH_LIST="9.0"',
         *(f"-isystem{path}" for path in (include, include / "torch/csrc/api/include")),
         f"-isystem{toolkit_headers}",
-        CUDA / f"{name}.cpp",
+        source,
     )

@@ -1,13 +1,15 @@
 """Several processes, gloo, on the CPU: DistributedDataParallel, FSDP2, and who keeps which rows.
 
 The checks stand in distributed_worker.py. Starting a process takes longer than most of them, so one
-launch runs them all.
+launch runs them all, in processes forked from one that has imported what they need.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,30 +27,25 @@ pytestmark = pytest.mark.skipif(
 
 
 def launch(world_size: int, folder: Path) -> list[dict[str, str]]:
-    """Every rank's report: check -> "passed" or a traceback; the output of a rank without one."""
+    """Every rank's report: check -> "passed" or a traceback; the output of all without one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    processes = []
-    for rank in range(world_size):
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            command = [sys.executable, HERE / "distributed_worker.py", rank, world_size, folder]
-            processes.append(
-                subprocess.Popen(
-                    list(map(str, command)), env=environment, stdout=output, stderr=output
-                )
-            )
+    command = [sys.executable, str(HERE / "distributed_worker.py"), str(world_size), str(folder)]
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     try:
-        for process in processes:
-            process.wait(TIMEOUT)
+        process.wait(TIMEOUT)
     except subprocess.TimeoutExpired:
         pass  # the reports say what is missing
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # all ranks
+        process.wait()
     reports = []
     for rank in range(world_size):
         report = folder / f"report-{rank}.json"
-        output = (folder / f"output-{rank}.txt").read_text()
+        output = (folder / "output.txt").read_text()
         reports.append(json.loads(report.read_text()) if report.exists() else {"output": output})
     return reports
 

@@ -7,10 +7,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from backends import native
@@ -184,8 +184,7 @@ print(json.dumps({
 def run(program, cwd, **environ):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
     env = clean | {"PYTHONPATH": str(cwd)} | environ
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    return processes.run("-c", program, cwd=cwd, env=env)
 
 
 @pytest.fixture
@@ -289,9 +288,8 @@ def test_the_next_backend_serves(damage, copy):
 def test_asked_for_by_name_and_missing(copy):
     """The op raises, not the import: `info` must be able to say why."""
     older_torch(copy)
-    environ = {"SDKERNELS_BACKEND": "cpp", "PYTHONWARNINGS": "ignore"}
     program = "import sdkernels, torch; sdkernels.KeptRows.from_mask(torch.tensor([True]))"
-    result = run(program, copy.parent, **environ)
+    result = run(program, copy.parent, SDKERNELS_BACKEND="cpp")
     assert result.returncode == 1
     assert re.match(
         r"RuntimeError: sdkernels::compact_mask: SDKERNELS_BACKEND=cpp, but the extension was "

@@ -17,17 +17,19 @@ SHAPES = [(11, 5, C), (13, 3, C), (9, 2, 2, C)]
 COUNTS = [(7, 6, 4), (5, 9, 6), (8, 2, 3)]
 
 
-def rows_of(counts: tuple[int, ...]) -> list[KeptRows]:
+def rows_of(counts: tuple[int, ...], shapes: list[tuple[int, ...]]) -> list[KeptRows]:
     return [
         KeptRows.from_index(torch.arange(k), shape[0], 2.0)
-        for k, shape in zip(counts, SHAPES, strict=True)
+        for k, shape in zip(counts, shapes, strict=True)
     ]
 
 
 @pytest.mark.parametrize("multiple_of", [pytest.param(1, marks=pytest.mark.whole), 16])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
 def test_compiled(backend, multiple_of):
-    setting = Setting("attention", "layer", torch.float32, SHAPES)
+    first = 1 if backend == "inductor" else 0  # which takes long, and longer with every crop
+    shapes = SHAPES[first:]
+    setting = Setting("attention", "layer", torch.float32, shapes)
 
     def gradients(ys: list[Tensor]) -> list[Tensor]:
         return setting.collect(ys)
@@ -35,7 +37,7 @@ def test_compiled(backend, multiple_of):
     with compilation() as seen:
         run = torch.compile(setting.packed, backend=backend, fullgraph=True, dynamic=True)
         for counts in COUNTS:
-            rows = rows_of(counts)
+            rows = rows_of(counts[first:], shapes)
             actual = gradients(run(rows, multiple_of=multiple_of))
             assert_same(actual, gradients(setting.packed(rows, multiple_of=multiple_of)))
         assert seen.graphs == 1

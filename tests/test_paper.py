@@ -6,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -289,35 +288,45 @@ def test_other_formats(options, few):
     assert trainer.train_step() == pytest.approx(plain.train_step(), rel=0.02)
 
 
-COMMAND = (
-    *(sys.executable, "-m", "benchmarks.paper", "train", "--device", "cpu", "--depth", "8"),
-    *("--epochs", "2", "--batch", "128", "--mode", "row", "--checkpoint-every", "3"),
-)
+def train_few(out):
+    """The command, on every third digit: two epochs of six steps."""
+    digits = data.load("digits", None)
+    parts = {name: getattr(digits, name) for name in ("train", "validation", "test")}
+    third = {name: tuple(part[::3] for part in both) for name, both in parts.items()}
+    command = ("train", "--device", "cpu", "--depth", "8", "--epochs", "2", "--batch", "64")
+    options = ("--mode", "row", "--checkpoint-every", "4", "--out", str(out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.paper.__main__.load", lambda *_: replace(digits, **third))
+        assert main([*command, *options]) == 0
+
+
+KILLED = """if True:
+    import os, signal, sys
+    sys.path.insert(0, "tests")
+    import test_paper
+    Trainer = test_paper.training.Trainer
+    right = Trainer.train_step
+
+    def train_step(self):
+        if self.step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(self)
+
+    Trainer.train_step = train_step
+    test_paper.torch.set_num_threads(int(sys.argv[2]))
+    test_paper.train_few(sys.argv[1])
+"""
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     """Killed in mid-epoch, between two checkpoints: the same losses to the last bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run([*COMMAND, "--out", str(whole)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(
-        [*COMMAND, "--out", str(killed)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        while not (killed / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert 0 < len(torch.load(killed / "checkpoint.pt", weights_only=True)["losses"]) < 20
-    again = subprocess.run(
-        [*COMMAND, "--out", str(killed)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
+    train_few(whole)
+    arguments = ("-c", KILLED, str(killed), str(torch.get_num_threads()))
+    process = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert len(torch.load(killed / "checkpoint.pt", weights_only=True)["losses"]) == 8
+    train_few(killed)
     runs = [json.loads((folder / "run.json").read_text()) for folder in (whole, killed)]
     for run in runs:
         for epoch in run["epochs"]:

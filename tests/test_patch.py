@@ -2,11 +2,12 @@
 
 import copy
 import io
+import os
 import pickle
-import subprocess
 import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
 from comparison import assert_same_bits
@@ -88,7 +89,7 @@ model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 from sdkernels.models import drop_probs
 print(drop_probs(model), model.train()(torch.randn(4, 3, 32, 32).double()).shape)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = processes.run("-c", script, cwd=os.getcwd(), env=os.environ)
     assert done.stdout == "[0.0, 0.0, 0.5, 0.5] torch.Size([4, 5])\n", done.stderr
 
 
@@ -96,7 +97,7 @@ def test_importing_sdkernels_imports_no_library():
     script = (
         "import sys, sdkernels; print({'timm', 'torchvision', 'transformers'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = processes.run("-c", script, cwd=os.getcwd(), env=os.environ)
     assert done.stdout == "set()\n", done.stderr
 
 

@@ -5,10 +5,9 @@ What the compiler makes of them is looked at in test_triton_compiled.py.
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_backends import run
@@ -67,20 +66,8 @@ def test_in_the_interpreter(files, selection):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
     options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=brief"]
     program = str(TESTS / "triton_interpreter.py")
-    result = subprocess.run(
-        [
-            sys.executable,
-            program,
-            *options,
-            "-k",
-            selection,
-            *(str(TESTS / case) for case in files),
-        ],
-        cwd=TESTS.parent,
-        env=clean | INTERPRETED,
-        capture_output=True,
-        text=True,
-    )
+    options += ["-k", selection, *(str(TESTS / case) for case in files)]
+    result = processes.run(program, *options, cwd=TESTS.parent, env=clean | INTERPRETED)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

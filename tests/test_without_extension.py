@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import test_bad_ops
 import torch
@@ -101,13 +100,8 @@ def test_a_seed_gives_the_same_plan(batches, draws, step):
 def run(*arguments, **environ):
     """Run this Python without the extension."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SDKERNELS_")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=TESTS.parent,
-        env=clean | {"OMP_NUM_THREADS": "2", "SDKERNELS_EXTENSION": "off"} | environ,
-        capture_output=True,
-        text=True,
-    )
+    env = clean | {"OMP_NUM_THREADS": "2", "SDKERNELS_EXTENSION": "off"} | environ
+    return processes.run(*arguments, cwd=TESTS.parent, env=env)
 
 
 REFUSALS = """

@@ -96,7 +96,7 @@ def emulated_ops(few: bool = False) -> Path:
     folder = BUILT / ("few" if few else "ops")
     flags = ["-include", str(FEW_DTYPES)] if few else []
     parts = objects(folder, sorted(KERNELS.glob("*.cu")), *flags)
-    parts += objects(BUILT, [ROOT / "csrc/cuda/cuda_ops.cpp", HERE / "ops.cpp", EMULATOR])
+    parts += objects(BUILT, [HERE / "ops.cpp", EMULATOR])
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     return link(folder / "emulated.so", parts, "-shared", *libraries)
 

@@ -173,12 +173,10 @@ def kernel_objects(few: bool = False, architecture: str = ARCHITECTURE) -> list[
 
 def cuda_ops(few: bool) -> tuple[Path, list[str]]:
     """The library of the CUDA ops, registered for the CPU, and the PTX of its kernels."""
-    glue = [EMULATION / "ops.cpp", ROOT / "csrc/cuda/cuda_ops.cpp"]
     objects = kernel_objects(few)
-    with side_by_side() as pool:
-        parts = pool.map(lambda source: host_object(source, *glue_flags()), glue)
-        libraries = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-lc10"]
-        library = shared_library("ops", [*objects, *parts], *libraries)
+    glue = host_object(EMULATION / "ops.cpp", *glue_flags())
+    libraries = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-lc10"]
+    library = shared_library("ops", [*objects, glue], *libraries)
     return library, ptx_beside(objects)
 
 

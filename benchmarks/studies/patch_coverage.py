@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import sdkernels
-from benchmarks.measure import command
+from benchmarks.measure import command, memory
 from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.providers.zoo import TINY, nets
 from benchmarks.report.table import markdown
@@ -241,14 +241,14 @@ def check(smallest: Smallest) -> dict[Any, str]:
         wanted.setdefault(each.name, (each, []))[1].append(key)
     for name, (each, keys) in wanted.items():
         try:
-            model = each.make()
-            report = sdkernels.patch(model, check="always")
-            given = each.inputs(model)
-            with warnings.catch_warnings():
+            with memory.host_memory_limit(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                model = each.make()
+                report = sdkernels.patch(model, check="always")
+                given = each.inputs(model)
                 by_name = isinstance(given, dict)
                 checked = report.check(**given) if by_name else report.check(*given)
-        except Exception as error:
+        except Exception as error:  # too large for this machine's memory, too
             for key in keys:
                 found.setdefault(key, f"{name} did not run: {error!r}"[:200])
             continue

@@ -24,11 +24,20 @@ from ..adding import Add, BlockState, Options
 from ..parts import Law
 from ..proof import Asked, Leaf, Proof, leaves
 from ..rewriting import Rewriting
+from ..rewriting.source import remade
 from .arguments import all_leaves, cloned, doubled, held_by, is_list_of, varied, with_tensors
 from .aside import aside
 from .clones import Forced, Unequal, clone_of, copied, train
-from .contents import State, state_of
-from .results import CHANGED, distance_between, largest_entry, of_unchanged, outputs_of
+from .results import (
+    CHANGED,
+    State,
+    distance_between,
+    largest_entry,
+    of_unchanged,
+    other_state,
+    outputs_of,
+    state_of,
+)
 
 __all__ = ["prove"]
 
@@ -137,12 +146,15 @@ class _Comparison:
             original = self._original(first, rows, watch=rows is some)
             expected = self._gradients(first, original, only)
             difference = max(difference, self._compare(expected, found, rows))
+            where: str | None = None
             if state is None:
-                state = self._state(first)
-                self._compare_states(state, self._state(second))
+                state = state_of(first)
+                where = other_state(state, state_of(second), self.tolerance)
             if rows is every:
-                self._compare_states(state, self._state(first), values_only=True)
+                where = other_state(state, state_of(first))
                 whole = outputs_of(original, only)
+            if where is not None:
+                raise Unequal(f"its forward changes what it or a module of it holds ({where})")
         with torch.no_grad():
             others = outputs_of(self._rewritten(third, every, changed=True), only)
             pair = (of_unchanged(each, self.batch) for each in (whole, others))
@@ -365,19 +377,6 @@ class _Comparison:
 
     # What must agree
 
-    def _state(self, clone: nn.Module) -> State:
-        return state_of((n, m) for n, m in clone.named_modules() if not isinstance(m, Forced))
-
-    def _compare_states(self, first: State, second: State, values_only: bool = False) -> None:
-        where = first.changed(second)
-        if where is None and not values_only:
-            for name, a in first.tensors.items():
-                b, scale = second.tensors[name], largest_entry(a)
-                if a.shape != b.shape or not distance_between(a, b, scale) <= self.tolerance:
-                    where = name
-        if where is not None:
-            raise Unequal(f"its forward changes what it or a module of it holds ({where})")
-
     def _explain(self, rows: Sequence[KeptRows], once: dict[str, Tensor | None]) -> None:
         """Raise what is behind a difference, if the original shows it too."""
         with torch.no_grad():
@@ -456,8 +455,4 @@ def _with_functions(forward: Any, functions: dict[str, Forced]) -> Any:
         return lambda x, *args, **kwargs: drop(x)
 
     names = {**forward.__globals__, **{name: named(drop) for name, drop in functions.items()}}
-    made = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    return remade(forward, names, forward.__closure__)

@@ -120,6 +120,13 @@ def tokens(batch: int = 4) -> Tensor:
 # What research code writes
 
 
+class TwoHeads(Block):
+    """Something for each of two heads, which is no sample's where there are two of them."""
+
+    def forward(self, x, bias):
+        return x + self.drop_path(self.f(x) * bias[0] + bias[1])
+
+
 class Rotated(Block):
     """Positions that both branches get are nobody's, also where there are as many as samples."""
 
@@ -242,6 +249,7 @@ class HandsOn(Block):
         (Rotated, tokens(5), ()),
         (Parallel, tokens(), ()),
         (HandsOn, tokens(), ()),
+        (TwoHeads, tokens(), (torch.randn(2, 5, WIDTH, dtype=torch.float64),)),
     ],
 )
 def test_blocks_of_research_code(kind, x, args):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -119,6 +120,9 @@ class _Comparison:
         self.asked = asked  # for what a branch computes besides
         self.inputs: list[Tensor] = []
         self.taken: list[tuple[int, Leaf]] = []
+        # With as many rows as nothing else has, what has as many belongs to samples; with two of
+        # them that is known already.
+        self.proof = Proof(True, of_samples=None)
         dtypes = {x.dtype, *(p.dtype for p in clone.parameters())} & TOLERANCES.keys()
         coarsest = max(dtypes or {torch.float32}, key=TOLERANCES.__getitem__)
         self.tolerance = TOLERANCES[dtype or coarsest]
@@ -130,7 +134,6 @@ class _Comparison:
         self.of_samples = self._choose()
         first, second = self.clone, copied(self.clone)
         some, every, none, one = self._cases()
-        taken: frozenset[tuple[int, Leaf]] | None = None
         only: frozenset[str] | None = None
         state: State | None = None
         difference, third, whole = 0.0, second, {}
@@ -138,8 +141,8 @@ class _Comparison:
             if rows is every:
                 third = copied(second)
             found = self._gradients(second, self._rewritten(second, rows), only)
-            if taken is None:
-                taken = frozenset(self.taken)
+            if self.proof.of_samples is None:
+                self.proof = Proof(True, of_samples=frozenset(self.taken))
                 # What nobody asks for is None in the rewriting: it shall not count in the
                 # gradients.
                 only = frozenset(found) if self.rewriting.leaks and not self.asked else None
@@ -164,7 +167,7 @@ class _Comparison:
                 raise Unequal(self._text(what, distance, every))
         if self.x.shape[0] >= _MANY:  # which may lead another way
             self._check_mixing(min(self.x.shape[0], 2 * _MANY))
-        return Proof(True, of_samples=taken, difference=max(difference, distance))
+        return replace(self.proof, difference=max(difference, distance))
 
     def _compare(
         self,
@@ -209,9 +212,7 @@ class _Comparison:
         laws = [Law(0.5, "row", True, True)] * len(branches)
         clone.__dict__["_sdkernels"] = state
         try:
-            # Nothing but what belongs to samples has as many rows here.
-            trusted = (Proof(True, of_samples=None),)
-            add = Add(clone, laws, self.rewriting, trusted, self.asked)
+            add = Add(clone, laws, self.rewriting, (self.proof,), self.asked)
             self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)
             return self._call(forward, (clone, add), named)

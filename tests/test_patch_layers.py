@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from compiling import compilation
 from torch import Tensor, nn
 
 from sdkernels import DepthPlan, KeptRows, linear_decay, patch, uniform, unpatch
-from sdkernels.models import LayerReport
+from sdkernels.models import LayerReport, drop_probs, use
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -307,8 +309,6 @@ def test_copies_and_pickles():
         assert isinstance(other.model.layers[1], kind)
         assert list(other.state_dict()) == keys
         assert other.model.layers[1]._sdkernels.rows == [None]
-        from sdkernels.models import use
-
         with use(other, plan):
             compare(run(other, inputs), expected)
     assert type(unpatch(model).model.layers[0]) is kind
@@ -459,6 +459,30 @@ def patched(**options: Any) -> tuple[Model, LayerReport]:
     return model, patch(model, rows="block", **{"drop_probs": [0.5], "rescale": "none"} | options)
 
 
+class Locked(Layer):
+    """Says itself what goes into a pickle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_a_layer_that_pickles_itself():
+    model = Model(Locked())
+    patch(model, rows="block", drop_probs=[0.5], rescale="none")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other.layers[0], Locked)
+        assert other.layers[0].lock is not model.layers[0].lock
+        assert len(drop_probs(other)) == 1
+
+
 def test_what_belongs_to_samples():
     model, report = patched()
     x = torch.randn(4, 3, 4)
@@ -599,6 +623,81 @@ def test_tracing_records_the_layer_as_it_was():
     with pytest.warns(UserWarning, match="is its original forward"):
         traced = torch.jit.trace(model, (x,), check_trace=False)
     assert torch.equal(traced(x), copy.deepcopy(unpatch(model))(x))
+
+
+class Vanishes(nn.Module):
+    """A drop path under a name that says nothing."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * mask / (1 - self.rate)
+
+
+class DropPath(Vanishes):
+    """The same under the name that libraries give it."""
+
+
+class Dropping(Layer):
+    def __init__(self, kind: type[Vanishes] = DropPath) -> None:
+        super().__init__()
+        self.gone = kind(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.gone(self.attention(x)), None
+
+
+def test_a_drop_path_under_another_name():
+    model = Model(Dropping(Vanishes))
+    report = patch(model, rows="block")
+    assert report.drop_probs == [0.5]
+    x = torch.randn(4, 3, 4)
+    rows = KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)
+    with report.use([rows]):
+        y = model(x)
+    expected = x + (2.0 * (rows.slot >= 0)).view(-1, 1, 1) * model.layers[0].attention(x)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_tracing_of_the_papers_rule(check):
+    """What is recorded in evaluation multiplies the branches, once the layer was looked at."""
+    model = Model(Dropping())
+    report = patch(model, rows="block", rescale="eval")
+    x = torch.randn(4, 3, 4)
+    if not check:
+        with pytest.raises(RuntimeError, match=r"call report\.check"):
+            torch.jit.trace(model.eval(), (x,), check_trace=False)
+        return
+    report.check(x)
+    traced = torch.jit.trace(model.eval(), (x,), check_trace=False)
+    expected = x + 0.5 * model.layers[0].attention(x)
+    torch.testing.assert_close(traced(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_drop_path_of_which_nothing_is_known_afterwards():
+    model = Model(Dropping())
+    report = patch(model, rows="block")
+    model.layers[0].gone = nn.Tanh()
+    assert math.isnan(report.drop_probs[0])
+    assert [each.name for each in report.whole] == ["layers.0"]
+    assert report.expected_saving() == 0.0
+    assert "runs as before" in str(report)
+
+
+def test_the_look_at_a_layer_calls_no_hooks():
+    model = Model(Block())
+    report = patch(model, rows="block", drop_probs=[0.5])
+    calls: list[Any] = []
+    model.layers[0].register_forward_hook(lambda *args: calls.append(args))
+    assert report.check(torch.randn(4, 3, 4))[0].holds
+    assert not calls
 
 
 def test_bad_arguments():

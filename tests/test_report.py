@@ -1,6 +1,7 @@
 """The report says how a patched block runs now, whatever has happened to its drop paths."""
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,37 @@ def test_a_drop_path_in_evaluation_drops_nothing():
     model.eval()  # as a whole it says nothing about training
     assert report.expected_saving() == both
     assert "blocks.1  Block  0.5 0.5" in str(report)
+
+
+def test_a_report_that_is_unpickled_with_its_model():
+    model = VIT.model().train()
+    report = sdkernels.patch(model)
+    other, loaded = pickle.loads(pickle.dumps((model, report)))
+    assert loaded.source("blocks.1") == report.source("blocks.1")
+    loaded = pickle.loads(pickle.dumps(loaded))
+    assert all(each.holds for each in loaded.check(VIT.inputs(4)))
+    assert loaded.drop_probs == drop_probs(other) == P
+
+
+class Merges(nn.Linear):
+    """As a low-rank adapter, which goes into the weight where `eval` is called."""
+
+    def train(self, mode: bool = True) -> "Merges":
+        if self.training and not mode:
+            self.weight.data += 1.0
+        return super().train(mode)  # type: ignore[return-value]
+
+
+def test_a_module_that_does_more_where_its_mode_is_changed():
+    """The model is as it was."""
+    model = VIT.model().train()
+    head = model.head
+    model.head = Merges(head.in_features, head.out_features).double()
+    before = model.head.weight.detach().clone()
+    report = sdkernels.patch(model)
+    report.check(VIT.inputs(4))
+    assert report.expected_saving(VIT.inputs(4)) > 0.1
+    assert torch.equal(model.head.weight, before)
 
 
 @pytest.mark.parametrize("p", [torch.tensor(0.25), torch.tensor([0.25]), 0.25, None])

@@ -120,6 +120,13 @@ def tokens(batch: int = 4) -> Tensor:
 # What research code writes
 
 
+class TwoHeads(Block):
+    """Something for each of two heads, which is no sample's where there are two of them."""
+
+    def forward(self, x, bias):
+        return x + self.drop_path(self.f(x) * bias[0] + bias[1])
+
+
 class Rotated(Block):
     """Positions that both branches get are nobody's, also where there are as many as samples."""
 
@@ -242,12 +249,26 @@ class HandsOn(Block):
         (Rotated, tokens(5), ()),
         (Parallel, tokens(), ()),
         (HandsOn, tokens(), ()),
+        (TwoHeads, tokens(), (torch.randn(2, 5, WIDTH, dtype=torch.float64),)),
     ],
 )
 def test_blocks_of_research_code(kind, x, args):
     report = assert_compacts(kind(), x, *args)
     assert not report.left
     assert all(each.holds for each in report.check(x.double(), *args))
+
+
+class TwiceBent(Block):
+    """A sum with two activations behind it, of which the op takes one."""
+
+    def forward(self, x):
+        return self.relu(self.relu(x + self.drop_path(self.f(x))))
+
+
+def test_two_activations_behind_a_sum():
+    source = assert_compacts(TwiceBent(), tokens()).source("")
+    assert source.count("activation=self.relu") == 1
+    assert "return self.relu(add_branch(" in source
 
 
 def test_batch_statistics_are_frozen_in_the_comparison_only():
@@ -608,7 +629,8 @@ def test_registered_forwards():
         return x
 
     sdkernels.models.register(Looped, forward, ["drop_path", "drop_path"])
-    assert_compacts(Looped(), tokens())
+    report = assert_compacts(Looped(), tokens())
+    assert report.expected_saving() == 0.5  # of all of it, and not of all of it for each branch
     with pytest.raises(TypeError, match="kind: expected a class of modules"):
         sdkernels.models.register(forward, forward, ["drop_path"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="drops: expected a list"):

@@ -6,7 +6,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -21,9 +21,8 @@ from ..functional import fused_stochastic_depth, per_tensor
 from ..packed import Packed
 from ..rows import KeptRows
 from ..sampling import Mode, Rescale, Sampler
-from .branches import Composed, entries
 from .parts import Law, drop_law, is_bare, layer_scale_of, why_it_draws_itself
-from .proof import TRUSTED, Asked, Leaf, Proof, leaves, mapped
+from .proof import TRUSTED, Asked, Leaf, Proof, entries, leaves, mapped
 from .rewriting import Branch, Rewriting
 from .settings import Stamp
 
@@ -58,41 +57,33 @@ class BlockState:
     options: Options
     branches: tuple[Branch, ...]
     p: list[float | None]  # set by patch(drop_probs=...); None: what the module says
-    rewriting: Rewriting | None = None  # None in a copy that has not run yet
+    rewriting: Rewriting | None = None  # None in an unpickled one that has not run yet
     rows: list[Rows | None] = field(init=False)  # of a plan, while `use` is in force
-    user: int | None = field(init=False)  # the thread whose `use` that is
+    user: int | None = field(init=False, default=None)  # the thread whose `use` that is
     # The forwards whose backward may still come: what they returned, and the rows they ran with.
-    pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False)
-    recomputed: bool = field(init=False)  # in a backward since the last forward
-    refused: Proof | None = field(init=False)  # why the block keeps its own forward from now on
-    proofs: dict[Any, Proof] | None = field(init=False)  # by kinds of calls
-    is_known: bool = field(init=False)  # whether it was compared before a release
-    stamp: Stamp | None = field(init=False)  # of what both are about
+    pending: list[tuple[weakref.ref[Tensor], Token]] = field(init=False, default_factory=list)
+    recomputed: bool = field(init=False, default=False)  # in a backward since the last forward
+    refused: Proof | None = field(init=False, default=None)  # why it keeps its own forward for good
+    proofs: dict[Any, Proof] | None = field(init=False, default=None)  # by kinds of calls
+    is_known: bool = field(init=False, default=False)  # whether it was compared before a release
+    stamp: Stamp | None = field(init=False, default=None)  # of what both are about
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.branches)
-        self.user = None
-        self.pending = []
-        self.recomputed = False
-        self.refused = None
-        self.proofs = None
-        self.is_known = False
-        self.stamp = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
+        made = replace(self, p=list(self.p))
         # What is known of a block holds for its copy, which may be compiled before it runs.
-        made = BlockState(self.options, self.branches, list(self.p), self.rewriting)
         made.refused, made.proofs, made.is_known = self.refused, self.proofs, self.is_known
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no `use`, and has run no forward.
-        return {"options": self.options, "branches": self.branches, "p": self.p}
+        given = [each.name for each in fields(self) if each.init and each.name != "rewriting"]
+        return {name: getattr(self, name) for name in given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.rewriting = None
-        self.__dict__.update(state)
-        self.__post_init__()
+        self.__init__(**state)  # type: ignore[misc]
 
     def token(self) -> Token:
         """The rows that a forward runs with now: the same objects, not written to since."""
@@ -141,6 +132,11 @@ class BlockState:
             return own
         return own._replace(p=p)
 
+    def silences(self, branch: int) -> bool:
+        """Whether patch() gave p = 0 to a branch whose own drop path may say something else."""
+        own = self.branches[branch]
+        return self.p[branch] == 0.0 and (own.drop is not None or own.p is not None)
+
     def drop_path(self, block: nn.Module, branch: int) -> nn.Module | None:
         name = self.branches[branch].drop
         return None if name is None else attrgetter(name)(block)
@@ -156,8 +152,10 @@ class BlockState:
         return None
 
 
-def _is_everything(rows: KeptRows) -> bool:
+def _is_everything(rows: object) -> bool:
     """Whether these are all the rows, as they are."""
+    if not isinstance(rows, KeptRows):
+        return False
     return rows.k == rows.batch and rows.scale == 1.0 and rows.weight is None
 
 
@@ -208,30 +206,27 @@ class Add:
         as the proof of the block says; those in a list, as the op does. The tensors of a list go
         one after the other.
         """
-        composed, fused_norm, factor = self._around(branch, norm, layer_scale)
-        rows = self.block._sdkernels.rows[index] if self.laws[index].training else None
-
-        def one(x: Tensor, residual: Any, rows: Any, args: Sequence[Any]) -> Tensor:
-            return self._one(
-                index, composed, x, residual, rows, args, fused_norm, factor, activation
+        around = self._around(branch, norm, layer_scale)
+        rows = self._rows(index)
+        if not isinstance(x, list):
+            if isinstance(args, Mapping):
+                args = self._inputs(index, self.proofs[0], x, args)
+            totals = [self._one(index, x, around, residual, rows, args, activation)]
+            self._made(totals, (x, residual))
+            return totals[0]
+        count = len(x)
+        residuals = per_tensor(residual, count, "residual")
+        proofs = self.proofs if len(self.proofs) == count else [self.proofs[0]] * count
+        totals = []
+        for crop, own_rows in enumerate(per_tensor(rows, count, "rows")):
+            given = entries(args, crop, count)
+            if isinstance(args, Mapping):
+                given = self._inputs(index, proofs[crop], x[crop], given)
+            totals.append(
+                self._one(index, x[crop], around, residuals[crop], own_rows, given, activation)
             )
-
-        several = isinstance(x, list)
-        xs = x if several else [x]
-        residuals = per_tensor(residual, len(xs), "residual") if several else [residual]
-        each_rows = per_tensor(rows, len(xs), "rows") if several else [rows]
-        each_args: list[Any] = [args]
-        if several:
-            each_args = [entries(args, crop, len(xs)) for crop in range(len(xs))]
-        if isinstance(args, Mapping):
-            proofs = self.proofs if len(self.proofs) == len(xs) else [self.proofs[0]] * len(xs)
-            each_args = list(map(functools.partial(self._inputs, index), proofs, xs, each_args))
-        totals = list(map(one, xs, residuals, each_rows, each_args))
-        given = [*xs, *residuals]
-        own = [total for total in totals if not any(total is each for each in given)]
-        if own:  # with empty="skip" the sum may be what came in
-            self.sums = own
-        return totals if several else totals[0]
+        self._made(totals, (*x, *residuals))
+        return totals
 
     def packed(
         self,
@@ -250,39 +245,34 @@ class Add:
         called: Callable[..., Any] | None = norm
         if norm is not None and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
             called = _OnTokens(norm)
-        composed, fused_norm, factor = self._around(branch, called, layer_scale)
-        law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
-        rows = self.block._sdkernels.rows[index] if law.training else None
-        if isinstance(rows, list) and all(map(_is_everything, rows)):
-            per_tensor(rows, len(xs), "rows")
-            rows, p = None, 0.0
-        is_own = self.rewriting.hides_sums and all(any(x is s for s in self.sums) for x in xs)
-        totals: list[Tensor] = fused_stochastic_depth(
+        options = self.block._sdkernels.options
+        totals: list[Tensor] = self._op(
+            index,
             xs,
-            composed,
-            p,
-            options.mode or law.mode,
-            law.training,
+            per_tensor(self._rows(index), len(xs), "rows"),
             args=args,
-            norm=fused_norm,
-            layer_scale=factor,
-            rows=rows,
-            sampler=options.sampler,
-            rescale=options.rescale_of(law),
-            empty="ones" if options.empty == "run" else options.empty,
-            inplace=bool(options.inplace) and is_own,
-            min_saving=options.min_saving,
+            inplace=bool(options.inplace) and all(map(self._is_own, xs)),
             packed=True,
             multiple_of=options.multiple_of,
+            **self._around(branch, called, layer_scale),
         )
-        own = [total for total in totals if not any(total is x for x in xs)]
-        if own:
-            self.sums = own
+        self._made(totals, xs)
         return totals
 
-    def _around(
-        self, branch: Callable[..., Any], norm: Any, layer_scale: Any
-    ) -> tuple[Composed, nn.LayerNorm | nn.RMSNorm | None, Tensor | None]:
+    def _rows(self, index: int) -> Any:
+        return self.block._sdkernels.rows[index] if self.laws[index].training else None
+
+    def _is_own(self, stream: Any) -> bool:
+        """Whether it is a sum that nobody but the next addition sees."""
+        return self.rewriting.hides_sums and any(stream is each for each in self.sums)
+
+    def _made(self, totals: list[Tensor], given: Sequence[Any]) -> None:
+        """Remember sums. With empty="skip" one may be what came in."""
+        own = [total for total in totals if not any(total is each for each in given)]
+        if own:
+            self.sums = own
+
+    def _around(self, branch: Callable[..., Any], norm: Any, layer_scale: Any) -> dict[str, Any]:
         """The branch with what cannot be fused around it; the norm and the factor that can be."""
         before: list[Callable[..., Any]] = []
         after: list[Callable[..., Any]] = []
@@ -297,55 +287,62 @@ class Add:
         if factor is not None and not isinstance(factor, Tensor):  # the number 1 for none
             after.append(functools.partial(operator.mul, factor))
             factor = None
-        return Composed([*before, branch, *after], len(before), self.block), fused_norm, factor
+        composed = _Composed([*before, branch, *after], len(before), self.block)
+        return {"branch": composed, "norm": fused_norm, "layer_scale": factor}
 
     def _one(
         self,
         index: int,
-        branch: Composed,
         x: Tensor,
+        around: dict[str, Any],
         residual: Tensor | None,
         rows: Any,
-        args: Sequence[Any],
-        norm: nn.LayerNorm | nn.RMSNorm | None,
-        layer_scale: Tensor | None,
+        args: Any,
         activation: nn.Module | None,
     ) -> Tensor:
-        law, options, p = self.laws[index], self.block._sdkernels.options, self.laws[index].p
-        if isinstance(rows, KeptRows) and _is_everything(rows):
-            rows, p = None, 0.0
         is_shared = residual is x  # the first of several branches of the same x
         stream = x if residual is None else residual
-        of_rows = layer_scale is not None and layer_scale.dim() == stream.dim()
-        if layer_scale is not None and of_rows and layer_scale.shape[0] == 1:
-            layer_scale = layer_scale[0]
+        scale = around["layer_scale"]
+        if scale is not None and scale.dim() == stream.dim() and scale.shape[0] == 1:
+            around = {**around, "layer_scale": scale[0]}
         is_relu = type(activation) is nn.ReLU and is_bare(activation) and not _has_any_global_hook()
-        is_own = self.rewriting.hides_sums and any(stream is each for each in self.sums)
+        asked = self.block._sdkernels.options.inplace
         inplace: bool | None = False
-        if options.inplace is not False and is_own and not is_shared:
-            inplace = True if options.inplace else _permitted(stream)
-        total: Tensor = fused_stochastic_depth(
+        if asked is not False and not is_shared and self._is_own(stream):
+            inplace = True if asked else _permitted(stream)
+        total: Tensor = self._op(
+            index,
             x,
-            branch,
-            p,
-            options.mode or law.mode,
-            law.training,
+            rows,
             args=args,
-            norm=norm,
-            layer_scale=layer_scale,
-            residual=None if is_shared else residual,
-            rows=rows,
-            sampler=options.sampler,
-            rescale=options.rescale_of(law),
-            empty="ones" if options.empty == "run" else options.empty,
             inplace=inplace,
-            min_saving=options.min_saving,
+            residual=None if is_shared else residual,
             activation="relu" if is_relu else None,
+            **around,
         )
         if activation is not None and not is_relu:
             # It may write in place. With empty="skip" the sum may be `x` itself, which others read.
             total = activation(total.clone() if total is stream else total)
         return total
+
+    def _op(
+        self, index: int, x: Any, rows: Any, *, branch: _Composed, **options_of_call: Any
+    ) -> Any:
+        law, options = self.laws[index], self.block._sdkernels.options
+        everything = all(map(_is_everything, rows if isinstance(x, list) else [rows]))
+        return fused_stochastic_depth(
+            x,
+            branch,
+            0.0 if everything else law.p,
+            options.mode or law.mode,
+            law.training,
+            rows=None if everything else rows,
+            sampler=options.sampler,
+            rescale=options.rescale_of(law),
+            empty="ones" if options.empty == "run" else options.empty,
+            min_saving=options.min_saving,
+            **options_of_call,
+        )
 
     def _inputs(self, index: int, proof: Proof, x: Any, args: Mapping[str, Any]) -> list[Any]:
         """Further inputs for the op, with what belongs to samples marked, and what does not.
@@ -370,6 +367,20 @@ class Add:
         if self.asked and any(True for _ in leaves(value)):
             raise Asked(name)
         self.aside[name] = mapped(value, lambda path, leaf: None)
+
+
+class _Composed:
+    """A branch with what could not be fused into the op around it."""
+
+    def __init__(self, steps: Sequence[Callable[..., Any]], branch: int, block: nn.Module) -> None:
+        self.steps = steps
+        self.branch = branch  # position of the branch proper, which gets the extra arguments
+        self.block = block  # whose modules these are
+
+    def __call__(self, kept: Any, *args: Any) -> Any:
+        for position, step in enumerate(self.steps):
+            kept = step(kept, *args) if position == self.branch else step(kept)
+        return kept
 
 
 class _OnTokens:

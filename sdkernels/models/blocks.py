@@ -16,13 +16,14 @@ from torch.compiler import is_compiling
 
 from ..tracing import is_recorded, refuse_script
 from .adding import Add, BlockState
-from .branches import entries
 from .comparing.proving import proofs_of, warn
 from .packing import packed_form
-from .proof import Asked, Proof
+from .proof import Asked, Proof, entries
 from .rewriting import Rewriting
 
-__all__ = ["PatchedBlock", "make_patched", "say_what_is_left_out"]
+__all__ = ["PatchedBlock", "compact", "make_patched"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class PatchedBlock:
@@ -31,6 +32,7 @@ class PatchedBlock:
     if TYPE_CHECKING:  # TorchScript reads annotations, and does not know these
         _sdkernels: BlockState
         _original: type[nn.Module]
+        _sdkernels_names: tuple[str, ...]  # of its input, and what else takes a position
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script compiles the original forward, which cannot multiply by 1 - p."""
@@ -75,25 +77,32 @@ def say_what_is_left_out(block: Any) -> None:
 
 def make_patched(
     original: type[nn.Module],
-    name: str,
     module: str,
-    find_rewriting: Callable[..., Any],
-    takes_lists: Callable[[], bool],
+    compact: Callable[..., tuple[Any, str | None]],
+    takes_lists: Callable[[], bool] = lambda: False,
 ) -> type[nn.Module]:
-    """A subclass of a class of blocks that runs the block's rewriting where that saves anything.
+    """A subclass of a class of blocks that runs on its kept rows where that saves anything.
 
     The class keeps the name of the original: what looks for blocks by name (wrapping policies)
-    finds them. A block that was copied or unpickled has its rewriting found again.
+    finds them.
+
+    Args:
+        module: where pickle finds the class, by the name that it is given.
+        compact: ``compact(block, laws, args, kwargs)`` is what the block computes, with None; or
+            anything, with the reason for which it has to run its own forward.
+        takes_lists: whether the original takes a list of tensors.
     """
     own_forward = original.forward
-    _, first, *_ = inspect.signature(own_forward).parameters  # its input, after self
+    first, *others = [*inspect.signature(own_forward).parameters.values()][1:]  # after self
+    names = (first.name, *(each.name for each in others if each.kind in _POSITIONAL))
 
     def call(self: Any, args: Any, kwargs: Any) -> Any:
         state = self._sdkernels
-        if not is_compiling() and is_recorded(args, [*kwargs.values()]):
-            return run_recorded(self, state, args, kwargs)
         if not self.training or is_compiling():
             return run(self, state, args, kwargs)
+        if is_recorded(args, [*kwargs.values()]):  # torch.jit.trace and torch.fx cannot draw rows
+            say_what_is_left_out(self)
+            return run_original(self, args, kwargs)
         if torch._C._current_graph_task_id() != -1:  # inside a backward: a checkpoint's second run
             state.check_recomputation()
             return run(self, state, args, kwargs)
@@ -105,48 +114,25 @@ def make_patched(
         bound = state.rows[0] is not None
         laws: Any = [state.law(self, branch) for branch in range(len(state.branches))]
         scaled_later = state.options.rescale == "eval"  # evaluation multiplies by 1 - p
+        reason: str | None
         if None in laws:
             reason = state.why_whole(self)
         elif any(
-            # With a p of 0 from patch(): the module that the original calls may have another.
-            law.p > 0.0 or p == 0.0 or (bound and law.training)
-            for law, p in zip(laws, state.p, strict=True)
+            law.p > 0.0 or (bound and law.training) or state.silences(branch)
+            for branch, law in enumerate(laws)
             if law.training or scaled_later
         ):
-            rewriting = state.rewriting or _found_again(self, state, find_rewriting)
-            proof = state.refused
-            if proof is None:
-                try:
-                    proofs = proofs_of(self, rewriting, state.options.check, args, kwargs)
-                    proof = proofs[-1]
-                    if proof.holds:
-                        asked = rewriting.asked(self, kwargs)
-                        add = Add(self, laws, rewriting, proofs, asked)
-                        several = isinstance(args[0] if args else kwargs.get(first), list)
-                        packs = packed_form(self) if several and not is_compiling() else None
-                        return (packs or rewriting.forward)(self, add, *args, **kwargs)
-                except Asked as asked:
-                    proof = state.refused = Proof(False, asked.reason)
-                    warn(rewriting, proof)
-            found = state.proofs and proof in state.proofs.values()
-            if not proof.holds and proof.lasts and found:
-                state.refused = proof
-            reason = proof.reason
+            y, reason = compact(self, laws, args, kwargs)
+            if reason is None:
+                return y
         else:
             return run_original(self, args, kwargs)
         if bound:
             raise RuntimeError(f"plan: a {original.__name__} draws its own rows: {reason}")
         return run_original(self, args, kwargs)
 
-    def run_recorded(self: Any, state: BlockState, args: Any, kwargs: Any) -> Any:
-        """Rows cannot be drawn in the graphs of torch.jit.trace and torch.fx."""
-        if not self.training:
-            return run(self, state, args, kwargs)
-        say_what_is_left_out(self)
-        return run_original(self, args, kwargs)
-
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(first)
+        x = args[0] if args else kwargs.get(names[0])
         if isinstance(x, list) and not takes_lists():
             return _each(own_forward, self, len(x), args, kwargs)
         return own_forward(self, *args, **kwargs)
@@ -161,22 +147,35 @@ def make_patched(
     members = {
         "forward": functools.wraps(own_forward)(scriptable),
         "_original": original,
+        "_sdkernels_names": names,
         "__module__": module,
-        "__qualname__": name,
+        "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (PatchedBlock, original), members)
 
 
-def _found_again(block: Any, state: BlockState, find_rewriting: Callable[..., Any]) -> Rewriting:
-    found = find_rewriting(block)
-    if not isinstance(found, Rewriting) or len(found.branches) != len(state.branches):
-        raise RuntimeError(
-            f"a {type(block).__name__} was patched where its forward was another one; patch the "
-            "model again"
-        )
-    state.rewriting = found
-    return found
+def compact(
+    block: Any, rewriting: Rewriting, laws: Any, args: Any, kwargs: Any
+) -> tuple[Any, str | None]:
+    """A block by its rewriting, if that holds."""
+    state = block._sdkernels
+    proof = state.refused
+    if proof is None:
+        try:
+            proofs = proofs_of(block, rewriting, state.options.check, args, kwargs)
+            proof = proofs[-1]
+            if proof.holds:
+                add = Add(block, laws, rewriting, proofs, rewriting.asked(block, kwargs))
+                x = args[0] if args else kwargs.get(block._sdkernels_names[0])
+                packs = packed_form(block) if isinstance(x, list) and not is_compiling() else None
+                return (packs or rewriting.forward)(block, add, *args, **kwargs), None
+        except Asked as asked:
+            proof = state.refused = Proof(False, asked.reason)
+            warn(rewriting, proof)
+    if proof.lasts and state.proofs and proof in state.proofs.values():
+        state.refused = proof
+    return None, proof.reason
 
 
 def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:

@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .branches import chain, per_sample
-from .dino import dinov2, dinov2_nested, dinov3, has_xformers, learn_dinov2, learn_dinov3
+from .dino import (
+    dinov2,
+    dinov2_nested,
+    dinov3,
+    has_xformers,
+    learn_dinov2,
+    learn_dinov3,
+    per_sample,
+)
 from .fingerprint import fingerprint_of_all
 from .rewriting import Branch
 
@@ -21,25 +28,15 @@ __all__ = ["BY_HAND", "ByHand"]
 
 
 class ByHand(NamedTuple):
-    """A forward for the blocks of a class.
+    """A forward for the blocks of a class."""
 
-    Args:
-        forward: takes the block, what adds a branch (:class:`sdkernels.models.blocks.Add`) and the
-            arguments of the original.
-        branches: of a block, in the order of the numbers that `forward` uses.
-        fingerprints: those of the originals that it stands for, each with the versions that have
-            it; None for any.
-        hides_sums: whether it hands its sums to the next addition and to nothing else.
-        reads: what else a fingerprint is of: names in the class, or in the module of its forward.
-        takes_lists: whether the original of a class takes a list of tensors itself.
-    """
-
-    forward: Callable[..., Any]
-    branches: Callable[[Any], tuple[Branch, ...]]
+    forward: Callable[..., Any]  # takes the block, an Add and the arguments of the original
+    branches: Callable[[Any], tuple[Branch, ...]]  # of a block, in the order of their numbers
+    # Those of the originals that it stands for, each with the versions that have it; None for any.
     fingerprints: Mapping[str, str] | None = None
-    hides_sums: bool = False
-    reads: tuple[str, ...] = ()
-    takes_lists: Callable[[Any], bool] | None = None
+    hides_sums: bool = False  # whether it hands them to the next addition and to nothing else
+    reads: tuple[str, ...] = ()  # what else they are of: names in the class, or in its module
+    takes_lists: Callable[[Any], bool] | None = None  # whether the original of a class does
 
     def stands_for(self, kind: Any) -> bool:
         """Whether the forward of a class is one that was read when this was written."""
@@ -82,16 +79,22 @@ def things_branches(block: Any) -> tuple[Branch, ...]:
 
 
 def resnet_basic(block: Any, add: Any, x: Tensor) -> Any:
-    steps = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
+    def branch(kept: Tensor) -> Any:
+        kept = block.relu(block.bn1(block.conv1(kept)))
+        return block.bn2(block.conv2(kept))
+
     residual = None if block.downsample is None else block.downsample(x)
-    return add(0, x, chain(steps), residual=residual, activation=block.relu)
+    return add(0, x, branch, residual=residual, activation=block.relu)
 
 
 def resnet_bottleneck(block: Any, add: Any, x: Tensor) -> Any:
-    steps = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu]
-    steps += [block.conv3, block.bn3]
+    def branch(kept: Tensor) -> Any:
+        kept = block.relu(block.bn1(block.conv1(kept)))
+        kept = block.relu(block.bn2(block.conv2(kept)))
+        return block.bn3(block.conv3(kept))
+
     residual = None if block.downsample is None else block.downsample(x)
-    return add(0, x, chain(steps), residual=residual, activation=block.relu)
+    return add(0, x, branch, residual=residual, activation=block.relu)
 
 
 def resnet_branches(block: nn.Module) -> tuple[Branch, ...]:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..arguments import PerSample, Shared
 from ..packed import Packed
-from .branches import per_sample
 from .fingerprint import fingerprint
 from .parts import is_bare
 
@@ -25,6 +25,7 @@ __all__ = [
     "knows",
     "learn_dinov2",
     "learn_dinov3",
+    "per_sample",
 ]
 
 # Forwards of DINOv2's `Attention` and `MemEffAttention`: qkv, attention by sample, proj, proj_drop.
@@ -53,6 +54,19 @@ def knows(module: nn.Module, method: str, prints: frozenset[str]) -> bool:
         learn(module, method, prints)
     known = _KNOWN.get((type(module), method), False)
     return known and method not in module.__dict__ and is_bare(module)
+
+
+def per_sample(value: Any, x: Tensor | list[Tensor]) -> Any:
+    """What attention broadcasts against [B, heads, N, ...], as an entry of ``args``.
+
+    A tensor of four dimensions belongs to the samples, unless it has one row for all of them; with
+    fewer, its first dimension is heads or tokens, whatever its size.
+    """
+    if isinstance(value, list) and isinstance(x, list):
+        return [per_sample(each, crop) for each, crop in zip(value, x, strict=True)]
+    if not isinstance(value, Tensor):
+        return value
+    return PerSample(value) if value.dim() == 4 and value.shape[0] != 1 else Shared(value)
 
 
 # DINOv2

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..packed import Packed
-from .branches import per_sample
-from .dino import knows
+from .dino import knows, per_sample
 from .fingerprint import fingerprint
 
 __all__ = ["packed_form"]
@@ -34,18 +33,26 @@ def packed_form(block: Any) -> Callable[..., list[Tensor]] | None:
     return form if form is not None and fingerprint(kind.forward) in prints else None
 
 
+def _packed(
+    block: Any, add: Any, x: list[Tensor], scales: Sequence[Any], is_causal: bool, **given: Any
+) -> list[Tensor]:
+    """The forward of both, with what attention is `given` for every crop or for all of them."""
+    args = [_of_crops(value, x) for value in given.values()]
+
+    def attend(packed: Packed, *each: Sequence[Any]) -> Tensor:
+        crops = zip(*each, strict=True)
+        options = [dict(zip(given, own, strict=True), is_causal=is_causal) for own in crops]
+        return _attention(block.attn, packed, options)
+
+    x = add.packed(0, x, attend, norm=block.norm1, layer_scale=scales[0], args=args)
+    x = add.packed(1, x, _mlp(block), norm=block.norm2, layer_scale=scales[1])
+    return x
+
+
 def vit(
     block: Any, add: Any, x: list[Tensor], attn_mask: Any = None, is_causal: bool = False
 ) -> list[Tensor]:
-    masks = _of_crops(attn_mask, x)
-
-    def attend(packed: Packed, masks: Sequence[Any]) -> Tensor:
-        options = [{"attn_mask": mask, "is_causal": is_causal} for mask in masks]
-        return _attention(block.attn, packed, options)
-
-    x = add.packed(0, x, attend, norm=block.norm1, layer_scale=block.ls1, args=[masks])
-    x = add.packed(1, x, _mlp(block), norm=block.norm2, layer_scale=block.ls2)
-    return x
+    return _packed(block, add, x, (block.ls1, block.ls2), is_causal, attn_mask=attn_mask)
 
 
 def eva(
@@ -56,18 +63,8 @@ def eva(
     attn_mask: Any = None,
     is_causal: bool = False,
 ) -> list[Tensor]:
-    args = [_of_crops(rope, x), _of_crops(attn_mask, x)]
-
-    def attend(packed: Packed, ropes: Sequence[Any], masks: Sequence[Any]) -> Tensor:
-        options = [
-            {"rope": own, "attn_mask": mask, "is_causal": is_causal}
-            for own, mask in zip(ropes, masks, strict=True)
-        ]
-        return _attention(block.attn, packed, options)
-
-    x = add.packed(0, x, attend, norm=block.norm1, layer_scale=block.gamma_1, args=args)
-    x = add.packed(1, x, _mlp(block), norm=block.norm2, layer_scale=block.gamma_2)
-    return x
+    scales = (block.gamma_1, block.gamma_2)
+    return _packed(block, add, x, scales, is_causal, rope=rope, attn_mask=attn_mask)
 
 
 # Each with the fingerprints of the forwards that it stands for.

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..functional import PLAIN_NORM_FORWARDS
 from ..sampling import Mode
-from .fingerprint import fingerprint
 from .settings import key_of
 from .undisturbed import random_state_kept
 
@@ -30,18 +28,17 @@ __all__ = [
     "is_bare",
     "is_drop_path",
     "is_layer_scale",
+    "is_to_drop",
     "layer_scale_of",
     "learn",
     "looks_like_drop_path",
+    "may_drop",
     "own_probability",
     "sounds_like_drop_path",
     "sounds_like_layer_drop",
-    "trust_norm",
     "why_it_draws_itself",
 ]
 
-# Forwards of subclasses of nn.LayerNorm that call F.layer_norm unless `_fast_norm` is set.
-NORMS = frozenset(("20262265935c",))
 _LAYER_NAMES = re.compile(r"drop(out)?_?layers?|layer_?drop", re.IGNORECASE)
 _NAMES = re.compile(r"drop_?path|stochastic_?(depth|drop)|drop_?connect", re.IGNORECASE)
 
@@ -86,6 +83,20 @@ def is_bare(module: nn.Module) -> bool:
 def looks_like_drop_path(module: nn.Module) -> bool:
     """Whether a module is a drop path of any library by its name."""
     return bool(_NAMES.search(type(module).__name__)) and not list(module.children())
+
+
+def is_to_drop(path: str, module: object) -> bool:
+    """Whether a module drops samples, or is what a library puts there for p = 0."""
+    if module is None or type(module) is nn.Identity:
+        return sounds_like_drop_path(path.rpartition(".")[2])
+    return is_drop_path(module)
+
+
+def may_drop(path: str, module: object) -> bool:
+    """The same, or what is called a drop path and does something else."""
+    if is_to_drop(path, module):
+        return True
+    return isinstance(module, nn.Module) and looks_like_drop_path(module)
 
 
 def sounds_like_drop_path(name: str) -> bool:
@@ -331,16 +342,3 @@ def learn(module: nn.Module) -> None:
     # A class whose modules differ is called, as it cannot be told from the class what it does.
     _DROP_PATHS[kind] = drop if _DROP_PATHS.get(kind, drop) == drop else None
     _LAYER_SCALES[kind] = factor if _LAYER_SCALES.get(kind, factor) == factor else None
-
-
-# Norms
-
-
-def _calls_layer_norm(norm: Any) -> bool:
-    return not norm._fast_norm
-
-
-def trust_norm(kind: Any) -> None:
-    """Let the op fuse norms of this class, if its forward is known to be that of nn.LayerNorm."""
-    if fingerprint(kind.forward) in NORMS:
-        PLAIN_NORM_FORWARDS[kind.forward] = _calls_layer_norm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from numbers import Real
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
@@ -15,15 +14,22 @@ from ..empty import Empty
 from ..functional import fused_stochastic_depth
 from ..packed import check_multiple_of
 from ..sampling import Mode, Rescale, Sampler, check_choice
-from ..schedules import check_probability, linear_decay
 from .adding import BlockState, Options
 from .comparing.proving import CHECKS, recall
-from .layer_dropout import Schedule, patch_layers
-from .parts import is_drop_path, learn, looks_like_drop_path
-from .plans import check_model, patched_blocks
-from .registry import find_rewriting, obstacle, original_class, patched_class
+from .layer_dropout import patch_layers
+from .parts import is_drop_path, learn, may_drop
+from .plans import Schedule, given_probabilities
+from .registry import (
+    check_model,
+    find_rewriting,
+    obstacle,
+    original_class,
+    patched_class,
+    rewriting_for,
+    unpatch,
+)
 from .report import LeftAlone, PatchedEntry, PatchReport, refuse_left
-from .rewriting import Branch, Rewriting
+from .rewriting import Rewriting
 
 __all__ = ["compacted", "patch", "unpatch"]
 
@@ -141,32 +147,28 @@ def patch(
         min_saving=min_saving,
     )
     if rows == "block":
-        return patch_layers(
-            model,
-            drop_probs=drop_probs,
-            options=options,
-            strict=strict,
-            release=unpatch,
-        )
+        return patch_layers(model, drop_probs, options, strict)
     if callable(drop_probs):
         raise TypeError(
             "drop_probs: expected a number or a sequence of drop probabilities, got a function "
             '(which rows="block" takes)'
         )
-    found, left = _find(model, drop_probs is not None)
+    found, left = _find(model, options, drop_probs is not None)
     if strict and (left or not found):
         refuse_left(left)
     if mode is None:
         _check_modes(found, sampler)
-    overrides = iter(_overrides(drop_probs, [len(r.branches) for _, _, r in found]))
+    counts = [len(state.branches) for _, _, state in found]
+    overrides = given_probabilities(drop_probs, counts)
 
     unpatch(model)
-    for _, block, rewriting in found:
-        _give(block, rewriting, options, [next(overrides) for _ in rewriting.branches])
+    for (_, block, state), p in zip(found, overrides, strict=True):
+        state.p = p
+        _give(block, state)
     if not found and (drop_probs is not None or not left):
         what = "a drop path" if drop_probs is None else "a residual branch"
         warnings.warn(f"model: no block with {what} was found to patch", stacklevel=2)
-    blocks = tuple(PatchedEntry(name, block, r.branches) for name, block, r in found)
+    blocks = tuple(PatchedEntry(name, block, state.branches) for name, block, state in found)
     return PatchReport(model, blocks, left)
 
 
@@ -208,13 +210,18 @@ def _patch_block(block: nn.Module) -> None:
     """Patch one block with the defaults, if that can be done."""
     rewriting = find_rewriting(block)
     if isinstance(rewriting, Rewriting) and obstacle(block) is None:
-        _give(block, rewriting, Options(), [None] * len(rewriting.branches))
+        _give(block, _state(rewriting, Options()))
 
 
-def _give(block: Any, rewriting: Rewriting, options: Options, p: Sequence[float | None]) -> None:
+def _state(rewriting: Rewriting, options: Options) -> BlockState:
+    p: list[float | None] = [None] * len(rewriting.branches)
+    return BlockState(options, rewriting.branches, p, rewriting)
+
+
+def _give(block: Any, state: BlockState) -> None:
     """Make a block a patched one, which is compared anew if that failed before."""
-    block._sdkernels = BlockState(options, rewriting.branches, list(p), rewriting)
-    recall(block, rewriting)
+    block._sdkernels = state
+    recall(block, rewriting_for(block))
     proofs = block._sdkernels.proofs
     for kind in [kind for kind, proof in proofs.items() if not proof.holds]:
         del proofs[kind]
@@ -223,10 +230,12 @@ def _give(block: Any, rewriting: Rewriting, options: Options, p: Sequence[float 
         learn(module)  # its class, which compiled code could not
 
 
-Found = list[tuple[str, Any, Rewriting]]
+Found = list[tuple[str, Any, BlockState]]
 
 
-def _find(model: nn.Module, with_probabilities: bool) -> tuple[Found, tuple[LeftAlone, ...]]:
+def _find(
+    model: nn.Module, options: Options, with_probabilities: bool
+) -> tuple[Found, tuple[LeftAlone, ...]]:
     """The blocks to patch, and those with a drop path to leave alone."""
     found: Found = []
     left: list[LeftAlone] = []
@@ -238,24 +247,23 @@ def _find(model: nn.Module, with_probabilities: bool) -> tuple[Found, tuple[Left
         rewriting = find_rewriting(block)
         if rewriting is None:
             continue
-        own = {id(child) for child in block.children() if _is_drop_path(child)}
         reason = obstacle(block)
-        if reason is None:
-            if not isinstance(rewriting, Rewriting):
-                reason = rewriting.reason
-            else:
-                reason = _drop_obstacle(block, rewriting.branches, with_probabilities)
+        if not isinstance(rewriting, Rewriting):
+            reason = reason or rewriting.reason
+        else:
+            state = _state(rewriting, options)
+            reason = reason or _drop_obstacle(block, state, with_probabilities)
         if reason is not None:
             left.append(LeftAlone(name, kind, reason))
-            seen |= own
+            seen.update(id(child) for child in block.children() if may_drop("", child))
             continue
         assert isinstance(rewriting, Rewriting)
-        found.append((name, block, rewriting))
+        found.append((name, block, state))
         left += [LeftAlone(name, kind, each.reason) for each in rewriting.left]
         drops = [each.drop for each in rewriting.branches] + [each.drop for each in rewriting.left]
         seen.update(id(attrgetter(drop)(block)) for drop in drops if drop)
     for name, parent in model.named_modules():
-        if any(_is_drop_path(child) and id(child) not in seen for child in parent.children()):
+        if any(may_drop("", child) and id(child) not in seen for child in parent.children()):
             reason = obstacle(parent) or (
                 "its forward does not call its drop path (it has no skip connection?)"
             )
@@ -263,25 +271,17 @@ def _find(model: nn.Module, with_probabilities: bool) -> tuple[Found, tuple[Left
     return found, tuple(left)
 
 
-def _is_drop_path(module: nn.Module) -> bool:
-    return looks_like_drop_path(module) or is_drop_path(module)
-
-
-def _drop_obstacle(
-    block: Any, branches: tuple[Branch, ...], with_probabilities: bool
-) -> str | None:
+def _drop_obstacle(block: Any, state: BlockState, with_probabilities: bool) -> str | None:
     """What is wrong with the drop path modules of a block; None if nothing is."""
-    if not with_probabilities and all(b.drop is None and b.p is None for b in branches):
+    if not with_probabilities and all(b.drop is None and b.p is None for b in state.branches):
         return "it has no drop path (drop_probs= gives it one)"
-    return BlockState(Options(), branches, [None] * len(branches)).why_whole(block)
+    return state.why_whole(block)
 
 
 def _check_modes(found: Found, sampler: str) -> None:
     """Refuse what the blocks' own drop path modules cannot do, before they are asked to."""
-    for name, block, rewriting in found:
-        branches = rewriting.branches
-        state = BlockState(Options(), branches, [None] * len(branches))
-        laws = [state.law(block, index) for index in range(len(branches))]
+    for name, block, state in found:
+        laws = [state.law(block, branch) for branch in range(len(state.branches))]
         if sampler != "bernoulli" and any(law and law.mode == "batch" for law in laws):
             number = "a fixed number of" if sampler == "fixed" else "B * (1 - p)"
             raise ValueError(
@@ -289,58 +289,3 @@ def _check_modes(found: Found, sampler: str) -> None:
                 f'{name or "the model"}, of mode "batch", has no choice of; use '
                 'sampler="bernoulli", or mode="row"'
             )
-
-
-def _overrides(
-    drop_probs: float | Sequence[float] | None, counts: list[int]
-) -> list[float] | list[None]:
-    """The drop probability of every branch, None for the module's own."""
-    total = sum(counts)
-    if drop_probs is None:
-        return [None] * total
-    if isinstance(drop_probs, Real):
-        last = check_probability(drop_probs, "drop_probs")
-        schedule = linear_decay(len(counts), last)
-        return [p for p, count in zip(schedule, counts, strict=True) for _ in range(count)]
-    if isinstance(drop_probs, str) or not isinstance(drop_probs, Sequence):
-        raise TypeError(
-            "drop_probs: expected a number or a sequence of drop probabilities, got "
-            f"{type(drop_probs).__name__}"
-        )
-    if len(drop_probs) != total:
-        raise ValueError(
-            f"drop_probs: expected {total} entries, one for each branch of the blocks that can be "
-            f"patched, got {len(drop_probs)}"
-        )
-    return [check_probability(p, "drop_probs") for p in drop_probs]
-
-
-def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`: every block gets its class back.
-
-    Args:
-        model: a model, or any part of one, patched or not.
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: `model` is not a module.
-        ValueError: a block was given yet another class after it was patched (fully_shard does).
-
-    Example:
-        >>> type(unpatch(nn.Linear(4, 4))).__name__
-        'Linear'
-    """
-    check_model(model)
-    blocks = patched_blocks(model)
-    for block in blocks:
-        if "_original" not in type(block).__dict__:
-            raise ValueError(
-                f"model: a {type(block).__name__} got its class after it was patched (fully_shard "
-                "does that), and cannot be unpatched"
-            )
-    for block in blocks:
-        block.__class__ = type(block)._original
-        del block.__dict__["_sdkernels"]
-    return model

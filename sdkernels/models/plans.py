@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isclose, nan
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import nn
 from ..plan import BranchLaw, DepthPlan, step_key
 from ..rows import KeptRows
 from ..sampling import check_law, law
-from .blocks import PatchedBlock
+from ..schedules import check_probability, linear_decay
 from .parts import own_probability
+from .registry import check_model, patched_blocks
 
 __all__ = [
-    "check_model",
+    "Schedule",
     "drop_probs",
-    "patched_blocks",
+    "given_probabilities",
     "plan_for_step",
     "probabilities",
     "sample_plan",
@@ -28,14 +30,36 @@ __all__ = [
 ]
 
 
-def check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+Schedule = Callable[[float], "float | Sequence[float]"]
 
 
-def patched_blocks(model: nn.Module) -> list[Any]:
-    """The patched blocks of a model, in the order of plans."""
-    return [module for module in model.modules() if isinstance(module, PatchedBlock)]
+def given_probabilities(
+    drop_probs: float | Sequence[float] | None, counts: Sequence[int], layers: bool = False
+) -> list[list[float | None]]:
+    """What patch() is given for the branches of every block; None for the block's own.
+
+    Args:
+        counts: how many branches each block has.
+        layers: whether these are the layers of ``rows="block"``, for messages.
+    """
+    if drop_probs is None:
+        return [[None] * count for count in counts]
+    if isinstance(drop_probs, Real):
+        schedule = linear_decay(len(counts), check_probability(drop_probs, "drop_probs"))
+        return [[p] * count for p, count in zip(schedule, counts, strict=True)]
+    if isinstance(drop_probs, str) or not isinstance(drop_probs, Sequence):
+        kinds = "a number or a sequence of drop probabilities"
+        if layers:
+            kinds = "a number, a sequence of drop probabilities or a function of the progress"
+        raise TypeError(f"drop_probs: expected {kinds}, got {type(drop_probs).__name__}")
+    if len(drop_probs) != sum(counts):
+        each = "layer" if layers else "branch of the blocks that can be patched"
+        raise ValueError(
+            f"drop_probs: expected {sum(counts)} entries, one for each {each}, got "
+            f"{len(drop_probs)}"
+        )
+    given = iter([check_probability(p, "drop_probs") for p in drop_probs])
+    return [[next(given) for _ in range(count)] for count in counts]
 
 
 def probabilities(block: Any) -> list[float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TRUSTED", "Asked", "Leaf", "Proof", "leaves", "mapped"]
+__all__ = ["TRUSTED", "Asked", "Leaf", "Proof", "entries", "leaves", "mapped"]
 
 Leaf = tuple[str, int]  # where a tensor is in the arguments, and its number of dimensions
 
@@ -26,23 +26,15 @@ class Asked(Exception):
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of the comparison.
+    """What came of the comparison."""
 
-    Args:
-        holds: whether the rewriting may run.
-        reason: why not.
-        of_samples: the inputs of branches that belong to samples, each with the number of the
-            branch and its own of dimensions; None: all whose first dimension is the number of rows.
-        difference: the largest relative one that was measured.
-        lasts: whether a block that is refused runs its own forward from now on, and not only in
-            such calls.
-    """
-
-    holds: bool
-    reason: str = ""
+    holds: bool  # whether the rewriting may run
+    reason: str = ""  # why not
+    # The inputs of branches that belong to samples, each with the number of the branch; None: all
+    # whose first dimension is the number of rows.
     of_samples: frozenset[tuple[int, Leaf]] | None = frozenset()
-    difference: float | None = None
-    lasts: bool = True
+    difference: float | None = None  # the largest relative one that was measured
+    lasts: bool = True  # whether a refusal is for all calls from now on, and not for such alone
 
 
 TRUSTED = Proof(True)
@@ -71,3 +63,14 @@ def mapped(value: Any, change: Callable[[str, Tensor], Any], path: str = "") -> 
         made = {k: mapped(v, change, f"{path}.{k}") for k, v in value.items()}
         return made if type(value) is dict else type(value)(**made)
     return value
+
+
+def entries(args: Any, crop: int, crops: int) -> Any:
+    """What of each argument belongs to one tensor of a list."""
+
+    def own(arg: Any) -> Any:
+        return arg[crop] if isinstance(arg, list) and len(arg) == crops else arg
+
+    if isinstance(args, Mapping):
+        return {name: own(arg) for name, arg in args.items()}
+    return [own(arg) for arg in args]

@@ -1,31 +1,38 @@
-"""How a block is patched: by hand or by rewriting; and how its patched class is found again."""
+"""How a block is patched, by hand or by rewriting; its patched class, and what undoes it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from .blocks import PatchedBlock, make_patched
+from ..functional import PLAIN_NORM_FORWARDS
+from .blocks import PatchedBlock, compact, make_patched
 from .by_hand import BY_HAND, ByHand
-from .parts import trust_norm
+from .fingerprint import fingerprint
 from .rewriting import Branch, Rewriting, rewriting_of
 from .rewriting.source import Refusal, function_tree
 from .rewriting.sums import hides_sums
 
 __all__ = [
+    "check_model",
+    "class_of_name",
     "find_rewriting",
     "obstacle",
     "original_class",
+    "patched_blocks",
     "patched_class",
     "register",
+    "rewriting_for",
+    "unpatch",
 ]
 
-# Norms that the op may fuse as if they were nn.LayerNorm, if their forward is a known one.
-NORMS = {"timm": "timm.layers.norm:LayerNorm"}
+# Norms that the op may fuse as if they were nn.LayerNorm, by their library, each with the
+# fingerprint of a forward that calls F.layer_norm unless `_fast_norm` is set.
+NORMS = {"timm": ("timm.layers.norm", "LayerNorm", "20262265935c")}
 
 ANOTHER = "its source is not that of the versions that its forward by hand was written for"
 
@@ -113,18 +120,44 @@ def obstacle(block: nn.Module) -> str | None:
     return None
 
 
+def rewriting_for(block: Any) -> Rewriting:
+    """The rewriting of a patched block, found again in one that was unpickled."""
+    state = block._sdkernels
+    if state.rewriting is None:
+        found = find_rewriting(block)
+        if not isinstance(found, Rewriting) or len(found.branches) != len(state.branches):
+            raise RuntimeError(
+                f"a {type(block).__name__} was patched where its forward was another one; patch "
+                "the model again"
+            )
+        state.rewriting = found
+    return state.rewriting  # type: ignore[no-any-return]
+
+
 def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class that patched blocks of a class get; one for each."""
     if original not in _PATCHED:
-        norm = NORMS.get(original.__module__.partition(".")[0])
-        if norm is not None:
-            module, _, name = norm.partition(":")
-            trust_norm(getattr(importlib.import_module(module), name))
-        name = f"{original.__module__}:{original.__qualname__}".replace(".", "/")
+        _trust_norm(original)
         _PATCHED[original] = make_patched(
-            original, name, __name__, find_rewriting, _takes_lists(original)
+            original,
+            __name__,
+            lambda block, *call: compact(block, rewriting_for(block), *call),
+            _takes_lists(original),
         )
     return _PATCHED[original]
+
+
+def _trust_norm(original: type[nn.Module]) -> None:
+    """Let the op fuse the norms of a library, if their forward is the one that was read."""
+    module, name, known = NORMS.get(original.__module__.partition(".")[0], ("", "", ""))
+    if module:
+        forward = getattr(importlib.import_module(module), name).forward
+        if fingerprint(forward) == known:
+            PLAIN_NORM_FORWARDS[forward] = _calls_layer_norm
+
+
+def _calls_layer_norm(norm: Any) -> bool:
+    return not norm._fast_norm
 
 
 def _takes_lists(original: type[nn.Module]) -> Callable[[], bool]:
@@ -134,13 +167,63 @@ def _takes_lists(original: type[nn.Module]) -> Callable[[], bool]:
     return lambda: takes is not None and takes(original)
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    """Pickle finds patched classes here, by the names of the originals."""
+def class_of_name(
+    room: str, name: str, patched: Callable[[type[nn.Module]], type[nn.Module]]
+) -> type[nn.Module]:
+    """The patched class that pickle looks for in a module, by the name that it has there."""
     module, _, path = name.replace("/", ".").partition(":")
     if not path:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {room!r} has no attribute {name!r}")
     try:
-        original: Any = reduce(getattr, path.split("."), importlib.import_module(module))
+        original: Any = attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise AttributeError(f"the class {module}.{path} of a patched block is gone") from error
-    return patched_class(original)
+    return patched(original)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    return class_of_name(__name__, name, patched_class)
+
+
+# Whole models
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def patched_blocks(model: nn.Module) -> list[Any]:
+    """The patched blocks of a model, in the order of plans."""
+    return [module for module in model.modules() if isinstance(module, PatchedBlock)]
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`: every block gets its class back.
+
+    Args:
+        model: a model, or any part of one, patched or not.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a block was given yet another class after it was patched (fully_shard does).
+
+    Example:
+        >>> type(unpatch(nn.Linear(4, 4))).__name__
+        'Linear'
+    """
+    check_model(model)
+    blocks = patched_blocks(model)
+    for block in blocks:
+        if "_original" not in type(block).__dict__:
+            raise ValueError(
+                f"model: a {type(block).__name__} got its class after it was patched (fully_shard "
+                "does that), and cannot be unpatched"
+            )
+    for block in blocks:
+        block.__class__ = type(block)._original
+        del block.__dict__["_sdkernels"]
+    return model

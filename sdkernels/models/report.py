@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from ..plan import DepthPlan
 from .blocks import PatchedBlock
 from .comparing.checking import Checked, check_blocks
 from .plans import plan_for_step, probabilities, sample_plan, use
-from .registry import original_class
+from .registry import original_class, rewriting_for
 from .rewriting import Branch
+from .undisturbed import in_evaluation
 
 __all__ = ["LeftAlone", "PatchReport", "PatchedEntry"]
 
@@ -115,8 +121,8 @@ class PatchReport:
             KeyError: no block of this name was patched.
         """
         for entry in self.patched:
-            if entry.name == name and hasattr(entry.block, "_sdkernels"):
-                return str(entry.block._sdkernels.rewriting.diff())
+            if entry.name == name and isinstance(entry.block, PatchedBlock):
+                return rewriting_for(entry.block).diff()
         raise KeyError(f"no patched block has the name {name!r}")
 
     def check(self, *args: Any, **kwargs: Any) -> tuple[Checked, ...]:
@@ -136,6 +142,8 @@ class PatchReport:
             block can be compared.
         """
         patched = [e for e in self.patched if isinstance(e.block, PatchedBlock)]
+        for entry in patched:
+            rewriting_for(entry.block)  # those of an unpickled model are found again
         return check_blocks(self.model, patched, args, kwargs)
 
     def expected_saving(self, *args: Any, **kwargs: Any) -> float:
@@ -154,18 +162,16 @@ class PatchReport:
             A number from 0 to 1.
         """
         counts = _flops(self.model, args, kwargs) if args or kwargs else None
-        total = saved = 0.0
-        if counts is None:
-            total = float(sum(p.numel() for p in self.model.parameters()))
-        else:
-            total = float(counts.get(id(self.model), 0))
+        total, saved = _size(self.model, Branch(None, ("",)), counts), 0.0
         for entry in self.patched:
             if _why_whole(entry) is not None:
                 continue
             drops = zip(entry.branches, probabilities(entry.block), strict=True)
             for index, (branch, p) in enumerate(drops):
                 if p > 0.0 and not self._is_switched_off(entry.block, index):
-                    saved += p * _size(entry.block, branch, counts)
+                    # What is in which branch is not known of a forward written by hand.
+                    alike = len(entry.branches) if branch.parts == ("",) else 1
+                    saved += p * _size(entry.block, branch, counts) / alike
         return saved / total if total else 0.0
 
     def _is_switched_off(self, block: Any, branch: int) -> bool:
@@ -227,62 +233,41 @@ def _p_column(report: PatchReport, entry: PatchedEntry) -> str:
     )
 
 
-def _size(block: nn.Module, branch: Branch, counts: dict[int, int] | None) -> float:
+def _size(block: nn.Module, branch: Branch, counts: Mapping[int, int] | None) -> int:
     """The parameters of a branch, or the operations that were counted in its modules."""
-
-    def size(module: nn.Module | nn.Parameter | None) -> int:
-        if module is None:
-            return 0
-        if isinstance(module, nn.Parameter):
-            return module.numel() if counts is None else 0
-        if counts is None:
-            return sum(p.numel() for p in module.parameters())
-        return counts.get(id(module), 0)
-
-    if branch.parts == ("",):
-        return size(block)
     total = 0
-    for part in branch.parts:
-        owner: Any = block
-        for name in part.split("."):
-            owner = getattr(owner, name, None)
-        total += size(owner) if isinstance(owner, (nn.Module, nn.Parameter)) else 0
+    for path in branch.parts:
+        part: Any = block
+        for name in path.split(".") if path else ():
+            part = getattr(part, name, None)
+        if counts is not None:
+            total += counts.get(id(part), 0)
+        elif isinstance(part, nn.Parameter):
+            total += part.numel()
+        elif isinstance(part, nn.Module):
+            total += sum(p.numel() for p in part.parameters())
     return total
 
 
-def _flops(model: nn.Module, args: Any, kwargs: Any) -> dict[int, int]:
+def _flops(model: nn.Module, args: Any, kwargs: Any) -> Mapping[int, int]:
     """Operations in each module of the model, by the module's id, for one evaluation."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
+    started: list[int] = []
     counter = FlopCounterMode(display=False)
-    handles = []
-    for module in training:
-        started: list[int] = []
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda *_, started=started: started.append(counter.get_total_flops())
-            )
-        )
-        handles.append(
-            module.register_forward_hook(
-                lambda module, *_, started=started: counts.update(
-                    {
-                        id(module): counts.get(id(module), 0)
-                        + counter.get_total_flops()
-                        - started.pop()
-                    }
-                )
-            )
-        )
-    try:
-        with counter:
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, was_training in training.items():
-            module.training = was_training
+
+    def enter(module: nn.Module, args: Any) -> None:
+        started.append(counter.get_total_flops())
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        counts[id(module)] += counter.get_total_flops() - started.pop()
+
+    with (
+        in_evaluation(model),
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave),
+        counter,
+    ):
+        model(*args, **kwargs)
     return counts

@@ -1,4 +1,4 @@
-"""Random numbers as if what runs in between had not run: torch's, Python's and NumPy's."""
+"""Random numbers and training modes as if what runs in between had not run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["random_state_kept"]
+__all__ = ["in_evaluation", "random_state_kept"]
 
 
 @contextmanager
 def random_state_kept(devices: Sequence[Any] = ()) -> Iterator[None]:
-    """Args: devices: those of CUDA whose generators count, beside the CPU's."""
+    """Torch's, Python's and NumPy's.
+
+    Args:
+        devices: those of CUDA whose generators count, beside the CPU's.
+    """
     numpy = sys.modules.get("numpy")
     own, others = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
@@ -25,3 +30,16 @@ def random_state_kept(devices: Sequence[Any] = ()) -> Iterator[None]:
         random.setstate(own)
         if numpy is not None:
             numpy.random.set_state(others)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation; by their flag, as `eval` of some does more (merges weights)."""
+    modules = [module for module in model.modules() if module.training]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..proof import Asked, Proof
-from ..undisturbed import random_state_kept
+from ..undisturbed import in_evaluation, random_state_kept
 from .proving import proofs_of
 
-__all__ = ["Checked", "check_blocks"]
+__all__ = ["MISSING", "Checked", "check_blocks", "look_at_blocks"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+MISSING = "it did not run on these inputs"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class Checked(NamedTuple):
@@ -35,23 +35,31 @@ class Checked(NamedTuple):
     reason: str
 
 
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, without hooks and gradients."""
+def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: Any) -> None:
+    """Run a model in evaluation, without hooks and gradients, and leave no trace of that.
+
+    Args:
+        look: ``look(entry, args, kwargs)``, before each of these blocks runs.
+        given: the model's own arguments, by position and by name.
+    """
     modules = list(model.modules())
-    training = [module.training for module in modules]
     hooks = [{name: module.__dict__[name] for name in _HOOKS} for module in modules]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         for module in modules:
             for name in _HOOKS:
                 module.__dict__[name] = type(module.__dict__[name])()
-        model.eval()
-        with random_state_kept(devices), torch.no_grad():
-            yield
+        for entry in entries:
+
+            def hook(block: Any, args: Any, kwargs: Any, entry: Any = entry) -> None:
+                look(entry, args, kwargs)
+
+            entry.block.register_forward_pre_hook(hook, with_kwargs=True)
+        args, kwargs = given
+        with in_evaluation(model), random_state_kept(devices), torch.no_grad():
+            model(*args, **kwargs)
     finally:
-        for module, was, own in zip(modules, training, hooks, strict=True):
-            module.training = was
+        for module, own in zip(modules, hooks, strict=True):
             module.__dict__.update(own)
 
 
@@ -61,24 +69,17 @@ def check_blocks(
     """Compare the patched blocks of a model on what they get for such inputs."""
     found: dict[str, Checked] = {}
 
-    def seen(entry: Any) -> Any:
-        def hook(block: Any, args: Any, kwargs: Any) -> None:
-            block.training = True
-            state = block._sdkernels
-            try:
-                proof = proofs_of(block, state.rewriting, "always", args, kwargs)[-1]
-            except Asked as asked:
-                proof = Proof(False, asked.reason)
-            finally:
-                block.training = False
-            state.refused = None if proof.holds or not proof.lasts else proof
-            found[entry.name] = Checked(entry.name, proof.holds, proof.difference, proof.reason)
+    def look(entry: Any, args: Any, kwargs: Any) -> None:
+        block, state = entry.block, entry.block._sdkernels
+        block.training = True
+        try:
+            proof = proofs_of(block, state.rewriting, "always", args, kwargs)[-1]
+        except Asked as asked:
+            proof = Proof(False, asked.reason)
+        finally:
+            block.training = False
+        state.refused = None if proof.holds or not proof.lasts else proof
+        found[entry.name] = Checked(entry.name, proof.holds, proof.difference, proof.reason)
 
-        return hook
-
-    with _quiet(model):
-        for entry in entries:
-            entry.block.register_forward_pre_hook(seen(entry), with_kwargs=True)
-        model(*args, **kwargs)
-    missing = "it did not run on these inputs"
-    return tuple(found.get(e.name, Checked(e.name, False, None, missing)) for e in entries)
+    look_at_blocks(model, entries, look, (args, kwargs))
+    return tuple(found.get(e.name, Checked(e.name, False, None, MISSING)) for e in entries)

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ...rows import KeptRows
 from ..rewriting import Rewriting
+from ..rewriting.source import remade
 from ..settings import EVERYBODY
 from .contents import contents
 
@@ -147,11 +148,7 @@ def _rebound(value: Any, copies: dict[int, Any]) -> Any:
             CellType(_rebound(cell.cell_contents, copies)) if _is_new(cell, copies) else cell
             for cell in value.__closure__
         ]
-        made = FunctionType(
-            value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
-        )
-        made.__kwdefaults__ = value.__kwdefaults__
-        return made
+        return remade(value, value.__globals__, tuple(cells))
     return value
 
 
@@ -165,9 +162,9 @@ def _is_new(cell: CellType, copies: dict[int, Any]) -> bool:
 
 def _copies(values: Sequence[Any]) -> dict[int, Tensor]:
     """Copies of the tensors that autograd made, which deepcopy refuses."""
-    tensors = [value for each in values for _, value in contents(each)]
-    made = {t: t.detach().clone() for t in tensors if isinstance(t, Tensor) and not t.is_leaf}
-    return {id(tensor): made[tensor] for tensor in made}
+    found = {id(value): value for each in values for _, value in contents(each)}
+    tensors = {i: value for i, value in found.items() if isinstance(value, Tensor)}
+    return {i: tensor.detach().clone() for i, tensor in tensors.items() if not tensor.is_leaf}
 
 
 def uncopied(values: Sequence[Any], memo: dict[int, Any]) -> dict[int, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -24,11 +25,20 @@ from ..adding import Add, BlockState, Options
 from ..parts import Law
 from ..proof import Asked, Leaf, Proof, leaves
 from ..rewriting import Rewriting
+from ..rewriting.source import remade
 from .arguments import all_leaves, cloned, doubled, held_by, is_list_of, varied, with_tensors
 from .aside import aside
 from .clones import Forced, Unequal, clone_of, copied, train
-from .contents import State, state_of
-from .results import CHANGED, distance_between, largest_entry, of_unchanged, outputs_of
+from .results import (
+    CHANGED,
+    State,
+    distance_between,
+    largest_entry,
+    of_unchanged,
+    other_state,
+    outputs_of,
+    state_of,
+)
 
 __all__ = ["prove"]
 
@@ -110,6 +120,9 @@ class _Comparison:
         self.asked = asked  # for what a branch computes besides
         self.inputs: list[Tensor] = []
         self.taken: list[tuple[int, Leaf]] = []
+        # With as many rows as nothing else has, what has as many belongs to samples; with two of
+        # them that is known already.
+        self.proof = Proof(True, of_samples=None)
         dtypes = {x.dtype, *(p.dtype for p in clone.parameters())} & TOLERANCES.keys()
         coarsest = max(dtypes or {torch.float32}, key=TOLERANCES.__getitem__)
         self.tolerance = TOLERANCES[dtype or coarsest]
@@ -121,7 +134,6 @@ class _Comparison:
         self.of_samples = self._choose()
         first, second = self.clone, copied(self.clone)
         some, every, none, one = self._cases()
-        taken: frozenset[tuple[int, Leaf]] | None = None
         only: frozenset[str] | None = None
         state: State | None = None
         difference, third, whole = 0.0, second, {}
@@ -129,20 +141,23 @@ class _Comparison:
             if rows is every:
                 third = copied(second)
             found = self._gradients(second, self._rewritten(second, rows), only)
-            if taken is None:
-                taken = frozenset(self.taken)
+            if self.proof.of_samples is None:
+                self.proof = Proof(True, of_samples=frozenset(self.taken))
                 # What nobody asks for is None in the rewriting: it shall not count in the
                 # gradients.
                 only = frozenset(found) if self.rewriting.leaks and not self.asked else None
             original = self._original(first, rows, watch=rows is some)
             expected = self._gradients(first, original, only)
             difference = max(difference, self._compare(expected, found, rows))
+            where: str | None = None
             if state is None:
-                state = self._state(first)
-                self._compare_states(state, self._state(second))
+                state = state_of(first)
+                where = other_state(state, state_of(second), self.tolerance)
             if rows is every:
-                self._compare_states(state, self._state(first), values_only=True)
+                where = other_state(state, state_of(first))
                 whole = outputs_of(original, only)
+            if where is not None:
+                raise Unequal(f"its forward changes what it or a module of it holds ({where})")
         with torch.no_grad():
             others = outputs_of(self._rewritten(third, every, changed=True), only)
             pair = (of_unchanged(each, self.batch) for each in (whole, others))
@@ -152,7 +167,7 @@ class _Comparison:
                 raise Unequal(self._text(what, distance, every))
         if self.x.shape[0] >= _MANY:  # which may lead another way
             self._check_mixing(min(self.x.shape[0], 2 * _MANY))
-        return Proof(True, of_samples=taken, difference=max(difference, distance))
+        return replace(self.proof, difference=max(difference, distance))
 
     def _compare(
         self,
@@ -197,9 +212,7 @@ class _Comparison:
         laws = [Law(0.5, "row", True, True)] * len(branches)
         clone.__dict__["_sdkernels"] = state
         try:
-            # Nothing but what belongs to samples has as many rows here.
-            trusted = (Proof(True, of_samples=None),)
-            add = Add(clone, laws, self.rewriting, trusted, self.asked)
+            add = Add(clone, laws, self.rewriting, (self.proof,), self.asked)
             self.taken = add.taken
             forward = _with_functions(self.rewriting.forward, functions)
             return self._call(forward, (clone, add), named)
@@ -365,19 +378,6 @@ class _Comparison:
 
     # What must agree
 
-    def _state(self, clone: nn.Module) -> State:
-        return state_of((n, m) for n, m in clone.named_modules() if not isinstance(m, Forced))
-
-    def _compare_states(self, first: State, second: State, values_only: bool = False) -> None:
-        where = first.changed(second)
-        if where is None and not values_only:
-            for name, a in first.tensors.items():
-                b, scale = second.tensors[name], largest_entry(a)
-                if a.shape != b.shape or not distance_between(a, b, scale) <= self.tolerance:
-                    where = name
-        if where is not None:
-            raise Unequal(f"its forward changes what it or a module of it holds ({where})")
-
     def _explain(self, rows: Sequence[KeptRows], once: dict[str, Tensor | None]) -> None:
         """Raise what is behind a difference, if the original shows it too."""
         with torch.no_grad():
@@ -456,8 +456,4 @@ def _with_functions(forward: Any, functions: dict[str, Forced]) -> Any:
         return lambda x, *args, **kwargs: drop(x)
 
     names = {**forward.__globals__, **{name: named(drop) for name, drop in functions.items()}}
-    made = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    return remade(forward, names, forward.__closure__)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...sampling import at_trace_time
-from ..proof import TRUSTED, Leaf, Proof, leaves
-from ..rewriting import Rewriting, is_to_drop
+from ..parts import is_to_drop
+from ..proof import TRUSTED, Leaf, Proof, entries, leaves
+from ..rewriting import Rewriting
 from ..settings import Stamp, settings
 from .comparison import prove
 from .verified import VERIFIED
@@ -32,20 +33,13 @@ def _named(rewriting: Rewriting, args: Sequence[Any], kwargs: dict[str, Any]) ->
     return own | {name: named[name] for name in sorted(named) if name not in own}
 
 
-def _crops(named: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments for each tensor of a list in the place of the stream."""
-    x = next(iter(named.values()), None)
-    if not isinstance(x, list):
-        return [named]
-    return [
-        {k: v[n] if isinstance(v, list) and len(v) == len(x) else v for k, v in named.items()}
-        for n in range(len(x))
-    ]
+def _stream(named: dict[str, Any]) -> Any:
+    return next(iter(named.values()), None)
 
 
 def _doubtful(named: dict[str, Any]) -> tuple[Leaf, ...]:
     """The tensors besides the stream that may belong to its samples, by their size."""
-    x = next(iter(named.values()), None)
+    x = _stream(named)
     if len(named) == 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return ()
     return tuple(
@@ -73,16 +67,15 @@ def _kind(value: Any, rows: int) -> Any:
 
 
 def _kind_of_call(block: Any, rewriting: Rewriting, named: dict[str, Any]) -> Any:
-    x = next(iter(named.values()), None)
-    rows = x.shape[0] if isinstance(x, Tensor) and x.dim() else 1
+    rows = _rows(named)
     kinds = tuple((name, _kind(value, rows)) for name, value in named.items())
     attentions = _attentions(block) if rewriting.leaks or len(named) > 1 else ()
-    return kinds, _has_one_row(named), rewriting.asked(block, named), attentions
+    return kinds, bool(rows == 1), rewriting.asked(block, named), attentions
 
 
-def _has_one_row(named: dict[str, Any]) -> bool:
-    x = next(iter(named.values()), None)
-    return not isinstance(x, Tensor) or not x.dim() or bool(x.shape[0] == 1)
+def _rows(named: dict[str, Any]) -> int:
+    x = _stream(named)
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else 1
 
 
 def _attentions(block: Any) -> tuple[str, ...]:
@@ -111,8 +104,13 @@ def proofs_of(
     plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
     if plain and check == "first" and block._sdkernels.is_known:
         return (TRUSTED,)
+    named = _named(rewriting, args, kwargs)
+    x = _stream(named)
+    crops = [named]
+    if isinstance(x, list):
+        crops = [entries(named, crop, len(x)) for crop in range(len(x))]
     found: list[Proof] = []
-    for named in _crops(_named(rewriting, args, kwargs)):
+    for named in crops:
         found.append(_proof_of_one(block, rewriting, check, named))
         if not found[-1].holds:
             break
@@ -137,7 +135,7 @@ def _proof_of_one(block: Any, rewriting: Rewriting, check: str, named: dict[str,
     if len(proofs) >= _KINDS:
         return Proof(False, f"its arguments are of more than {_KINDS} kinds", lasts=False)
     found = prove(block, rewriting, named, doubtful)
-    if _has_one_row(named):  # of others nothing is known
+    if _rows(named) == 1:  # of others nothing is known
         found = replace(found, lasts=False)
     proofs[kind] = found
     if not found.holds:

@@ -1,4 +1,4 @@
-"""What a forward returns, and how far two results are from each other."""
+"""What a forward returns and leaves behind, and how far two of these are from each other."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import math
 from collections.abc import Container
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..proof import leaves
-from .clones import Unequal
+from ..settings import EVERYBODY
+from .clones import Forced, Unequal
+from .contents import contents
 
-__all__ = ["CHANGED", "distance_between", "largest_entry", "of_unchanged", "outputs_of"]
+__all__ = [
+    "CHANGED",
+    "State",
+    "distance_between",
+    "largest_entry",
+    "of_unchanged",
+    "other_state",
+    "outputs_of",
+    "state_of",
+]
 
 CHANGED = (1, 3)  # rows that are others in the check for what mixes samples
 
@@ -69,3 +81,44 @@ def distance_between(a: Tensor, b: Tensor, scale: float) -> float:
         largest = float(off.masked_fill(same, 0.0).amax())
     distance = largest / max(scale, 1e-30)
     return math.inf if distance != distance else distance
+
+
+State = dict[str, Any]  # what a block and its modules hold besides parameters, and where
+
+
+def state_of(clone: nn.Module) -> State:
+    """The attributes and buffers of a block's modules, as they are."""
+    found: State = {}
+    for name, module in clone.named_modules():
+        if isinstance(module, Forced):
+            continue
+        own = {n: v for n, v in module.__dict__.items() if n not in EVERYBODY}
+        for key, value in (*own.items(), *module._buffers.items()):
+            for path, each in contents(value, f"{name}.{key}".lstrip(".")):
+                found[path] = each.detach().clone() if isinstance(each, Tensor) else each
+    return found
+
+
+def other_state(first: State, second: State, tolerance: float = math.inf) -> str | None:
+    """Where other values, whole numbers or numbers of entries are; None where nowhere.
+
+    Args:
+        tolerance: for tensors of other numbers. None by default: they may be anything.
+    """
+    for path in dict.fromkeys((*first, *second)):
+        if path not in first or path not in second:
+            return path
+        if not _is_same(first[path], second[path], tolerance):
+            return path
+    return None
+
+
+def _is_same(a: Any, b: Any, tolerance: float) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return not isinstance(a, Tensor) and (a is b or a == b or (a != a and b != b))
+    whole = [not (t.is_floating_point() or t.is_complex()) for t in (a, b)]
+    if any(whole):
+        return all(whole) and torch.equal(a, b)
+    if tolerance == math.inf:
+        return True
+    return a.shape == b.shape and distance_between(a, b, largest_entry(a)) <= tolerance

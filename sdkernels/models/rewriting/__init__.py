@@ -1,5 +1,5 @@
 """Reads a block's forward, cuts out its branches, and writes one that hands them to the op."""
 
-from .rewriter import Branch, Call, Left, Rewriting, is_to_drop, rewriting_of
+from .rewriter import Branch, Call, Left, Rewriting, rewriting_of
 
-__all__ = ["Branch", "Call", "Left", "Rewriting", "is_to_drop", "rewriting_of"]
+__all__ = ["Branch", "Call", "Left", "Rewriting", "rewriting_of"]

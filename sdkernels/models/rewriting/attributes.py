@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from dataclasses import dataclass
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -11,10 +12,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import parts
-from .sites import DropCall
 from .source import Refusal, attribute_path, evaluate, function_tree
 
-__all__ = ["BlockParts"]
+__all__ = ["BlockParts", "DropCall"]
+
+
+@dataclass(eq=False)
+class DropCall:
+    """A call of a drop path."""
+
+    call: ast.Call  # its first argument is the branch
+    drop: str | None  # dotted name of the module; None where a function is called
+    p: str | None = None  # dotted name of the function's drop probability
+    function: str | None = None  # the function's name
+    refusal: tuple[str, ast.AST] | None = None  # why it stays, and the node that says so
+    added: bool = False
+    at: int = 0  # the number of its statement
+
+    @property
+    def argument(self) -> ast.expr:
+        return self.call.args[0]
+
+    def refuse(self, reason: str, node: ast.AST) -> None:
+        if self.refusal is None:
+            self.refusal = reason, node
 
 
 class BlockParts:
@@ -33,15 +54,7 @@ class BlockParts:
             return None
 
     def is_drop(self, path: str | None) -> bool:
-        """Whether a drop path is there, or would be if the block had one."""
-        if path is None:
-            return False
-        found = self.at(path)
-        if found is None or type(found) is nn.Identity:
-            return parts.sounds_like_drop_path(path.rpartition(".")[2])
-        return parts.is_drop_path(found) or (
-            isinstance(found, nn.Module) and parts.looks_like_drop_path(found)
-        )
+        return path is not None and parts.may_drop(path, self.at(path))
 
     def drop_call(self, call: ast.Call) -> DropCall | None:
         path = attribute_path(call.func)

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .source import stored
+
 __all__ = [
     "OUTSIDE",
     "Flow",
@@ -54,11 +56,9 @@ def names_written(statement: ast.stmt) -> set[str]:
     """The names that a statement defines or writes into."""
     if isinstance(statement, ast.FunctionDef):
         return {statement.name}
-    found = set(mutated(statement))
+    found = mutated(statement) | stored([statement])
     for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            found.add(node.id)
-        elif isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.alias):
             found.add((node.asname or node.name).partition(".")[0])
@@ -110,53 +110,34 @@ def shape_of(node: ast.expr) -> tuple[str, ast.expr | None] | None:
 
 
 def occurrences(name: str, trees: Iterable[ast.AST]) -> list[ast.Name]:
-    """Where a name is read for more than its sizes."""
-    sizes = {
-        id(node)
-        for tree in trees
-        for each in ast.walk(tree)
-        if isinstance(each, (ast.Attribute, ast.Call)) and shape_of(each) is not None
-        for node in ast.walk(each)
-    }
-    return [
-        node
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and node.id == name and id(node) not in sizes
-    ]
+    """Where a name is read or written for more than its sizes."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    sizes: set[ast.AST] = set()
+    for each in nodes:
+        if isinstance(each, (ast.Attribute, ast.Call)):
+            found = shape_of(each)
+            if found is not None and found[0] == name:
+                sizes.update(ast.walk(each))
+    return [n for n in nodes if isinstance(n, ast.Name) and n.id == name and n not in sizes]
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a definition of a name.
+    """What is known of a definition of a name."""
 
-    Args:
-        kind: "size" (a number or tuple from the shape of a tensor), "own" (of the block alone), or
-            "value".
-        parameters: the parameters of the forward that it was computed from.
-        alias: of what definition it is another name.
-        is_parameter: whether it is a parameter as it came in.
-    """
-
-    kind: str
-    parameters: frozenset[str] = frozenset()
-    alias: tuple[str, int] | None = None
-    is_parameter: bool = False
+    kind: str  # "size" (of the shape of a tensor), "own" (of the block alone), or "value"
+    parameters: frozenset[str] = frozenset()  # those of the forward that it was computed from
+    alias: tuple[str, int] | None = None  # of what definition it is another name
+    is_parameter: bool = False  # as it came in
 
 
 @dataclass
 class Flow:
-    """Definitions and uses in a list of statements.
-
-    Args:
-        statements: the list.
-        outside: what is known of the names that come into it.
-        lives_on: whether what it defines may be read after its end.
-    """
+    """Definitions and uses in a list of statements."""
 
     statements: Sequence[ast.stmt]
-    outside: dict[str, Value]
-    lives_on: bool = False
+    outside: dict[str, Value]  # the names that come into the list
+    lives_on: bool = False  # whether what it defines may be read after its end
     reads: list[dict[str, int]] = field(default_factory=list)  # name -> number of its definition
     writes: list[set[str]] = field(default_factory=list)
     values: dict[tuple[str, int], Value] = field(default_factory=dict)
@@ -238,6 +219,11 @@ class Flow:
     def resolve(self, name: str, definition: int) -> tuple[str, int]:
         """The definition that this one is another name of, or itself."""
         return self.values[name, definition].alias or (name, definition)
+
+    def before(self, at: int) -> dict[str, Value]:
+        """What is known of the names that a statement may read."""
+        found = {name: (name, self.definition(name, at)) for name, _ in self.values}
+        return {name: self.values[key] for name, key in found.items() if key in self.values}
 
     def definition(self, name: str, at: int, gone: Collection[int] = ()) -> int:
         """The definition of a name that a statement at `at` would read without those `gone`."""

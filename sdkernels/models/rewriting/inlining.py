@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .source import Refusal, Swapped, function_tree
+from .source import Refusal, Swapped, function_tree, stored
 
 __all__ = ["Inliner"]
 
@@ -47,7 +47,7 @@ class Inliner:
                     call, tree = found
                     before, result = self._method_body(call, tree, depth)
                     done += before
-                    Swapped(call, result).visit(statement)
+                    Swapped({call: result}).visit(statement)
             done.append(statement)
         return done
 
@@ -89,13 +89,7 @@ class Inliner:
         returns = [n for each in body for n in ast.walk(each) if isinstance(n, ast.Return)]
         if not body or returns != body[-1:] or returns[0].value is None:
             raise Refusal(f"its helper {tree.name} does not return once, at its end", call)
-        local = set(given) | {
-            node.id
-            for each in body
-            for node in ast.walk(each)
-            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-        }
-        rename = _Prefixed(prefix, local)
+        rename = _Prefixed(prefix, set(given) | stored(body))
         statements: list[ast.stmt] = []
         for name, value in given.items():
             target = ast.Name(prefix + name, ast.Store())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 
+from .attributes import BlockParts
 from .flow import occurrences
-from .sites import Parts
 from .slicing import Slice
 from .source import Swapped, attribute_path, on_self_only
 
@@ -23,7 +23,7 @@ class Peeled:
     options: dict[str, ast.expr] = field(default_factory=dict)
 
 
-def peel(branch: Slice, parts: Parts) -> Peeled:
+def peel(branch: Slice, parts: BlockParts) -> Peeled:
     body = [each for each in branch.body if not _is_no_change(each)]
     peeled = Peeled(branch.stream[0], body, branch.result)
     if not branch.leaks:
@@ -58,7 +58,7 @@ def _join_last(peeled: Peeled) -> bool:
     return False
 
 
-def _take_layer_scale(peeled: Peeled, parts: Parts) -> None:
+def _take_layer_scale(peeled: Peeled, parts: BlockParts) -> None:
     """``gamma * f(x)``, ``f(x).mul(gamma)`` and ``ls(f(x))`` at the end of a branch."""
     before = list(peeled.body), peeled.result
     while True:
@@ -88,7 +88,7 @@ def _take_layer_scale(peeled: Peeled, parts: Parts) -> None:
         return
 
 
-def _take_norm(peeled: Peeled, parts: Parts) -> None:
+def _take_norm(peeled: Peeled, parts: BlockParts) -> None:
     """``norm(x)`` where the branch reads nothing else of its input."""
     trees: list[ast.AST] = [*peeled.body, peeled.result]
     stream, reads = peeled.stream, 0
@@ -110,7 +110,7 @@ def _take_norm(peeled: Peeled, parts: Parts) -> None:
                 ):
                     if any(isinstance(n, (ast.If, ast.For, ast.While)) for n in ast.walk(tree)):
                         return
-                    trees[number] = Swapped(node, node.args[0]).visit(tree)
+                    trees[number] = Swapped({node: node.args[0]}).visit(tree)
                     *body, peeled.result = trees  # type: ignore[assignment]
                     peeled.body = [e for e in body if not _is_no_change(e)]  # type: ignore[misc]
                     peeled.options = {"norm": function, **peeled.options}

@@ -7,38 +7,32 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .. import parts
 from ..settings import settings
-from .attributes import BlockParts
+from .attributes import BlockParts, DropCall
 from .flow import Flow, Value
 from .inlining import Inliner
-from .sites import Addition, DropCall, additions, draws_for_itself, drop_calls
+from .sites import Addition, additions, draws_for_itself, drop_calls
 from .slicing import Slice, cut
-from .source import Configuration, Refusal, function_tree, resolve
+from .source import Configuration, Refusal, function_tree, resolve, stored
 from .sums import hides_sums
 from .writing import ADD, compiled, written
 
-__all__ = ["Branch", "Call", "Left", "Rewriting", "is_to_drop", "rewriting_of"]
+__all__ = ["Branch", "Call", "Left", "Rewriting", "rewriting_of"]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch of a class of blocks.
+    """One residual branch of a class of blocks."""
 
-    Args:
-        drop: dotted name of the drop path module; None where the class has none.
-        parts: names of the submodules and parameters that only this branch uses.
-        p: dotted name of the drop probability, where a function drops.
-    """
-
-    drop: str | None
-    parts: tuple[str, ...]
-    p: str | None = None
+    drop: str | None  # dotted name of the drop path module; None where the class has none
+    parts: tuple[str, ...]  # names of the submodules and parameters that only this branch uses
+    p: str | None = None  # dotted name of the drop probability, where a function drops
 
 
 @dataclass(frozen=True)
@@ -59,34 +53,21 @@ class Call(NamedTuple):
 
 @dataclass(eq=False)
 class Rewriting:
-    """A forward with the op in the place of drop path, for blocks of one configuration.
-
-    Args:
-        original: the class.
-        forward: takes the block, an Add and the arguments of the original.
-        branches: in the order of their numbers.
-        left: what stays.
-        source, before: the forward, and the original's, as the interpreter reads them.
-        calls: those of drop paths in the original, in the order in which they are made.
-        positional: the parameters of the original after `self` that take a position.
-        derives: whether a branch gets more of its forward than parameters as they came.
-        assumed: tests of the block with the answers that the forward was written for.
-        leaks: whether the forward hands on what its branches compute.
-        hides_sums: whether nobody but the next addition sees a sum.
-    """
+    """A forward with the op in the place of drop path, for blocks of one configuration."""
 
     original: type[nn.Module]
-    forward: Callable[..., Any]
-    branches: tuple[Branch, ...]
+    forward: Callable[..., Any]  # takes the block, an Add and the arguments of the original
+    branches: tuple[Branch, ...]  # in the order of their numbers
     left: tuple[Left, ...] = ()
-    source: str = ""
+    source: str = ""  # of the forward, and of the original's, as the interpreter reads them
     before: str = ""
-    calls: tuple[Call, ...] = ()
-    positional: tuple[str, ...] = ()
-    derives: bool = False
+    calls: tuple[Call, ...] = ()  # of drop paths in the original, in the order of their making
+    positional: tuple[str, ...] = ()  # parameters of the original that take a position, after self
+    derives: bool = False  # whether a branch gets more of its forward than parameters as they came
+    # Tests of the block with the answers that the forward was written for.
     assumed: dict[str, bool] = field(default_factory=dict)
-    leaks: bool = False
-    hides_sums: bool = False
+    leaks: bool = False  # whether the forward hands on what its branches compute
+    hides_sums: bool = False  # whether nobody but the next addition sees a sum
     # What came of comparisons: by the settings of blocks, then by kinds of calls.
     proofs: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
@@ -94,8 +75,7 @@ class Rewriting:
         names = self.forward.__globals__ if isinstance(self.forward, FunctionType) else {}
         text = f"lambda self: ({''.join(f'bool({test}), ' for test in self.assumed)})"
         code = compile(text, f"<configuration of {self.original.__name__}>", "eval")
-        code = next(c for c in code.co_consts if isinstance(c, CodeType))
-        self.ask: Callable[[Any], tuple[bool, ...]] = FunctionType(code, names)
+        self.ask: Callable[[Any], tuple[bool, ...]] = eval(code, names)
         self.answers = tuple(self.assumed.values())
 
     @property
@@ -141,20 +121,13 @@ _BY_SOURCE: dict[Any, Rewriting] = {}
 _MANY = 4096  # blocks to remember
 
 
-def is_to_drop(path: str, module: nn.Module) -> bool:
-    """Whether a module drops samples, or is what a library puts there for p = 0."""
-    if type(module) is nn.Identity:
-        return parts.sounds_like_drop_path(path.rpartition(".")[2])
-    return parts.is_drop_path(module)
-
-
 def rewriting_of(block: nn.Module, original: type[nn.Module]) -> Rewriting | Refusal | None:
     """The rewriting of a block, why there is none, or None where no drop path is called.
 
     Args:
         original: the block's class, as it was before it was patched.
     """
-    key = (original, original.forward, settings(block, is_to_drop))
+    key = (original, original.forward, settings(block, parts.is_to_drop))
     if len(_BY_BLOCK) > _MANY:
         _BY_BLOCK.clear()
     if key not in _BY_BLOCK:
@@ -182,7 +155,7 @@ def _rewrite(block: nn.Module, original: type[nn.Module]) -> Rewriting | None:
     if parameters[:1] != ["self"] and any(map(parts.is_drop_path, block.children())):
         raise Refusal("the first parameter of its forward is not called self", tree)
     configuration = Configuration(
-        block, function.__globals__, _locals(tree) | {*parameters[1:]}, attributes.is_drop
+        block, function.__globals__, stored([tree]) | {*parameters[1:]}, attributes.is_drop
     )
 
     def holds_drop_path(node: ast.AST) -> bool:
@@ -226,14 +199,6 @@ def _rewrite(block: nn.Module, original: type[nn.Module]) -> Rewriting | None:
     )
 
 
-def _locals(tree: ast.FunctionDef) -> set[str]:
-    return {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-
-
 class _Maker:
     """Rewrites a list of statements, and the lists within its statements."""
 
@@ -268,7 +233,7 @@ class _Maker:
                     self.next += 1
                 else:
                     self._leave(drop)
-        result, used = written(body, numbered, flow.definition, flow.dead, self.attributes)
+        result, used = written(flow, numbered, self.attributes)
         for (number, each), names in zip(numbered, used, strict=True):
             drop = each.addition.drop
             mine = tuple(name for name in names if name not in (drop.drop, drop.p))
@@ -286,11 +251,7 @@ class _Maker:
         slices: dict[DropCall, Slice] = {}
         for addition in found:
             drop = addition.drop
-            others = {
-                number
-                for number, calls in enumerate(held)
-                if any(call is not drop.call for call in calls)
-            }
+            others = {n for n, calls in enumerate(held) if calls and calls != [drop.call]}
             others |= {each.at for each in found} - {addition.at}
             try:
                 each = cut(flow, addition, others, self.parameter)
@@ -331,11 +292,7 @@ class _Maker:
 
     def _within(self, statement: ast.If | ast.With, flow: Flow, at: int) -> None:
         """The lists of a statement. Arms with the same drop paths have the same branches."""
-        outside = {
-            name: flow.values[name, flow.definition(name, at)]
-            for name, _ in list(flow.values)
-            if (name, flow.definition(name, at)) in flow.values
-        }
+        outside = flow.before(at)
         first, calls, before = self.next, len(self.calls), set(self.branches)
         statement.body = self.rewritten(statement.body, outside, first, True)
         if not isinstance(statement, ast.If) or not statement.orelse:

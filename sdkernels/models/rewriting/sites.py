@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from .source import attribute_path, on_self_only
+from .attributes import BlockParts, DropCall
+from .flow import names_read
+from .source import attribute_path, on_self_only, stored
 
-__all__ = ["Addition", "DropCall", "Parts", "additions", "draws_for_itself", "drop_calls", "moved"]
+__all__ = ["Addition", "additions", "draws_for_itself", "drop_calls", "moved"]
 
 # Methods that move or scale elements within their sample.
 _MOVES = frozenset((
@@ -22,35 +23,6 @@ _MOVES = frozenset((
     "unflatten", "unsqueeze", "view",
 ))  # fmt: skip
 _LINEAR = _MOVES | {"mul", "mul_"}
-
-
-@dataclass(eq=False)
-class DropCall:
-    """A call of a drop path.
-
-    Args:
-        call: the call, whose first argument is the branch.
-        drop: dotted name of the module; None where a function is called.
-        p: dotted name of the function's drop probability.
-        function: the function's name.
-        refusal: why it cannot be compacted, and the node that says so.
-    """
-
-    call: ast.Call
-    drop: str | None
-    p: str | None = None
-    function: str | None = None
-    refusal: tuple[str, ast.AST] | None = None
-    added: bool = False
-    at: int = 0
-
-    @property
-    def argument(self) -> ast.expr:
-        return self.call.args[0]
-
-    def refuse(self, reason: str, node: ast.AST) -> None:
-        if self.refusal is None:
-            self.refusal = reason, node
 
 
 @dataclass(eq=False)
@@ -64,23 +36,7 @@ class Addition:
     drop: DropCall
 
 
-class Parts(Protocol):
-    """What the block's attributes are."""
-
-    def drop_call(self, call: ast.Call) -> DropCall | None: ...
-
-    def is_layer_scale(self, path: str | None) -> bool: ...
-
-    def is_factor(self, node: ast.expr) -> bool: ...
-
-    def is_norm(self, path: str | None) -> bool: ...
-
-    def is_relu(self, path: str | None) -> bool: ...
-
-    def used(self, tree: ast.AST) -> list[str]: ...
-
-
-def drop_calls(tree: ast.AST, parts: Parts) -> Iterator[DropCall]:
+def drop_calls(tree: ast.AST, parts: BlockParts) -> Iterator[DropCall]:
     """The calls of drop paths in a tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (found := parts.drop_call(node)) is not None:
@@ -89,7 +45,7 @@ def drop_calls(tree: ast.AST, parts: Parts) -> Iterator[DropCall]:
 
 @dataclass
 class _Follower:
-    parts: Parts
+    parts: BlockParts
     found: list[Addition] = field(default_factory=list)
     calls: list[DropCall] = field(default_factory=list)
     carried: dict[str, DropCall] = field(default_factory=dict)
@@ -107,15 +63,18 @@ class _Follower:
             case ast.Assign() | ast.AnnAssign() | ast.AugAssign() | ast.Return() | ast.Expr():
                 for child in ast.iter_child_nodes(node):
                     self.use(child, node)
-                for each in ast.walk(node):
-                    if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load):
-                        self.carried.pop(each.id, None)
+                self.forget(node)
             case _:
                 for drop in drop_calls(node, self.parts):
                     drop.refuse(f"it is called inside of {_name(node)}", drop.call)
                     drop.at = self.at
                     self.calls.append(drop)
                 self.mentions(node)
+
+    def forget(self, node: ast.AST) -> None:
+        """What a statement assigns to is a drop path's result no more."""
+        for name in stored([node]):
+            self.carried.pop(name, None)
 
     def mentions(self, node: ast.AST) -> None:
         """Statements within statements, whose order is not followed."""
@@ -180,7 +139,7 @@ class _Follower:
 
 
 def additions(
-    statements: Sequence[ast.stmt], parts: Parts
+    statements: Sequence[ast.stmt], parts: BlockParts
 ) -> tuple[list[Addition], list[DropCall]]:
     """The additions of a list of statements, and all calls of drop paths in it.
 
@@ -191,11 +150,9 @@ def additions(
         follower.at = number
         if isinstance(statement, (ast.If, ast.With)):
             follower.mentions(statement)
-            for each in ast.walk(statement):
-                if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load):
-                    follower.carried.pop(each.id, None)
-            continue
-        follower.statement(statement)
+            follower.forget(statement)
+        else:
+            follower.statement(statement)
     for drop in follower.calls:
         if not drop.added:
             drop.refuse("its result is not added to anything", drop.call)
@@ -217,23 +174,23 @@ def draws_for_itself(statements: Sequence[ast.stmt]) -> ast.stmt | None:
     It may be a drop path that is written out; nothing else in a forward is of this form.
     """
     drawn: dict[str, ast.stmt] = {}
-    for statement in (node for top in statements for node in ast.walk(top)):
+    nodes = [node for top in statements for node in ast.walk(top)]
+    for statement in nodes:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                names = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}
                 called = {n.attr for n in ast.walk(value) if isinstance(n, ast.Attribute)}
+                sources = drawn.keys() & names_read(value)
                 if called & {"rand", "bernoulli", "bernoulli_"}:
                     drawn[name] = statement
-                elif drawn.keys() & names and name not in drawn:
-                    drawn[name] = drawn[min(drawn.keys() & names)]
-    for node in (each for top in statements for each in ast.walk(top)):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            for side in (node.left, node.right):
-                match side:
-                    case ast.BinOp(op=ast.Mult()):
-                        names = {n.id for n in ast.walk(side) if isinstance(n, ast.Name)}
-                        if drawn.keys() & names:
-                            return drawn[min(drawn.keys() & names)]
+                elif sources and name not in drawn:
+                    drawn[name] = drawn[min(sources)]
+    for node in nodes:
+        match node:
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                for side in (left, right):
+                    sources = drawn.keys() & names_read(side)
+                    if sources and isinstance(side, ast.BinOp) and isinstance(side.op, ast.Mult):
+                        return drawn[min(sources)]
     return None
 
 

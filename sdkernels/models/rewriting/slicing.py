@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
-from .flow import OUTSIDE, Flow, mutated, names_read, shape_of
-from .sites import Addition, DropCall, moved
-from .source import Refusal
+from .attributes import DropCall
+from .flow import OUTSIDE, Flow, mutated, names_read, occurrences, shape_of
+from .sites import Addition, moved
+from .source import Refusal, Swapped
 
 __all__ = ["Slice", "cut"]
 
@@ -17,31 +19,21 @@ Definition = tuple[str, int]
 
 @dataclass
 class Slice:
-    """A branch: what its function is made of, and what the op is called with.
-
-    Args:
-        addition: where it is added.
-        members: numbers of the statements that move into the function.
-        stream: the name under which the function takes the kept rows, and its definition.
-        residual: what the branch is added to; None for the stream itself.
-        extras: names of further inputs that may belong to samples, with their definitions.
-        fixed: names whose values come along as they are, with their definitions.
-        leaks: names that the branch defines and the forward hands on, as an attention's weights,
-            with the number of leading entries that stay inside.
-        body, result: the function's statements, and what it returns.
-        postponed: statements that hand on a leak before the addition, and wait for it.
-    """
+    """A branch: what its function is made of, and what the op is called with."""
 
     addition: Addition
-    members: set[int]
-    stream: Definition
-    residual: ast.expr | None
-    extras: dict[str, int]
-    fixed: dict[str, int]
+    members: set[int]  # numbers of the statements that move into the function
+    stream: Definition  # the name under which the function takes the kept rows
+    residual: ast.expr | None  # what the branch is added to; None for the stream itself
+    extras: dict[str, int]  # further inputs that may belong to samples, with their definitions
+    fixed: dict[str, int]  # names whose values come along as they are, with their definitions
+    # Names that the branch defines and the forward hands on, as an attention's weights, with the
+    # number of leading entries that stay inside; and the statements that do so before the addition,
+    # which wait for it.
     leaks: dict[str, int]
-    body: list[ast.stmt]
+    postponed: set[int]
+    body: list[ast.stmt]  # the function's statements, and what it returns
     result: ast.expr
-    postponed: set[int] = field(default_factory=set)
 
 
 def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Slice:
@@ -53,7 +45,7 @@ def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Sli
         parameter: the forward's first one, whose rows are the samples.
     """
     found = _Members(flow, addition, others)
-    members, leaks = found.find()
+    members = found.find()
     trees: list[ast.AST] = [*(flow.statements[n] for n in sorted(members)), addition.branch]
     if not any(node is addition.drop.call for tree in trees for node in ast.walk(tree)):
         raise Refusal("what it drops is used elsewhere too", addition.drop.call)
@@ -68,7 +60,7 @@ def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Sli
         if name in (stream[0], *extras, *fixed):
             raise Refusal(f"its branch reads two values of {name}", addition.node)
         value = flow.values[name, definition]
-        if value.kind == "value" and value.parameters and not _only_sizes(name, trees):
+        if value.kind == "value" and value.parameters and occurrences(name, trees):
             extras[name] = definition
             continue
         sizes = _sizes(flow, name, definition, stream) if value.kind == "size" else []
@@ -77,8 +69,7 @@ def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Sli
             fixed[name] = definition
     _check_order(flow, addition, members)
     _check_writes(flow, members, stream)
-    without = _WithoutDrop(addition.drop)
-    *body, result = (without.visit(_copy(tree, addition.drop)) for tree in trees)
+    *body, result = (_copy(tree, addition.drop) for tree in trees)
     prologue = [
         s for n, s in enumerate(prologue) if ast.unparse(s) not in map(ast.unparse, prologue[:n])
     ]
@@ -89,10 +80,10 @@ def cut(flow: Flow, addition: Addition, others: set[int], parameter: str) -> Sli
         residual,
         extras,
         fixed,
-        leaks,
+        found.leaks,
+        found.postponed,
         prologue + body,
         result,
-        found.postponed,
     )
 
 
@@ -107,7 +98,7 @@ class _Members:
     leaks: dict[str, int] = field(default_factory=dict)
     postponed: set[int] = field(default_factory=set)
 
-    def find(self) -> tuple[set[int], dict[str, int]]:
+    def find(self) -> set[int]:
         """Everything that leads to the branch, without what others need as well."""
         flow, members = self.flow, set[int]()
         reads = flow.reads[self.addition.at]
@@ -130,7 +121,7 @@ class _Members:
                 if _stays(flow.statements[number]) or self._is_needed(number, members | checks)
             }
             if not leaving:
-                return members | checks, self.leaks
+                return members | checks
             members -= leaving
 
     def _is_needed(self, number: int, members: set[int]) -> bool:
@@ -271,7 +262,7 @@ def _stream(
         for each in frontier
         if flow.values[each].kind == "value"
         and flow.values[each].parameters
-        and not _only_sizes(each[0], trees)
+        and occurrences(each[0], trees)
     ]
     tensors.sort(key=lambda each: parameter not in flow.values[each].parameters)
     if not tensors:
@@ -284,18 +275,6 @@ def _stream(
             if flow.resolve(*each) == source:
                 return each, None
     return tensors[0], addition.residual
-
-
-def _only_sizes(name: str, trees: list[ast.AST]) -> bool:
-    """Whether the branch reads nothing but the sizes of a name."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    total = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
-    sizes = 0
-    for node in nodes:
-        if isinstance(node, (ast.Attribute, ast.Call)):
-            found = shape_of(node)
-            sizes += found is not None and found[0] == name
-    return total == sizes
 
 
 def _sizes(flow: Flow, name: str, number: int, stream: Definition) -> list[ast.stmt]:
@@ -363,21 +342,7 @@ def _check_writes(flow: Flow, members: set[int], stream: Definition) -> None:
             own |= {(name, number) for name in flow.writes[number]}
 
 
-# The copies
-
-
-class _WithoutDrop(ast.NodeTransformer):
-    """The drop path's argument in its place."""
-
-    def __init__(self, drop: DropCall) -> None:
-        self.drop = drop
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        if node is self.drop.call:
-            return copy.deepcopy(self.drop.argument)
-        return self.generic_visit(node)
-
-
-def _copy(tree: ast.AST, drop: DropCall) -> ast.AST:
-    """A copy in which the drop path's call is the same object."""
-    return copy.deepcopy(tree, {id(drop.call): drop.call})
+def _copy(tree: ast.AST, drop: DropCall) -> Any:
+    """A copy, with the drop path's argument in its place."""
+    made = copy.deepcopy(tree, {id(drop.call): drop.call})
+    return Swapped({drop.call: copy.deepcopy(drop.argument)}).visit(made)

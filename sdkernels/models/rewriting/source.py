@@ -14,14 +14,12 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
-
-from ..fingerprint import function_of
 
 __all__ = [
     "Configuration",
@@ -29,10 +27,14 @@ __all__ = [
     "Swapped",
     "attribute_path",
     "evaluate",
+    "function_of",
     "function_tree",
     "names_of_self",
     "on_self_only",
+    "parsed",
+    "remade",
     "resolve",
+    "stored",
 ]
 
 # What a test may consist of to be answered once and for all.
@@ -80,8 +82,34 @@ def _is_of(code: CodeType, tree: ast.FunctionDef) -> bool:
     return code.co_name == tree.name and own <= found
 
 
+def function_of(function: Any) -> FunctionType | None:
+    """The function whose code decides what a call does; None where that cannot be told.
+
+    transformers wraps the forward of a layer in one that may checkpoint it, and nothing else. Any
+    other wrapper may do anything, and is not looked through.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    if (
+        function.__code__.co_name == "forward_with_checkpointing"
+        and function.__globals__.get("__name__") == "transformers.modeling_layers"
+    ):
+        wrapped = getattr(function, "__wrapped__", None)
+        return wrapped if isinstance(wrapped, FunctionType) else None
+    return function
+
+
+def remade(function: FunctionType, names: dict[str, Any], closure: Any) -> FunctionType:
+    """The function with other globals and another closure."""
+    code, defaults = function.__code__, function.__defaults__
+    made = FunctionType(code, names, function.__name__, defaults, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 @cache
-def _parsed(code: CodeType) -> ast.FunctionDef:
+def parsed(code: CodeType) -> ast.FunctionDef:
+    """The tree of a function, which nobody may write into."""
     # The code object: of a function, getsource would show what a decorator wrapped.
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
@@ -100,7 +128,7 @@ def function_tree(function: Any) -> tuple[FunctionType, ast.FunctionDef]:
     plain = function_of(function)
     if plain is None:
         raise Refusal("it is not a Python function")
-    tree = copy.deepcopy(_parsed(plain.__code__))
+    tree = copy.deepcopy(parsed(plain.__code__))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Yield, ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal)):
             raise Refusal("it is a generator, or assigns to names outside of it", node)
@@ -157,7 +185,7 @@ def _set_by_forward(kind: type) -> frozenset[str]:
             continue
         seen.add(name)
         try:
-            tree = _parsed((function_of(method) or method).__code__)
+            tree = parsed((function_of(method) or method).__code__)
         except Refusal:
             continue
         for node in ast.walk(tree):
@@ -169,14 +197,20 @@ def _set_by_forward(kind: type) -> frozenset[str]:
     return frozenset(found)
 
 
+def stored(trees: Iterable[ast.AST]) -> set[str]:
+    """The names that trees assign to."""
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
 class Swapped(ast.NodeTransformer):
-    """One node of a tree for another."""
+    """Nodes of a tree for others, in which nodes may be swapped as well."""
 
-    def __init__(self, old: ast.AST, new: ast.AST) -> None:
-        self.old, self.new = old, new
+    def __init__(self, new: Mapping[ast.AST, ast.AST]) -> None:
+        self.new = new
 
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.new if node is self.old else self.generic_visit(node)
+    def visit(self, node: ast.AST) -> Any:
+        return self.generic_visit(self.new.get(node, node))
 
 
 class Configuration:

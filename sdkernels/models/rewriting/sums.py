@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from .flow import Flow, occurrences
 from .sites import moved
 
-__all__ = ["hides_sums"]
+__all__ = ["hides_sums", "is_add"]
 
 
 def hides_sums(statements: Sequence[ast.stmt], add: str) -> bool:
@@ -21,13 +22,10 @@ def hides_sums(statements: Sequence[ast.stmt], add: str) -> bool:
         add: the name of what adds a branch.
     """
     flow = Flow(statements, {})
-    held = [any(_is_add(node, add) for node in ast.walk(each)) for each in statements]
-    if not any(held):
-        return True
-    last = max(number for number, holds in enumerate(held) if holds)
+    calls = [_adds(each, add) for each in statements]
+    last = max((number for number, each in enumerate(calls) if each), default=-1)
     for number, statement in enumerate(statements):
-        calls = [node for node in ast.walk(statement) if _is_add(node, add)]
-        if not calls or (number == last and len(calls) == 1):
+        if not calls[number] or (number == last and len(calls[number]) == 1):
             continue
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if _is_chain(value, add):
@@ -41,13 +39,18 @@ def hides_sums(statements: Sequence[ast.stmt], add: str) -> bool:
     return True
 
 
-def _is_add(node: ast.AST, add: str) -> bool:
+def is_add(node: ast.AST, add: str) -> TypeGuard[ast.Call]:
+    """Whether it is a call of what adds a branch."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == add
+
+
+def _adds(tree: ast.AST, add: str) -> list[ast.AST]:
+    return [node for node in ast.walk(tree) if is_add(node, add)]
 
 
 def _streams(call: ast.AST, add: str) -> list[ast.expr]:
     """What a call may write into."""
-    if not (isinstance(call, ast.Call) and _is_add(call, add)):
+    if not is_add(call, add):
         return []
     return [call.args[1], *(k.value for k in call.keywords if k.arg == "residual")]
 
@@ -55,12 +58,8 @@ def _streams(call: ast.AST, add: str) -> list[ast.expr]:
 def _is_chain(value: ast.AST, add: str) -> bool:
     """Whether it is a call of `add` whose streams are names and such calls."""
     streams = _streams(value, add)
-    inner = [node for node in ast.walk(value) if _is_add(node, add)]
-    return bool(streams) and len(inner) == 1 + sum(
-        len([node for node in ast.walk(each) if _is_add(node, add)])
-        for each in streams
-        if _is_chain(each, add)
-    )
+    inner = sum(len(_adds(each, add)) for each in streams if _is_chain(each, add))
+    return bool(streams) and len(_adds(value, add)) == 1 + inner
 
 
 def _is_handed_on(flow: Flow, name: str, number: int, last: int, add: str) -> bool:

@@ -13,11 +13,12 @@ import linecache
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType
 
-from .flow import names_written
+from .attributes import BlockParts
+from .flow import Flow, names_written
 from .peeling import Peeled, peel
-from .sites import Parts
 from .slicing import Slice
 from .source import Swapped, attribute_path
+from .sums import is_add
 
 __all__ = ["ADD", "compiled", "written"]
 
@@ -26,34 +27,28 @@ _numbers = itertools.count()
 
 
 def written(
-    statements: Sequence[ast.stmt],
-    slices: Sequence[tuple[int, Slice]],
-    definition: Callable[[str, int, set[int]], int],
-    dead: set[int],
-    parts: Parts,
+    flow: Flow, slices: Sequence[tuple[int, Slice]], parts: BlockParts
 ) -> tuple[list[ast.stmt], list[tuple[str, ...]]]:
     """The statements with every branch as a function of its own.
 
     Args:
         slices: the branches, each with its number.
-        dead: statements that nobody needs.
-        definition: which definition of a name holds before a statement, if some are gone.
 
     Returns:
         The statements, and for each branch the attributes of the block that it uses.
     """
-    gone = dead | {n for _, each in slices for n in (*each.members, *each.postponed)}
+    gone = flow.dead | {n for _, each in slices for n in (*each.members, *each.postponed)}
     saved: dict[int, list[ast.stmt]] = {}  # by the statement that they follow
     done: dict[int, list[ast.stmt]] = {}  # by the statement that they come before
     after: dict[int, list[ast.stmt]] = {}
-    replaced: dict[int, ast.Call] = {}
+    replaced: dict[ast.AST, ast.Call] = {}
     used: list[tuple[str, ...]] = []
     for number, each in slices:
         at = each.addition.at
 
         def value_of(name: str, own: int, at: int = at) -> str:
             """The name that holds a definition where the branch is added."""
-            if definition(name, at, gone) == own:
+            if flow.definition(name, at, gone) == own:
                 return name
             copied = f"{name}_before_{at}"
             keep = ast.parse(f"{copied} = {name}").body
@@ -63,57 +58,36 @@ def written(
         peeled = peel(each, parts)
         function, made = _function(number, each, peeled, value_of)
         call = _call(number, each, peeled, function, value_of)
-        if isinstance(each.residual, (ast.Attribute, ast.Subscript)):
-            # Add counts who holds a sum: a container must not stand in a variable's place.
-            variable = ast.Name(f"residual_{number}", ast.Store())
-            made.append(ast.Assign([variable], each.residual))
-            (keyword,) = (each for each in call.keywords if each.arg == "residual")
-            keyword.value = ast.Name(variable.id, ast.Load())
         done.setdefault(at, []).extend(made)
-        replaced[id(each.addition.node)] = call
+        replaced[each.addition.node] = call
         for name, hidden in each.leaks.items():
             text = f"{name} = {ADD}.aside.get({name!r})"
             if hidden:
                 text = f"{name} = ({'None, ' * hidden}*{ADD}.aside.get({name!r}, ()))"
             after.setdefault(at, []).extend(ast.parse(text).body)
-        after.setdefault(at, []).extend(statements[n] for n in sorted(each.postponed))
+        after.setdefault(at, []).extend(flow.statements[n] for n in sorted(each.postponed))
         trees = [*each.body, each.result, *peeled.options.values()]
         used.append(tuple(dict.fromkeys(p for t in trees for p in parts.used(t))))
     result = list(saved.get(-1, []))
-    for number, statement in enumerate(statements):
+    for number, statement in enumerate(flow.statements):
         if number in gone:
             continue
         added = [e for _, e in slices if e.addition.at == number]
         result += done.get(number, [])
         if added:
-            _Replaced(replaced).visit(statement)
+            Swapped(replaced).visit(statement)
             if after.get(number):  # what the branch hands on is there once it has been added
                 total = added[-1].addition
                 name = f"sum_{number}"
-                call = replaced[id(total.node)]
+                call = replaced[total.node]
                 hoisted = ast.Assign([ast.Name(name, ast.Store())], call)
-                Swapped(call, ast.Name(name, ast.Load())).visit(statement)
+                Swapped({call: ast.Name(name, ast.Load())}).visit(statement)
                 result += [hoisted, *after.pop(number)]
         elif hasattr(statement, "in_place"):
             statement = statement.in_place
         result.append(statement)
         result += saved.get(number, [])
     return _with_activation(result, parts), used
-
-
-class _Replaced(ast.NodeTransformer):
-    def __init__(self, by: dict[int, ast.Call]) -> None:
-        self.by = by
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        self.generic_visit(node)
-        call = self.by.get(id(node))
-        if call is None:
-            return node
-        for keyword in call.keywords:
-            if keyword.arg == "residual":  # may have been replaced in part itself
-                keyword.value = self.visit(keyword.value)
-        return call
 
 
 def _function(
@@ -163,40 +137,32 @@ def _call(
     return ast.Call(ast.Name(ADD, ast.Load()), arguments, keywords)
 
 
-def _with_activation(statements: list[ast.stmt], parts: Parts) -> list[ast.stmt]:
+def _with_activation(statements: list[ast.stmt], parts: BlockParts) -> list[ast.stmt]:
     """``relu(add(...))`` -> ``add(..., activation=relu)``, also in two statements."""
     result: list[ast.stmt] = []
     for statement in statements:
         match (result[-1:], statement):
             case (
-                [ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call)],
-                ast.Assign(value=ast.Call(args=[ast.Name(id=read)], keywords=[]) as outer)
-                | ast.Return(value=ast.Call(args=[ast.Name(id=read)], keywords=[]) as outer),
-            ) if name == read and _is_addition(call) and parts.is_relu(attribute_path(outer.func)):
-                target = isinstance(statement, ast.Return) or names_written(statement) == {name}
-                if target:
+                [ast.Assign(targets=[ast.Name(id=name)], value=call)],
+                ast.Assign(value=ast.Call(args=[ast.Name(id=read)]) as outer)
+                | ast.Return(value=ast.Call(args=[ast.Name(id=read)]) as outer),
+            ) if name == read and is_add(call, ADD) and _is_relu(outer, parts):
+                if isinstance(statement, ast.Return) or names_written(statement) == {name}:
                     result.pop()
                     outer.args = [call]
-        result.append(_Activated(parts).visit(statement))
+        fused: dict[ast.AST, ast.AST] = {}
+        for node in ast.walk(statement):
+            match node:
+                case ast.Call(func=function, args=[ast.Call() as inner]):
+                    if is_add(inner, ADD) and _is_relu(node, parts):
+                        inner.keywords.append(ast.keyword("activation", function))
+                        fused[node] = inner
+        result.append(Swapped(fused).visit(statement))
     return result
 
 
-def _is_addition(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == ADD
-
-
-class _Activated(ast.NodeTransformer):
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        match node:
-            case ast.Call(func=function, args=[ast.Call() as inner], keywords=[]):
-                if _is_addition(inner) and self.parts.is_relu(attribute_path(function)):
-                    inner.keywords.append(ast.keyword("activation", function))
-                    return inner
-        return node
+def _is_relu(call: ast.Call, parts: BlockParts) -> bool:
+    return not call.keywords and parts.is_relu(attribute_path(call.func))
 
 
 def compiled(

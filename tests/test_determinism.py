@@ -8,9 +8,11 @@ from backends import native
 from cases import Case, generated_cases
 from comparison import assert_same_bits, run_fused
 from hypothesis import given, settings
+from op_samples import arguments, call
 from torch import Tensor, nn
 
 from sdkernels import KeptRows, StochasticDepth, scatter_add_rows
+from sdkernels.backends import traceable
 
 # Enough elements for seven threads, with sums over all of them: for layer_scale one number for each
 # element of a line, each line, one element of a row or everything.
@@ -48,6 +50,28 @@ def test_any_number_of_threads(case):
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert_same(expected, run_ours(case))
+
+
+# What the ops of the dispatcher find beside those: weights of rows, pieces that end within a line.
+OP_CASES = [
+    Case("large", layout="sequence_first", norm="layer", layer_scale="C"),
+    Case("large", norm="rms", layer_scale="NC", layout="sliced", weighted=True),
+    Case("image", layout="channels_last", norm="layer_chw", layer_scale="C1", weighted=True),
+]
+
+
+@native
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("case", OP_CASES, ids=str)
+@pytest.mark.parametrize("op", traceable.OPS)
+def test_every_op_by_any_number_of_threads(op, case):
+    function, found = getattr(torch.ops.sdkernels, op), []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        found.append(call(function, op, arguments(op, case)))
+    for other in found[1:]:
+        for expected, result in zip(found[0], other, strict=True):
+            assert_same_bits(result, expected)
 
 
 @native

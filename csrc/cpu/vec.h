@@ -498,14 +498,11 @@ SDKERNELS_INLINE void for_elements(int64_t len, F f) {
 // time so, a plain copy of floats the same. Past the end of a tensor it is harmless.
 constexpr int64_t kBytesAhead = 1024;
 constexpr int kFirstCache = 3, kSecondCache = 2;  // the localities of __builtin_prefetch
-template <class T>
-SDKERNELS_INLINE void read_soon(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytesAhead, 0, kSecondCache);
+SDKERNELS_INLINE const void* ahead(const void* p) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kBytesAhead);
 }
-template <class T>
-SDKERNELS_INLINE void written_soon(T* p) {
-  __builtin_prefetch(reinterpret_cast<char*>(p) + kBytesAhead, 1, kFirstCache);
-}
+SDKERNELS_INLINE void read_soon(const void* p) { __builtin_prefetch(ahead(p), 0, kSecondCache); }
+SDKERNELS_INLINE void written_soon(const void* p) { __builtin_prefetch(ahead(p), 1, kFirstCache); }
 
 // A copy of bytes. Not memcpy: from some KiB on it is a string instruction, which processors with
 // Zen cores execute ten times slower where the two pointers lie alike within their pages.

@@ -575,6 +575,17 @@ def fsdp2_layer_dropout() -> None:
     assert_layers_as_masked(wrap)
 
 
+@check
+def fsdp2_layers_are_looked_at() -> None:
+    """After they were sharded too: each is put together for that, as for a step."""
+    model = nn.Sequential(*(Layer(0.5) for _ in range(DEPTH)))
+    report = sdkernels.patch(model, rows="block")
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(each.holds for each in report.check(torch.randn(BATCH, 5, WIDTH)))
+
+
 # Rows and ranks
 
 

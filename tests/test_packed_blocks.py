@@ -14,7 +14,7 @@ from libraries import load
 from torch import Tensor, nn
 
 import sdkernels
-from sdkernels import KeptRows
+from sdkernels import KeptRows, functional, rows
 from sdkernels.models import blocks, packing
 
 timm = load("timm")
@@ -154,6 +154,20 @@ def test_another_version_of_the_block(monkeypatch):
     assert packing.packed_form(block) is packing.vit
     monkeypatch.setattr(packing, "fingerprint", lambda function: "another")
     assert packing.packed_form(block) is None
+
+
+def test_a_branch_of_p0_draws_no_rows(monkeypatch):
+    drawn = []
+
+    def draw(batch: int, p: float, *law: Any) -> KeptRows:
+        drawn.append((batch, p))
+        return rows.draw(batch, p, *law)
+
+    monkeypatch.setattr(functional, "draw", draw)
+    block, _ = make("vit")
+    sdkernels.patch(block, drop_probs=[0.0, 0.5])
+    block([torch.randn(shape, dtype=torch.float64) for shape in SHAPES])
+    assert drawn == [(shape[0], 0.5) for shape in SHAPES]
 
 
 def test_multiple_of():

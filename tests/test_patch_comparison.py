@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sdkernels
 from sdkernels.models.comparing import proving
+from sdkernels.models.comparing.results import other_state
 from sdkernels.models.rewriting import rewriter
 
 
@@ -63,6 +64,13 @@ def test_what_an_argument_gets(make):
         block(tokens(), found)
     got = found if make is not Bag else [found.loss] * (found.loss is not None)
     assert len(got) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1.0, True, None])
+@pytest.mark.parametrize("tensor", [torch.zeros(()), torch.ones(3), torch.tensor([1])])
+def test_a_number_is_no_tensor(number, tensor):
+    for a, b in ((number, tensor), (tensor, number)):
+        assert other_state({"held": a}, {"held": b}) == "held"
 
 
 class Observes(nn.Module):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from compiling import compilation
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 
 from sdkernels import DepthPlan, KeptRows, linear_decay, patch, uniform, unpatch
 from sdkernels.models import LayerReport, drop_probs, use
@@ -706,6 +707,7 @@ def test_bad_arguments():
         ({"rows": "layer"}, ValueError, "rows: expected one of 'branch', 'block'"),
         ({"drop_probs": [0.5]}, ValueError, "drop_probs: expected 2 entries, one for each layer"),
         ({"drop_probs": "0.5"}, TypeError, "drop_probs: expected a number, a sequence"),
+        ({"drop_probs": lambda t: None}, TypeError, "drop_probs: expected a number, .* NoneType"),
         ({"drop_probs": lambda t: 2.0}, ValueError, r"drop_probs: expected a drop probability in"),
         ({"drop_probs": None}, ValueError, "model: expected layers to drop"),
         ({"rescale": "eval", "drop_probs": 0.5}, ValueError, "which has no drop path"),
@@ -721,6 +723,10 @@ def test_bad_arguments():
         report.progress = 1.5
     with pytest.raises(ValueError, match="drop_probs: expected 2 entries"):
         report.drop_probs = [0.1]
+    for nothing in (None, lambda t: None):
+        with pytest.raises(TypeError, match=r"drop_probs: expected a number, .* got NoneType"):
+            report.drop_probs = nothing
+    assert report.drop_probs == [0.25, 0.5]
     with pytest.raises(ValueError, match="plan: expected 2 branches"), report.use([]):
         pass
     other = DepthPlan.sample(4, [0.1, 0.1], rescale="none")
@@ -734,6 +740,67 @@ def test_branches_of_several_probabilities():
     with pytest.raises(ValueError, match="expected one drop probability for all branches"):
         patch(model, rows="block")
     assert patch(model, rows="block", drop_probs=uniform(3, 0.2)).drop_probs == [0.2] * 3
+
+
+def test_branches_that_get_several_probabilities():
+    """After patch: the layer refuses to run, and none runs as before."""
+    model, inputs = made("timm-vit-dropping")
+    report = patch(model, rows="block")
+    model.blocks[2].drop_path2.drop_prob = 0.1
+    assert not report.whole
+    with pytest.raises(ValueError, match="expected one drop probability for all branches"):
+        model(**inputs)
+
+
+class Alone(Layer):
+    """Computes from what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path = DropPath(0.5)
+
+    def forward(self) -> Any:
+        return self.drop_path(self.attention.weight)
+
+
+class Gathering(Dropping):
+    """As a decorator that hides what a forward takes makes it."""
+
+    def forward(*inputs: Any) -> Any:
+        self, x = inputs
+        return Dropping.forward(self, x)
+
+
+def test_a_layer_without_an_input():
+    """It is left alone, and the others are not left half patched."""
+    model = Model(Dropping(), Alone(), Gathering())
+    report = patch(model, rows="block")
+    assert [each.name for each in report.patched] == ["layers.0", "layers.2"]
+    assert [(each.name, each.reason) for each in report.left] == [
+        ("layers.1", "its forward takes no input")
+    ]
+    row = KeptRows.from_index(torch.tensor([1]), 4, 2.0)
+    with report.use([row, row]):
+        y, _ = model.layers[2](torch.randn(4, 3, 4))
+    assert y.shape == (4, 3, 4)
+
+
+def test_layers_of_torch():
+    """They are leaves of torch.fx, patched or not, and are copied and pickled under that name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0) for _ in range(2)))
+    x = torch.randn(3, 4, 8)
+    report = patch(model, rows="block", drop_probs=[0.5, 0.5], rescale="none")
+    graph = symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0", "1"]
+    rows = [KeptRows.from_index(torch.tensor(kept), 3, 1.0) for kept in ([0, 2], [1])]
+    with report.use(rows):
+        expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is type(model[0])
+        with use(other, rows):
+            assert torch.equal(other(x), expected)
+    assert type(unpatch(model)[0]) is nn.TransformerEncoderLayer
 
 
 def test_a_layer_drop_of_its_own():

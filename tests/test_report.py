@@ -2,7 +2,9 @@
 
 import math
 import pickle
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from zoo import NETS
 
 import sdkernels
 from sdkernels.models import drop_probs
+from sdkernels.models.report import _flops
 
 VIT = NETS["timm-vit"]
 P = [0.0, 0.0, 0.5, 0.5]
@@ -173,6 +176,42 @@ def test_a_module_that_does_more_where_its_mode_is_changed():
     report.check(VIT.inputs(4))
     assert report.expected_saving(VIT.inputs(4)) > 0.1
     assert torch.equal(model.head.weight, before)
+
+
+class Tries(nn.Module):
+    """Goes on where a part of it raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with suppress(RuntimeError):
+            self.inner(x[..., 1:])
+        return self.inner(x)
+
+
+def test_what_is_counted_where_a_part_raises():
+    part = Tries()
+    counts = _flops(part, (torch.randn(4, 8),), {})
+    assert counts[id(part.first)] == 2 * 4 * 8 * 8
+    assert counts[id(part.inner)] == 2 * 4 * 8 * 2
+    assert counts[id(part)] == counts[id(part.first)] + counts[id(part.inner)]
+
+
+def test_what_another_thread_runs_is_not_counted():
+    other = nn.Linear(8, 8)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=other, args=(x,))
+            thread.start()
+            thread.join()
+            return x
+
+    model = nn.Sequential(Waits(), nn.Linear(8, 8))
+    assert _flops(model, (torch.randn(4, 8),), {}).keys() == {id(m) for m in model.modules()}
 
 
 @pytest.mark.parametrize("p", [torch.tensor(0.25), torch.tensor([0.25]), 0.25, None])

@@ -261,14 +261,50 @@ def test_blocks_of_research_code(kind, x, args):
 class TwiceBent(Block):
     """A sum with two activations behind it, of which the op takes one."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu2 = nn.ReLU()
+
     def forward(self, x):
-        return self.relu(self.relu(x + self.drop_path(self.f(x))))
+        return self.relu2(self.relu(x + self.drop_path(self.f(x))))
 
 
-def test_two_activations_behind_a_sum():
-    source = assert_compacts(TwiceBent(), tokens()).source("")
-    assert source.count("activation=self.relu") == 1
-    assert "return self.relu(add_branch(" in source
+class TwiceBentInTurn(TwiceBent):
+    def forward(self, x):
+        x = self.relu(x + self.drop_path(self.f(x)))
+        x = self.relu2(x)
+        return x
+
+
+class TwiceBentLater(TwiceBent):
+    def forward(self, x):
+        y = x + self.drop_path(self.f(x))
+        y = self.relu(y)
+        return self.relu2(y)
+
+
+class TwiceBentIf(TwiceBent):
+    def forward(self, x, flag=True):
+        if flag:
+            x = self.relu2(self.relu(x + self.drop_path(self.f(x))))
+        return x
+
+
+class TwiceBentWith(TwiceBent):
+    def forward(self, x):
+        with torch.autograd.profiler.record_function("block"):
+            x = self.relu2(self.relu(x + self.drop_path(self.f(x))))
+        return x
+
+
+@pytest.mark.parametrize(
+    "kind", [TwiceBent, TwiceBentInTurn, TwiceBentLater, TwiceBentIf, TwiceBentWith]
+)
+def test_two_activations_behind_a_sum(kind):
+    source = assert_compacts(kind(), tokens()).source("")
+    assert source.count("activation=self.relu)") == 1
+    assert "self.relu2(" in source
+    assert "activation=self.relu2" not in source
 
 
 def test_batch_statistics_are_frozen_in_the_comparison_only():

@@ -245,11 +245,11 @@ class Add:
         called: Callable[..., Any] | None = norm
         if norm is not None and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
             called = _OnTokens(norm)
-        options = self.block._sdkernels.options
+        options, rows = self.block._sdkernels.options, self._rows(index)
         totals: list[Tensor] = self._op(
             index,
             xs,
-            per_tensor(self._rows(index), len(xs), "rows"),
+            None if rows is None else per_tensor(rows, len(xs), "rows"),
             args=args,
             inplace=bool(options.inplace) and all(map(self._is_own, xs)),
             packed=True,
@@ -329,7 +329,7 @@ class Add:
         self, index: int, x: Any, rows: Any, *, branch: _Composed, **options_of_call: Any
     ) -> Any:
         law, options = self.laws[index], self.block._sdkernels.options
-        everything = all(map(_is_everything, rows if isinstance(x, list) else [rows]))
+        everything = all(map(_is_everything, rows if isinstance(rows, list) else [rows]))
         return fused_stochastic_depth(
             x,
             branch,

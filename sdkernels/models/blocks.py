@@ -21,7 +21,7 @@ from .packing import packed_form
 from .proof import Asked, Proof, entries
 from .rewriting import Rewriting
 
-__all__ = ["PatchedBlock", "compact", "make_patched"]
+__all__ = ["PatchedBlock", "compact", "inputs_of", "make_patched"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -75,6 +75,13 @@ def say_what_is_left_out(block: Any) -> None:
         )
 
 
+def inputs_of(kind: type[nn.Module]) -> list[inspect.Parameter]:
+    """What the forward of a class takes besides the module."""
+    parameters = [*inspect.signature(kind.forward).parameters.values()]
+    gathers = parameters[:1] and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    return parameters if gathers else parameters[1:]
+
+
 def make_patched(
     original: type[nn.Module],
     module: str,
@@ -93,7 +100,7 @@ def make_patched(
         takes_lists: whether the original takes a list of tensors.
     """
     own_forward = original.forward
-    first, *others = [*inspect.signature(own_forward).parameters.values()][1:]  # after self
+    first, *others = inputs_of(original)
     names = (first.name, *(each.name for each in others if each.kind in _POSITIONAL))
 
     def call(self: Any, args: Any, kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from ..layer_dropout import fused_layer_dropout
 from ..sampling import Rescale
 from ..tracing import is_recorded
 from .adding import BlockState, Options
-from .blocks import make_patched
+from .blocks import inputs_of, make_patched
 from .comparing.checking import MISSING, Checked, look_at_blocks
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
 from .plans import Schedule, given_probabilities
@@ -85,6 +85,11 @@ class LayerState(BlockState):
         """The one for which there is no law, if there is such a one."""
         drops = [block.get_submodule(name) for name in self.drop_paths]
         return next((drop for drop in drops if drop_law(drop) is None), next(iter(drops), None))
+
+    def why_whole(self, block: nn.Module) -> str | None:
+        """As of any block. One whose drop paths have come to disagree refuses to run instead."""
+        drop = self.drop_path(block, 0)
+        return None if drop is None or drop_law(drop) is not None else why_it_draws_itself(drop)
 
 
 # The layer on its kept rows
@@ -304,8 +309,25 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def layer_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a class of layers that runs on the kept rows in training."""
     if original not in _CLASSES:
-        _CLASSES[original] = make_patched(original, __name__, _compact, lambda: True)
+        kind: Any = make_patched(original, __name__, _compact, lambda: True)
+        if original.__module__.startswith("torch.nn."):
+            # torch.fx knows its leaves by this name. Pickle does not find the class there.
+            kind.__module__, kind.__reduce_ex__ = original.__module__, _reduced
+        _CLASSES[original] = kind
     return _CLASSES[original]
+
+
+def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    """What pickle and deepcopy make a layer of."""
+    made: Any = object.__reduce_ex__(layer, 2)
+    if "_original" in type(layer).__dict__:  # else it was given yet another class
+        made = (_unpickled, (layer._original,), *made[2:])
+    return made  # type: ignore[no-any-return]
+
+
+def _unpickled(original: type[nn.Module]) -> nn.Module:
+    kind: Any = layer_class(original)
+    return kind.__new__(kind)  # type: ignore[no-any-return]
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -352,6 +374,8 @@ def _obstacle(module: nn.Module, drops: tuple[str, ...]) -> str | None:
     reason = obstacle(module)
     if reason is not None:
         return reason
+    if not inputs_of(original_class(module)):
+        return "its forward takes no input"
     own = getattr(module, "sample_drop_ratio", 0.0)  # DINOv2, DINOv3
     if isinstance(own, (int, float)) and own > 0.0:
         return f"it drops samples by itself (sample_drop_ratio = {own:g}): set that to 0"
@@ -392,19 +416,21 @@ def patch_layers(
             f'rescale: expected "train" or "none" for a {original_class(without[0]).__name__}, '
             "which has no drop path, got 'eval'"
         )
-    first = drop_probs(0.0) if callable(drop_probs) else drop_probs
+    given: list[list[float | None]] = [[None] for _ in found]
+    if drop_probs is not None:
+        first = drop_probs(0.0) if callable(drop_probs) else drop_probs
+        given = given_probabilities(first, [1] * len(found), layers=True)
     states = []
-    for (_, module, drops), p in zip(
-        found, given_probabilities(first, [1] * len(found), layers=True), strict=True
-    ):
+    for (_, module, drops), p in zip(found, given, strict=True):
         branch = Branch(drops[0] if drops else None, ("",))
         state = LayerState(options, (branch,), p, drop_paths=drops, parts=drops or None)
         state.law(module, 0)  # refuses branches of several probabilities
         states.append(state)
+    kinds = [layer_class(original_class(module)) for _, module, _ in found]
     unpatch(model)
-    for (_, module, _), state in zip(found, states, strict=True):
+    for (_, module, _), state, kind in zip(found, states, kinds, strict=True):
         module._sdkernels = state
-        module.__class__ = layer_class(type(module))
+        module.__class__ = kind
     entries = tuple(
         PatchedEntry(name, module, state.branches)
         for (name, module, _), state in zip(found, states, strict=True)

@@ -158,12 +158,15 @@ def patch(
         refuse_left(left)
     if mode is None:
         _check_modes(found, sampler)
-    counts = [len(state.branches) for _, _, state in found]
-    overrides = given_probabilities(drop_probs, counts)
+    if drop_probs is not None:
+        given = given_probabilities(drop_probs, [len(state.branches) for _, _, state in found])
+        for (_, _, state), p in zip(found, given, strict=True):
+            state.p = p
 
+    for _, block, _ in found:
+        patched_class(original_class(block))  # what this may raise comes before the model changes
     unpatch(model)
-    for (_, block, state), p in zip(found, overrides, strict=True):
-        state.p = p
+    for _, block, state in found:
         _give(block, state)
     if not found and (drop_probs is not None or not left):
         what = "a drop path" if drop_probs is None else "a residual branch"

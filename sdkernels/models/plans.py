@@ -34,16 +34,14 @@ Schedule = Callable[[float], "float | Sequence[float]"]
 
 
 def given_probabilities(
-    drop_probs: float | Sequence[float] | None, counts: Sequence[int], layers: bool = False
+    drop_probs: float | Sequence[float], counts: Sequence[int], layers: bool = False
 ) -> list[list[float | None]]:
-    """What patch() is given for the branches of every block; None for the block's own.
+    """The drop probability of every branch of every block, as patch() is given it.
 
     Args:
         counts: how many branches each block has.
         layers: whether these are the layers of ``rows="block"``, for messages.
     """
-    if drop_probs is None:
-        return [[None] * count for count in counts]
     if isinstance(drop_probs, Real):
         schedule = linear_decay(len(counts), check_probability(drop_probs, "drop_probs"))
         return [[p] * count for p, count in zip(schedule, counts, strict=True)]

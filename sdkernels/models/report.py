@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from ..plan import DepthPlan
 from .blocks import PatchedBlock
@@ -254,20 +250,21 @@ def _flops(model: nn.Module, args: Any, kwargs: Any) -> Mapping[int, int]:
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     counts: Counter[int] = Counter()
-    started: list[int] = []
+    # By module: one that raises, which the forward around it may catch, is never left.
+    started: defaultdict[int, list[int]] = defaultdict(list)
     counter = FlopCounterMode(display=False)
 
     def enter(module: nn.Module, args: Any) -> None:
-        started.append(counter.get_total_flops())
+        started[id(module)].append(counter.get_total_flops())
 
     def leave(module: nn.Module, args: Any, result: Any) -> None:
-        counts[id(module)] += counter.get_total_flops() - started.pop()
+        counts[id(module)] += counter.get_total_flops() - started[id(module)].pop()
 
-    with (
-        in_evaluation(model),
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave),
-        counter,
-    ):
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_pre_hook(enter))
+            stack.enter_context(module.register_forward_hook(leave))
+        stack.enter_context(in_evaluation(model))
+        stack.enter_context(counter)
         model(*args, **kwargs)
     return counts

@@ -16,6 +16,7 @@ __all__ = ["MISSING", "Checked", "check_blocks", "look_at_blocks"]
 
 MISSING = "it did not run on these inputs"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_SHARDING = "torch.distributed."
 
 
 class Checked(NamedTuple):
@@ -46,9 +47,8 @@ def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: A
     hooks = [{name: module.__dict__[name] for name in _HOOKS} for module in modules]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        for module in modules:
-            for name in _HOOKS:
-                module.__dict__[name] = type(module.__dict__[name])()
+        for module, own in zip(modules, hooks, strict=True):
+            module.__dict__.update({name: _needed(own[name]) for name in _HOOKS})
         for entry in entries:
 
             def hook(block: Any, args: Any, kwargs: Any, entry: Any = entry) -> None:
@@ -61,6 +61,18 @@ def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: A
     finally:
         for module, own in zip(modules, hooks, strict=True):
             module.__dict__.update(own)
+
+
+def _needed(hooks: Any) -> Any:
+    """The hooks without which no module runs: those of fully_shard, which put its shards together.
+
+    A dict of what such hooks get (True for each) stays as it is.
+    """
+    kept = type(hooks)(hooks)
+    for number, hook in hooks.items():
+        if hook is not True and not str(getattr(hook, "__module__", "")).startswith(_SHARDING):
+            del kept[number]
+    return kept
 
 
 def check_blocks(

@@ -114,8 +114,10 @@ def other_state(first: State, second: State, tolerance: float = math.inf) -> str
 
 
 def _is_same(a: Any, b: Any, tolerance: float) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return not isinstance(a, Tensor) and (a is b or a == b or (a != a and b != b))
+    if isinstance(a, Tensor) != isinstance(b, Tensor):
+        return False
+    if not isinstance(a, Tensor):
+        return a is b or a == b or (a != a and b != b)
     whole = [not (t.is_floating_point() or t.is_complex()) for t in (a, b)]
     if any(whole):
         return all(whole) and torch.equal(a, b)

@@ -12,6 +12,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType
+from typing import TypeGuard
 
 from .attributes import BlockParts
 from .flow import Flow, names_written
@@ -146,7 +147,7 @@ def _with_activation(statements: list[ast.stmt], parts: BlockParts) -> list[ast.
                 [ast.Assign(targets=[ast.Name(id=name)], value=call)],
                 ast.Assign(value=ast.Call(args=[ast.Name(id=read)]) as outer)
                 | ast.Return(value=ast.Call(args=[ast.Name(id=read)]) as outer),
-            ) if name == read and is_add(call, ADD) and _is_relu(outer, parts):
+            ) if name == read and _takes_activation(call) and _is_relu(outer, parts):
                 if isinstance(statement, ast.Return) or names_written(statement) == {name}:
                     result.pop()
                     outer.args = [call]
@@ -154,11 +155,16 @@ def _with_activation(statements: list[ast.stmt], parts: BlockParts) -> list[ast.
         for node in ast.walk(statement):
             match node:
                 case ast.Call(func=function, args=[ast.Call() as inner]):
-                    if is_add(inner, ADD) and _is_relu(node, parts):
+                    if _takes_activation(inner) and _is_relu(node, parts):
                         inner.keywords.append(ast.keyword("activation", function))
                         fused[node] = inner
         result.append(Swapped(fused).visit(statement))
     return result
+
+
+def _takes_activation(node: ast.AST) -> TypeGuard[ast.Call]:
+    """Whether it adds a branch, with no activation behind the sum yet."""
+    return is_add(node, ADD) and all(each.arg != "activation" for each in node.keywords)
 
 
 def _is_relu(call: ast.Call, parts: BlockParts) -> bool:

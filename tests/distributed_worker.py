@@ -1,9 +1,10 @@
 """The processes of test_distributed.py: each runs every check and writes down what came of it.
 
-    python distributed_worker.py WORLD_SIZE FOLDER
+    python distributed_worker.py WORLD_SIZE FOLDER [RANK]
 
-All are forked from one, which imports what they need. A check that fails ends a process, because
-the others wait for it in a collective; theirs time out.
+All are forked from one, which imports what they need. Where that is not safe with torch in it, each
+is an interpreter of its own, which is told its rank. A check that fails ends a process, because the
+others wait for it in a collective; theirs time out.
 """
 
 import copy
@@ -11,6 +12,7 @@ import datetime
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import libraries
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -793,7 +796,16 @@ def run_checks(rank: int, world_size: int, folder: Path) -> None:
 
 
 def main() -> None:
-    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    world_size, folder, *own_rank = int(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
+    if own_rank:
+        run_checks(*own_rank, world_size, folder)
+        return
+    if not processes.FORKS:
+        program = [sys.executable, *sys.argv]
+        ranks = [subprocess.Popen([*program, str(rank)]) for rank in range(world_size)]
+        for process in ranks:
+            process.wait()
+        return
     if world_size == 2:  # where all checks run
         import test_dino  # noqa: F401
 

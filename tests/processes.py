@@ -3,7 +3,7 @@
 To import it takes longer than most of them run. So one process of every test session does, and
 forks for each program. The program's arguments, environment and working directory are its own, and
 so is all that it imports beside torch: nothing of the package is there before. It ends after its
-exit handlers, without taking torch apart.
+threads and its exit handlers, without taking torch apart.
 
 What looks at how torch is imported, or at an environment that the interpreter or torch itself reads
 as it starts (but OMP_NUM_THREADS), needs ``subprocess``.
@@ -12,6 +12,7 @@ as it starts (but OMP_NUM_THREADS), needs ``subprocess``.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import gc
 import json
@@ -21,11 +22,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 FORKS = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1
 
 
 def run(
@@ -33,7 +37,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """``subprocess.run([sys.executable, *command])``, its output captured as text. `command` is
     ``-c PROGRAM``, ``-m MODULE`` or a path, and arguments; after `timeout` seconds, if there are
-    any, a signal ends it."""
+    any, a signal ends it, but nothing that it has started."""
     words = [str(word) for word in command]
     if not FORKS:
         return subprocess.run(
@@ -46,17 +50,30 @@ def run(
         )
     with tempfile.TemporaryDirectory() as folder:
         files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        server = _server()
-        assert server.stdin is not None
-        assert server.stdout is not None
         request = {"command": words, "cwd": os.fspath(cwd), "env": dict(env)}
-        request |= {"files": files, "timeout": timeout}
-        server.stdin.write(json.dumps(request) + "\n")
+        answer = _ask(json.dumps(request | {"files": files, "timeout": timeout}))
+        out, error = (Path(file).read_text() for file in files)
+    return subprocess.CompletedProcess([sys.executable, *words], answer, out, error)
+
+
+def _ask(request: str) -> int:
+    """The exit code of a program."""
+    if _server().poll() is not None:
+        _server.cache_clear()
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        server.stdin.write(request + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         assert answer, "the process that forks has ended"
-        out, error = (Path(file).read_text() for file in files)
-    return subprocess.CompletedProcess([sys.executable, *words], int(answer), out, error)
+        return int(answer)
+    except BaseException:
+        # Interrupted: the next program would be given this one's answer.
+        server.kill()
+        _server.cache_clear()
+        raise
 
 
 @functools.cache
@@ -81,6 +98,7 @@ def _become(request: dict[str, Any]) -> None:
     """What a fresh interpreter has of its own."""
     import torch
 
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where nobody waits for it
     signal.alarm(request["timeout"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     outputs = [os.open(file, os.O_WRONLY | os.O_CREAT) for file in request["files"]]
@@ -101,7 +119,8 @@ def _execute(kind: str, rest: list[str]) -> None:
         program, *arguments = rest
         sys.argv = ["-c", *arguments]
         sys.path.insert(0, "")
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+        main = sys.modules["__main__"] = types.ModuleType("__main__")  # not this file
+        exec(compile(program, "<string>", "exec"), vars(main))
     elif kind == "-m":
         sys.argv = rest
         sys.path.insert(0, os.getcwd())
@@ -138,6 +157,7 @@ if __name__ == "__main__":
             _become(asked)
             kind, *rest = asked["command"]
             code = _exit_code(kind, rest)
+            threading._shutdown()
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()

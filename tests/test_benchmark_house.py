@@ -1,9 +1,11 @@
 """The folders of the benchmarks: who may import whom, and the commands that the texts name."""
 
 import ast
+import os
 import re
 from pathlib import Path
 
+import processes
 import pytest
 
 from benchmarks import COMMANDS
@@ -97,7 +99,29 @@ def test_every_command_stands_in_the_help(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help(command, capsys):
+    if command in ("report", "scaling"):
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"python -m benchmarks {command}" in capsys.readouterr().out
+
+
+WITHOUT = """if True:
+    import sys
+    sys.modules |= dict.fromkeys(("matplotlib", "pytest_benchmark", "rich", "sklearn"))
+    from benchmarks.studies import cuda_bandwidth, host_cost, multi_crop
+    from benchmarks.studies import patch_coverage, patched_classes
+    found = [cuda_bandwidth.Result("cpp", "a", 1, 1, 0, 0.5, True)]
+    print(cuda_bandwidth.side_by_side(found, ["cpp"]))
+    names = ("plain", "naive", "fused-rows", "fused", *host_cost.PARTS)
+    print(host_cost.table(dict.fromkeys(("extension", "without"), dict(zip(names, range(20))))))
+"""
+
+
+def test_studies_print_without_what_plots_need():
+    """The check of a GPU installs the package without dependencies."""
+    done = processes.run("-c", WITHOUT, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "| a | 0.500 |" in done.stdout
+    assert "| naive masking | 1000000.0 us, 1.00 |" in done.stdout

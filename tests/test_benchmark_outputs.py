@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.cases import presets  # noqa: E402
 from benchmarks.report import compare, page, rebuild, summary, table, targets  # noqa: E402
 from sdkernels import info  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 EXTRA = (*presets.PRESETS["compile"].cases, *presets.PRESETS["break-even"].cases)
 
 
@@ -79,6 +81,7 @@ def test_the_printed_end_fits_one_screen(everything):
         for figures in case["providers"].values():
             figures["spread"] = 0.3
     text = summary.summary(result, Path("benchmarks/out"), ["blocks.png", "models.png", "x.png"])
+    text.encode("ascii")  # whatever the terminal
     lines = text.splitlines()
     assert len(lines) <= 32
     assert max(map(len, lines)) <= 80
@@ -103,6 +106,13 @@ def test_tables_fit_their_window_and_leave_nothing_out(everything, width):
             # Words that were wrapped stand between those of other cells.
             assert all("".join(cell.split()) in run for cell in row[2:-1]), row
         assert "\u2026" not in text
+        text.encode("latin-1")
+
+
+def test_a_table_without_groups_has_its_head():
+    text = table.Table("Reach", ("target", "case", "bound"), groups=[]).text(80)
+    assert text.splitlines()[0] == "Reach"
+    assert text.splitlines()[2].split() == ["target", "case", "bound"]
 
 
 def test_a_page_is_printed_like_its_tables():
@@ -144,6 +154,19 @@ def test_targets_have_an_exit_code(everything, tmp_path, capsys):
     assert "missed by" not in capsys.readouterr().out
     assert main(["report", str(tmp_path), "--targets"]) == 3
     assert "missed by" in capsys.readouterr().out
+
+
+def test_the_recorded_break_even(tmp_path, capsys):
+    """It has no targets, and its report says what min_saving decides by."""
+    recorded = ROOT / "benchmarks/results/cpu-epyc-2-cores/break-even"
+    shutil.copy(recorded / "results.json.gz", tmp_path)
+    assert main(["report", str(tmp_path), "--targets"]) == 0
+    assert "0 targets, 0 missed" in capsys.readouterr().out
+    texts = ((folder / "report.md").read_text() for folder in (recorded, tmp_path))
+    then, now = ([line.split(" | ") for line in text.splitlines()] for text in texts)
+    ratios = [line[-1] for line in then if len(line) == 7 and line[-1][0].isdigit()]
+    assert len(ratios) == 42
+    assert [line[-1] for line in now if line[1:2] == ["compact"]] == ratios
 
 
 def test_a_compressed_record_is_read(everything, tmp_path):
@@ -298,6 +321,18 @@ def test_a_provider_that_no_longer_runs_is_a_regression(runs, capsys):
     b["cases"][0] |= {"providers": {}, "skipped": {"*": "out of memory: 9 GiB"}}
     assert runs(a, b) == 1
     assert runs(b, a) == 0
+
+
+def test_a_provider_that_is_no_more_is_named(runs, capsys):
+    names = names_of(benchmark_results.result(), "block")[:1]
+    a = benchmark_results.result(names=names)
+    b = copy.deepcopy(a)
+    del b["cases"][0]["providers"]["dinov2"]
+    assert runs(a, b, "--provider", "all") == 0
+    text = capsys.readouterr().out
+    (line,) = (line for line in text.splitlines() if "dinov2" in line)
+    assert line.split()[-1] == "gone"
+    assert "0 regressions" in text
 
 
 def test_host_cost_is_compared_by_its_extra(runs):

@@ -218,6 +218,12 @@ def test_cifar_is_checked(tmp_path):
             data.load("cifar10", folder)
 
 
+def test_cifar_needs_torchvision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "is_installed", lambda library: False)
+    assert main(["train", "--dataset", "cifar10", "--out", str(tmp_path)]) == 2
+    assert "--dataset: cifar10 is read by torchvision" in capsys.readouterr().err
+
+
 def test_digits(digits):
     assert [len(part[1]) for part in (digits.train, digits.validation, digits.test)] == [
         1294,
@@ -341,6 +347,11 @@ def test_a_checkpoint_of_another_run_is_refused(few, tmp_path):
         training.Trainer(replace(recipe, p_last=0.2), few, CPU, tmp_path)
     record = training.Trainer(recipe, few, CPU, tmp_path).run()
     assert len(record["epochs"]) == 1  # finished before: nothing is run again
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["losses"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"is of an older version, without losses; .*--out"):
+        training.Trainer(recipe, few, CPU, tmp_path)
 
 
 def test_interruption_leaves_a_checkpoint(few, tmp_path):
@@ -388,6 +399,12 @@ def test_two_processes_train_one_network(tmp_path):
 def test_bad_arguments(arguments, message, capsys, tmp_path):
     assert main(["train", *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_has_one_of_its_choices():
+    assert training.Recipe(amp="bf16").amp == "bf16"
+    with pytest.raises(ValueError, match="amp: expected one of bf16, got 'fp16'"):
+        training.Recipe(amp="fp16")
 
 
 # Claims

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 np = pytest.importorskip("numpy")  # what the benchmarks need, the package does not
 for package in ("matplotlib", "rich", "scipy"):
     pytest.importorskip(package)
 
-from benchmarks.studies.scaling import command, law, processes  # noqa: E402
+from benchmarks.measure.store import read_json  # noqa: E402
+from benchmarks.studies.scaling import command, law, processes, report  # noqa: E402
 from benchmarks.studies.scaling.law import KINDS, SAMPLERS, SYNCS, Layers  # noqa: E402
 from sdkernels import DepthPlan, linear_decay, uniform  # noqa: E402
 
@@ -185,8 +187,38 @@ def test_examples(name):
 
 def test_a_rank_that_fails_is_reported(tmp_path):
     case = processes.ProcessCase(command.TINY, batch=4, p=2.0, steps=1)
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"\[0, 1\], got 2"):
+    with pytest.raises(ProcessRaisedException, match=r"\[0, 1\], got 2"):
         processes.launch(case, 1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("out of memory\nand more"), "out of memory"),
+        (
+            ProcessRaisedException("\n-- Process 0\nTraceback\nValueError: no", 0, 1),
+            "ValueError: no",
+        ),
+        (ProcessExitedException("process 0 terminated with signal SIGKILL", 0, 1, -9), "SIGKILL"),
+    ],
+)
+def test_a_run_that_fails_says_so_in_a_sentence(error, said, tmp_path, monkeypatch, capsys):
+    def fail(preset, device):
+        raise error
+
+    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    assert command.main(["--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m benchmarks scaling: ")
+    assert line.endswith(said)
+
+
+def test_the_recorded_run_names_its_samplers():
+    recorded = ROOT / "benchmarks/results/cpu-epyc-2-cores/scaling/scaling.json"
+    text = "\n".join(report.processes_section(read_json(recorded)))
+    assert text.count("| balanced |") == 4
+    assert "| total |" not in text
 
 
 def test_run_end_to_end(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.providers import digits
-from benchmarks.providers.libraries import import_module
+from benchmarks.providers.libraries import import_module, is_installed
 
 # Classes of torchvision.datasets, by name on the command line.
 SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -50,8 +50,10 @@ def load_cifar(name: str, directory: Path | None, seed: int = 0) -> Data:
         seed: of the split.
 
     Raises:
-        ValueError: a file is missing, or is not what its checksum says.
+        ValueError: torchvision or a file is missing, or a file is not what its checksum says.
     """
+    if not is_installed("torchvision"):
+        raise ValueError(f"--dataset: {name} is read by torchvision, which is not installed")
     kind: Any = getattr(import_module("torchvision.datasets"), SETS[name])
     try:
         parts = [kind(directory or "", train=train) for train in (True, False)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ class Recipe:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            if choices and value not in (each.default, *choices):
+                raise ValueError(
+                    f"{each.name}: expected one of {', '.join(choices)}, got {value!r}"
+                )
 
     @property
     def n(self) -> int:
@@ -126,7 +132,8 @@ class Trainer:
         advance: called after every step with its loss, as a float.
 
     Raises:
-        ValueError: the checkpoint is of another recipe, data set or number of processes.
+        ValueError: the checkpoint is of another recipe, data set or number of processes, or of a
+            version that kept less in it.
     """
 
     def __init__(
@@ -307,6 +314,12 @@ class Trainer:
             return
         checkpoint = self.directory / "checkpoint.pt"
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        kept = ("identity", "losses", "gradients", "epochs", "model", "optimizer")
+        if missing := [name for name in kept if name not in state]:
+            raise ValueError(
+                f"{checkpoint} is of an older version, without {', '.join(missing)}; give another "
+                "--out"
+            )
         there = state["identity"]
         differing = [
             f"{name} {there.get(name)!r}, now {value!r}"

@@ -6,7 +6,7 @@ PyTorch, ...) in the same run. ``--seconds`` compares the times themselves, for 
 
 A regression is a provider that became slower by more than the threshold and by more than the
 spreads of both runs explain, that needs more memory by more than the threshold, or that was timed
-in A and could not run in B.
+in A and could not run in B. One that B does not have at all is named, no more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MACHINE = (
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one provider in both runs; a ratio above 1 is worse, None means lost."""
+    """One figure of one provider in both runs; a ratio above 1 is worse, None: only A has it."""
 
     case: str
     provider: str
@@ -40,13 +40,13 @@ class Change:
     ratio: float | None  # B / A
     noise: float  # what the spreads of both runs explain
     threshold: float
-    note: str = ""
+    note: str = ""  # why B has none, if it was to be run there
 
     @property
     def verdict(self) -> str:
-        """One of regression, improvement, same."""
+        """One of regression, improvement, same, gone."""
         if self.ratio is None:
-            return "regression"
+            return "regression" if self.note else "gone"
         allowed = max(self.threshold, self.noise)
         if self.ratio > 1 + allowed:
             return "regression"
@@ -87,7 +87,7 @@ def _memory(case: dict[str, Any], provider: str, relative: bool) -> Figure | Non
 def compare(
     a: dict[str, Any], b: dict[str, Any], threshold: float, relative: bool = True
 ) -> list[Change]:
-    """Every figure that both runs have, and every provider that only A could run.
+    """Every figure that both runs have, and every provider that only A has.
 
     Args:
         a, b: results of two runs, the older one first.
@@ -103,7 +103,7 @@ def compare(
         for provider in old["providers"]:
             if provider not in new["providers"]:
                 reasons = new["skipped"]
-                why = reasons.get(provider) or reasons.get("*") or "not among the providers"
+                why = reasons.get(provider) or reasons.get("*") or ""
                 changes.append(Change(old["name"], provider, "time", None, 0.0, threshold, why))
                 continue
             own_baseline = relative and provider in (old["baseline"], new["baseline"])

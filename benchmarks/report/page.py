@@ -60,6 +60,12 @@ def _speedup(case: Case, provider: str, f: Figures) -> str:
     return ratio(None if provider in ("copy", "empty") else f.get("speedup"))
 
 
+def _of_whole(case: Case, provider: str, f: Figures) -> str:
+    """What min_saving decides by."""
+    whole = case["providers"].get("whole") if provider == "compact" else None
+    return ratio(f["median"] / whole["median"] if whole else None)
+
+
 CELLS: dict[str, Callable[[Case, str, Figures], object]] = {
     "case": lambda case, provider, f: case["name"].removeprefix(f"{case['kind']}-"),
     "provider": lambda case, provider, f: SHORT_NAMES.get(provider, provider),
@@ -73,6 +79,7 @@ CELLS: dict[str, Callable[[Case, str, Figures], object]] = {
     "dinov3 / this": _speedup,
     "this / dense": lambda case, provider, f: ratio(f.get("over_floor")),
     "this / floor": _model_floor,
+    "compact / whole": _of_whole,
     "ideal / this": _of_ideal,
     "of copy": lambda case, provider, f: percent(f.get("of_copy_bandwidth")),
     "memory": lambda case, provider, f: _bytes(f["memory"]),
@@ -175,7 +182,7 @@ KINDS = {
     ),
     "break_even": Kind(
         "Few rows dropped, forward + backward",
-        ("median", "spread", "naive / this"),
+        ("median", "spread", "naive / this", "compact / whole"),
         ("Whole: the branch on every row; compact: on the kept rows.",),
     ),
 }

@@ -12,11 +12,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 
-import rich.table
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.text import Text
-
 from benchmarks.measure.environment import environment_line
 
 T = TypeVar("T")
@@ -94,9 +89,15 @@ class Table:
 
         What the rows of a group begin with is said once, on a line above them.
         """
+        # Here, so that Markdown needs nothing but the standard library.
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table as Drawn
+        from rich.text import Text
+
         groups = [[[str(cell) for cell in row] for row in group] for group in self.groups if group]
-        above = self.names > 1 and all(len({row[0] for row in group}) == 1 for group in groups)
-        made = rich.table.Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        above = self.names > 1 and {len({row[0] for row in group}) for group in groups} == {1}
+        made = Drawn(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         least = 0
         for i, name in list(enumerate(map(str, self.columns)))[above:]:
             cells = [row[i] for group in groups for row in group]
@@ -113,8 +114,9 @@ class Table:
         Console(file=output, width=max(width, least), force_terminal=False).print(made)
         lines, heads = [self.title, ""] if self.title else [], iter(groups)
         for line in map(str.rstrip, output.getvalue().splitlines()):
-            lines.append(line)
-            if above and (not line or line.startswith("\u2500")):
+            ruled = line.startswith("\u2500")
+            lines.append("-" * len(line) if ruled else line)  # which every terminal can show
+            if above and (not line or ruled):
                 lines += textwrap.wrap(next(heads)[0][0], width)
         return "\n".join([*lines, *(textwrap.fill(note, width) for note in self.notes)])
 
@@ -167,7 +169,7 @@ def printed(page: str, width: int) -> str:
     Times
     <BLANKLINE>
     case  s
-    ───────
+    -------
     a     1
     """
     lines: list[str] = []

@@ -30,7 +30,7 @@ from benchmarks.measure.environment import environment, environment_line, servin
 from benchmarks.measure.store import write_json
 from benchmarks.measure.workload import DTYPES
 from benchmarks.report.figures import merge
-from benchmarks.report.table import Table, window
+from benchmarks.report.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHES = 4  # the stream is at least so many times the size of the last cache
@@ -171,7 +171,7 @@ def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
 
     cases = dict.fromkeys(result.case for result in results)
     lines = [[case, *(cell(case, backend) for backend in backends)] for case in cases]
-    return Table("", ("", *backends), names=1, groups=[lines]).text(window())
+    return Table("", ("", *backends), names=1, groups=[lines]).markdown()
 
 
 def measure_here(shapes: str) -> tuple[dict[str, Any], list[Result]]:

@@ -25,7 +25,7 @@ from benchmarks.measure import command
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment, environment_line
 from benchmarks.measure.store import write_json
-from benchmarks.report.table import Table, window
+from benchmarks.report.table import Table
 from sdkernels import KeptRows, functional
 from sdkernels.backends import autograd, namespace
 
@@ -177,7 +177,7 @@ def table(runs: dict[str, dict[str, float]]) -> str:
         )
 
     columns = {"": texts.get, "extension": extra("extension"), "without it": extra("without")}
-    return Table.of("", columns, [texts], names=1).text(window())
+    return Table.of("", columns, [texts], names=1).markdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

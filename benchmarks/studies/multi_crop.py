@@ -44,7 +44,7 @@ from benchmarks.measure.store import write_json
 from benchmarks.providers.networks import seeded_module
 from benchmarks.providers.residuals import naive
 from benchmarks.providers.vit import Attention, Block
-from benchmarks.report.table import by_column, document, printed, seconds, window
+from benchmarks.report.table import by_column, document, seconds
 from sdkernels import KeptRows, Packed, fused_stochastic_depth
 from sdkernels.measure.comparing import Differs, compare
 from sdkernels.measure.turns import quartiles, time_in_turns
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     table = by_column([(figures, name) for figures in sizes for name in figures["calls"]], COLUMNS)
     page = document("Crops in one tensor", record, [text, table])
-    print(f"\n{printed(page, window())}")
+    print(f"\n{page}", end="")
     write_json(folder / "multi-crop.json", record)
     (folder / "multi-crop.md").write_text(page)
     return 0

@@ -38,7 +38,7 @@ from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
 from benchmarks.report.figures import quartile_spread
-from benchmarks.report.table import by_column, document, printed, window
+from benchmarks.report.table import by_column, document
 from sdkernels import KeptRows
 from sdkernels.measure import masking
 from sdkernels.measure.comparing import Differs, compare, without_batch_effects
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict(lines),
     ]
     text = document("Every class that patch() knows", data, sections)
-    print(f"\n{printed(text, window())}")
+    print(f"\n{text}", end="")
     write_json(options.out / "patched-classes.json", data)
     (options.out / "patched-classes.md").write_text(text)
     return 0

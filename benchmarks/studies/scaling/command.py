@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from benchmarks.measure import command
-from benchmarks.measure.correctness import ProviderMismatch
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import read_json, write_json
@@ -103,6 +102,12 @@ def run(preset: Preset, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Of a process that raised: its traceback, which ends with the error.
+    return lines[-1 if isinstance(error, ProcessRaisedException) else 0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     listed = "; ".join(f"{name}: {preset.duration}" for name, preset in PRESETS.items())
     parser = command.parser("scaling", __doc__, out=Path("benchmarks/out/scaling"))
@@ -129,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)  # a rank's thread; its clock has to see all of the work
         try:
             results = run(PRESETS[options.preset], device)
-        except (ProviderMismatch, ProcessRaisedException) as error:
-            print(error, file=sys.stderr)
+        except (RuntimeError, ProcessExitedException, ProcessRaisedException) as error:
+            print(f"python -m benchmarks scaling: {_sentence(error)}", file=sys.stderr)
             return 1
         called = command.command_line("scaling", arguments)
         results = {"preset": options.preset, "command": called, **results}

@@ -85,6 +85,7 @@ def launch(case: ProcessCase, ranks: int, folder: Path) -> list[list[dict[str, A
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a process failed; the first one ends them all.
+        torch.multiprocessing.ProcessExitedException: one was killed.
     """
     torch.multiprocessing.spawn(train, (case, ranks, folder), nprocs=ranks)
     return [json.loads((folder / f"records-{ranks}-{r}.json").read_text()) for r in range(ranks)]

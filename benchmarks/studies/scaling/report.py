@@ -185,7 +185,8 @@ def processes_section(results: dict[str, Any]) -> list[str]:
                 furthest = max(furthest, abs(expected - measured))
             shown = f"{percent(measured)} ({percent(low)} to {percent(high)})"
             told = [percent(excess["counts"]), percent(expected)]
-            rows.append([outcome["ranks"], f"once a {sync}", sampler, shown, *told])
+            name = {"total": "balanced"}.get(sampler, sampler)  # as runs of old called it
+            rows.append([outcome["ranks"], f"once a {sync}", name, shown, *told])
     counts = [f"expected, counts {other}" for other in ("alone", "and machine noise")]
     head = ["ranks", "they wait", "sampler", "measured (90 % interval)", *counts]
     correlations = ", ".join(

@@ -56,7 +56,7 @@ def test_any_number_of_threads(case):
 OP_CASES = [
     Case("large", layout="sequence_first", norm="layer", layer_scale="C"),
     Case("large", norm="rms", layer_scale="NC", layout="sliced", weighted=True),
-    Case("image", layout="channels_last", norm="layer_chw", layer_scale="C1", weighted=True),
+    Case("image", layout="channels_last", norm="layer_2d", layer_scale="C1", weighted=True),
 ]
 
 

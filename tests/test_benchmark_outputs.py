@@ -173,7 +173,7 @@ def test_a_compressed_record_is_read(everything, tmp_path):
     few = everything | {"cases": everything["cases"][:1], "training": None, "reach": []}
     (tmp_path / "results.json.gz").write_bytes(gzip.compress(json.dumps(few).encode()))
     assert main(["report", str(tmp_path)]) == 0
-    assert few["cases"][0]["name"] in (tmp_path / "report.md").read_text()
+    assert "## Ops" in (tmp_path / "report.md").read_text()
     with pytest.raises(page.BadResults):
         page.read(tmp_path / "other.json")
 

@@ -128,9 +128,11 @@ class Runner:
         benchmark.extra_info.update(self._record["case"], provider=turn.provider)
         clocks = Clocks(workload, self.device)
         with workload.context():
-            # One call first: the caches hold the previous provider's data.
             benchmark.pedantic(
-                clocks.run, rounds=rounds.rounds, iterations=rounds.iterations, warmup_rounds=1
+                clocks.run,
+                rounds=rounds.rounds,
+                iterations=rounds.iterations,
+                warmup_rounds=workload.warm_up,
             )
             if turn.repeat == 0:  # what is the same in every call
                 used, counted = memory.measure(workload, self.device), None

@@ -250,7 +250,7 @@ class OpCase(RowCase):
 
         def forward(function: Function) -> Workload:
             turn = itertools.cycle(inputs for inputs, _ in sets)
-            return Workload(lambda: function(next(turn)))
+            return Workload(lambda: function(next(turn)), warm_up=len(sets))
 
         def backward(function: Function) -> Workload:
             ready = [
@@ -258,7 +258,9 @@ class OpCase(RowCase):
                 for inputs, grads in sets
             ]
             turn = itertools.cycle(ready)
-            return Workload(lambda: torch.autograd.grad(*next(turn), retain_graph=True))
+            return Workload(
+                lambda: torch.autograd.grad(*next(turn), retain_graph=True), warm_up=len(sets)
+            )
 
         build = forward if self.direction == "fwd" else backward
         loads = {name: build(function) for name, function in self._functions(device).items()}

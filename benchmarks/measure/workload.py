@@ -29,6 +29,9 @@ class Workload:
     parameters: tuple[Tensor, ...] = ()  # their storages are not activations
     # Entered around every turn of the provider, outside the clock.
     context: Context = contextlib.nullcontext
+    # Calls before the clock starts: the caches hold what the previous provider read, and what it
+    # wrote waits there to be written back at the cost of whoever comes next.
+    warm_up: int = 1
 
 
 @dataclass(frozen=True)

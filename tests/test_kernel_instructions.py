@@ -11,7 +11,7 @@ TYPES = ("fp32", "bf16", "fp16", "mixed")  # mixed: the stream in fp32, the bran
 # What gcc 12 gave, by kernel and length of a line, for each of TYPES; `python -m
 # kernel_instructions` in this folder prints the table. 192 is a multiple of any vector, 64 a short
 # line, 52 leaves a rest. (With every vector in memory, norms took 7 to 28 and a bf16 scatter-add
-# 10 to 16. Two or three prefetches a vector, of what comes 1 KiB later, are part of it.)
+# 10 to 16. Two or three prefetches a vector are part of it.)
 SEEN = {
     "compact_layer_norm-192": (3.57, 4.79, 3.36, 4.71),
     "compact_layer_norm-52": (10.77, 12.50, 10.89, 12.00),

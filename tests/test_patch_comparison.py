@@ -449,6 +449,53 @@ def test_other_random_numbers_are_kept():
     assert (np.random.get_state()[1] == before[1]).all()
 
 
+def test_hooks_around_a_check():
+    """The user's own are not called; what the model registers in its first call stays."""
+    called: list[str] = []
+
+    class RegistersLate(nn.Sequential):
+        hooked = False
+
+        def forward(self, x):
+            if not self.hooked:
+                self.hooked = True
+                self[1].register_forward_hook(lambda *_: called.append("late"))
+            return super().forward(x)
+
+    model = RegistersLate(Plain(), Plain()).train()
+    report = sdkernels.patch(model)
+    model[1].register_forward_hook(lambda *_: called.append("first"))
+    handle = model[1].register_forward_hook(lambda *_: called.append("second"))
+    model[0].register_forward_pre_hook(lambda *_: called.append("before"))
+    hooks = dict(model[1]._forward_hooks)
+    assert all(checked.holds for checked in report.check(tokens()))
+    late = set(model[1]._forward_hooks) - set(hooks)
+    assert len(late) == 1
+    assert [*model[1]._forward_hooks] == [*hooks, *late]
+    assert {*called} == {"late"}
+    called.clear()
+    model(tokens())
+    assert called == ["before", "first", "second", "late"]
+    handle.remove()
+    assert len(model[1]._forward_hooks) == 2
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_transformers_collects_by_hooks(ran):
+    """A model whose first call is the check, and one that has its hooks already."""
+    libraries.load("transformers")
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, image_size=28, patch_size=14, drop_path_rate=0.5)
+    model, images = Dinov2Model(config).train(), torch.randn(4, 3, 28, 28)
+    if ran:
+        model(images, output_hidden_states=True)
+    report = sdkernels.patch(model)
+    assert all(each.holds for each in report.check(images, output_hidden_states=True))
+    assert len(model(images, output_hidden_states=True).hidden_states) == 3
+
+
 class Counts(Block):
     def forward(self, x, counter=None):
         counter.count += 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.measure import command, memory
@@ -40,6 +40,12 @@ SMALL = 96  # height and width of images for models that take any
 UNSEEN = "it did not run on these inputs"
 UNUSED = "its forward does not call its drop path"
 FILE = Path(verified.__file__)
+# Of transformers, what would not fit a machine's memory twice, or names a word that it lacks.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "florence2": {"image_token_id": 4},
+    "seggpt": {"image_size": (64, 32)},
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
+}
 
 
 class Architecture(NamedTuple):
@@ -123,16 +129,49 @@ def transformers_architectures() -> Iterator[Architecture]:
             return chosen[0] if isinstance(chosen, (list, tuple)) else chosen
         return None
 
-    def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+    def images(config: Any, *frames: int) -> Tensor:
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(2, channels, height, width)}
+        return torch.randn(2, *frames, getattr(config, "num_channels", 3), height, width)
+
+    def text(length: int) -> Tensor:
+        return torch.randint(5, 90, (2, length))
+
+    def others(config: Any) -> dict[str, Any]:
+        """What a model takes that does not take an image alone."""
+        kind = config.model_type
+        if kind == "clap":
+            sound = {"input_features": torch.randn(2, 1, 1001, 64)}
+            return sound | {"input_ids": text(8), "is_longer": torch.zeros(2, 1, dtype=torch.bool)}
+        if kind == "florence2":  # a word of each sentence for a place of the image, and its mean
+            words = torch.full((2, 50), config.image_token_id)
+            return {"pixel_values": images(config), "input_ids": words}
+        if kind.endswith("grounding-dino"):
+            return {"pixel_values": images(config), "input_ids": text(8)}
+        if kind == "rf_detr":  # in its windows, and with more places than queries
+            return {"pixel_values": torch.randn(2, 3, 392, 392)}
+        if kind == "seggpt":  # the upper half of what it joins
+            height, width = config.image_size
+            half = partial(torch.randn, 2, 3, height // 2, width)
+            names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+            return {name: half() for name in names}
+        if kind == "timesformer":
+            return {"pixel_values": images(config, config.num_frames)}
+        if kind == "vjepa2":
+            size = config.crop_size
+            return {"pixel_values_videos": torch.randn(2, config.frames_per_clip, 3, size, size)}
+        if kind == "xclip":
+            vision = config.vision_config
+            return {"pixel_values": images(vision, vision.num_frames), "input_ids": text(77)}
+        return {"pixel_values": images(config)}
+
+    def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+        return others(config)
 
     for kind in sorted(transformers.CONFIG_MAPPING.values(), key=lambda kind: str(kind.model_type)):
         chosen = model_of(kind)
         try:
-            config = kind()
+            config = kind(**OTHERWISE.get(kind.model_type, {}))
         except Exception:  # one that has no defaults
             continue
         if chosen is not None and _with_drop_path(config):

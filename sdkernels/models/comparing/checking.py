@@ -15,8 +15,10 @@ from .proving import proofs_of
 __all__ = ["MISSING", "Checked", "check_blocks", "look_at_blocks"]
 
 MISSING = "it did not run on these inputs"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-_SHARDING = "torch.distributed."
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Without their own no module runs: fully_shard's put the shards together, and what transformers'
+# hand on is what a layer before has given.
+_NEEDED = ("torch.distributed.", "transformers.utils.")
 
 
 class Checked(NamedTuple):
@@ -43,36 +45,34 @@ def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: A
         look: ``look(entry, args, kwargs)``, before each of these blocks runs.
         given: the model's own arguments, by position and by name.
     """
-    modules = list(model.modules())
-    hooks = [{name: module.__dict__[name] for name in _HOOKS} for module in modules]
+    hooks = [getattr(module, name) for module in model.modules() for name in _HOOKS]
+    own = [dict(each) for each in hooks]
+    handles = []
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        for module, own in zip(modules, hooks, strict=True):
-            module.__dict__.update({name: _needed(own[name]) for name in _HOOKS})
+        for each in hooks:
+            for number in [number for number, hook in each.items() if not _is_needed(hook)]:
+                del each[number]
         for entry in entries:
 
             def hook(block: Any, args: Any, kwargs: Any, entry: Any = entry) -> None:
                 look(entry, args, kwargs)
 
-            entry.block.register_forward_pre_hook(hook, with_kwargs=True)
+            handles.append(entry.block.register_forward_pre_hook(hook, with_kwargs=True))
         args, kwargs = given
         with in_evaluation(model), random_state_kept(devices), torch.no_grad():
             model(*args, **kwargs)
     finally:
-        for module, own in zip(modules, hooks, strict=True):
-            module.__dict__.update(own)
+        for handle in handles:
+            handle.remove()
+        for each, before in zip(hooks, own, strict=True):
+            after = dict(each)  # with those that the model has registered in its first call
+            each.clear()
+            each.update(before | after)
 
 
-def _needed(hooks: Any) -> Any:
-    """The hooks without which no module runs: those of fully_shard, which put its shards together.
-
-    A dict of what such hooks get (True for each) stays as it is.
-    """
-    kept = type(hooks)(hooks)
-    for number, hook in hooks.items():
-        if hook is not True and not str(getattr(hook, "__module__", "")).startswith(_SHARDING):
-            del kept[number]
-    return kept
+def _is_needed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_NEEDED)
 
 
 def check_blocks(

@@ -41,7 +41,7 @@ endif
 
 help:
 	@echo 'make build       compile the extension (without a compiler: set up the package without it)'
-	@echo 'make test        run the tests and the examples in the docstrings: 10 to 20 minutes on two cores (with another PyTorch: TORCH=2.11.0)'
+	@echo 'make test        run the tests and the examples in the docstrings: 9 to 20 minutes on two cores (with another PyTorch: TORCH=2.11.0)'
 	@echo 'make test-quick  those of them that take seconds, for the edit loop'
 	@echo 'make test-whole  run whole test files once more, by other backends, instruction sets and compilers'
 	@echo 'make test-install  build wheels and sdist, install them elsewhere, check their types'
@@ -60,7 +60,7 @@ build: $(BUILT)
 SIDE_BY_SIDE := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(BUILT) $(FOR_TEST)
-	@echo 'This takes 10 to 20 minutes on two cores; make test-quick runs a part of it'
+	@echo 'This takes 9 to 20 minutes on two cores; make test-quick runs a part of it'
 	$(SIDE_BY_SIDE) --durations 25
 
 test-quick: $(BUILT) $(FOR_TEST)

@@ -496,6 +496,31 @@ def test_what_transformers_collects_by_hooks(ran):
     assert len(model(images, output_hidden_states=True).hidden_states) == 3
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop = nn.Linear(WIDTH, WIDTH), Drop(0.5)
+
+    def forward(self, x):
+        return self.drop(self.f(x))
+
+
+class Within(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        return x + self.drop_path(self.inner(x))
+
+
+def test_a_drop_path_inside_of_a_branch():
+    """As in PoolFormer's MLP: it stays, and is as little to be compared as a dropout."""
+    report = sdkernels.patch(Within().train())
+    (checked,) = report.check(tokens())
+    assert checked.holds, checked.reason
+
+
 class Counts(Block):
     def forward(self, x, counter=None):
         counter.count += 1

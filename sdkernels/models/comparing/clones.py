@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ...rows import KeptRows
+from ..parts import is_drop_path
 from ..rewriting import Rewriting
 from ..rewriting.source import remade
 from ..settings import EVERYBODY
@@ -80,6 +81,9 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
         if call.drop is not None:
             owner, _, name = call.drop.rpartition(".")
             setattr(attrgetter(owner)(clone) if owner else clone, name, Forced())
+    for module in clone.modules():
+        if is_drop_path(module):  # one that stays, inside of a branch, is chance as a dropout is
+            module.forward = nn.Identity().forward
     return clone
 
 

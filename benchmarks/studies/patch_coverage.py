@@ -66,7 +66,7 @@ def timm_architectures() -> Iterator[Architecture]:
     def image(model: Any, name: str) -> tuple[Any, ...]:
         channels, height, width = model.pretrained_cfg["input_size"]
         if not model.pretrained_cfg.get("fixed_input_size") and "vit" not in name:
-            height = width = SMALL
+            height = width = 256 if "halo" in name else SMALL  # in whole blocks of its attention
         return (torch.randn(2, channels, height, width),)
 
     for name in timm.list_models():

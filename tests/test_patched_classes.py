@@ -63,7 +63,7 @@ def test_a_class_that_is_not_faster_is_named():
     assert patched_classes.verdict([line | {"faster": True}]).startswith("All 1 lines are faster")
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "transformers-swin"])
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "transformers-dinov3"])
 def test_a_wrong_provider_ends_the_run(name, monkeypatch):
     (subject,) = patched_classes.subjects({name: NETS[name]})
     x = subject.net.inputs(10, torch.float32)

@@ -137,8 +137,7 @@ def transformers_architectures() -> Iterator[Architecture]:
     def text(length: int) -> Tensor:
         return torch.randint(5, 90, (2, length))
 
-    def others(config: Any) -> dict[str, Any]:
-        """What a model takes that does not take an image alone."""
+    def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
         kind = config.model_type
         if kind == "clap":
             sound = {"input_features": torch.randn(2, 1, 1001, 64)}
@@ -164,9 +163,6 @@ def transformers_architectures() -> Iterator[Architecture]:
             vision = config.vision_config
             return {"pixel_values": images(vision, vision.num_frames), "input_ids": text(77)}
         return {"pixel_values": images(config)}
-
-    def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
-        return others(config)
 
     for kind in sorted(transformers.CONFIG_MAPPING.values(), key=lambda kind: str(kind.model_type)):
         chosen = model_of(kind)

@@ -39,7 +39,7 @@ class Checked(NamedTuple):
 
 
 def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: Any) -> None:
-    """Run a model in evaluation, without hooks and gradients, and leave no trace of that.
+    """Run a model in evaluation, without the user's hooks and gradients, and leave no trace.
 
     Args:
         look: ``look(entry, args, kwargs)``, before each of these blocks runs.

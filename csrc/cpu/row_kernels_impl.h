@@ -86,8 +86,8 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
         };
         if (layer_scale && p.layer_scale_element) {
           const A* gamma = layer_scale + line * p.layer_scale_line + first;
-          for_elements<Y, R, O>(
-              count, [&](int64_t c, auto n) { add(c, row_scale * load(gamma + c, n), n); });
+          for_vectors(count,
+                      [&](int64_t c, auto n) { add(c, row_scale * load(gamma + c, n), n); });
         } else {
           const A factor =
               layer_scale ? row_scale * layer_scale[line * p.layer_scale_line] : row_scale;
@@ -149,7 +149,7 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
       finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
     };
     if (layer_scale)
-      for_elements<Y, R, O>(
+      for_vectors(
           count, [&](int64_t c, auto n) { add(c, scale * load(layer_scale + first + c, n), n); });
     else
       for_elements<Y, R, O>(count, [&](int64_t c, auto n) { add(c, scale, n); });
@@ -187,12 +187,16 @@ void scatter_add_relu_backward(const ScatterAddReluBackward& p, int64_t begin, i
     }
     O* d_out = static_cast<O*>(p.d_out) + slot * p.len + first;
     const A scale = static_cast<A>(p.scale) * (row_weight ? row_weight[slot] : A(1));
-    for_elements<G, O>(count, [&](int64_t c, auto n) {
-      auto d = scale * pass(c, n);
-      if (layer_scale) d = d * load(layer_scale + first + c, n);
+    const auto finish = [&](int64_t c, const auto& d, auto n) SDKERNELS_INLINE_LAMBDA {
       written_soon(d_out + c);
       store(d_out + c, d, n);
-    });
+    };
+    if (layer_scale)
+      for_vectors(count, [&](int64_t c, auto n) {
+        finish(c, scale * pass(c, n) * load(layer_scale + first + c, n), n);
+      });
+    else
+      for_elements<G, O>(count, [&](int64_t c, auto n) { finish(c, scale * pass(c, n), n); });
   });
 }
 
@@ -259,7 +263,7 @@ void scatter_add_backward(const ScatterAddBackward& p, int64_t begin, int64_t en
         } else {
           // One line after the other, though the sums are read and written for each: several at
           // once are streams that no processor foresees.
-          for_elements<G, O>(count, [&](int64_t c, auto n) {
+          for_vectors(count, [&](int64_t c, auto n) {
             const auto scaled = scale * load(grad + c, n);
             read_soon(grad + c);
             written_soon(d_out + c);

@@ -264,19 +264,53 @@ SDKERNELS_INLINE Floats load(const f16* p) {
 }
 #endif
 
-// Numbers of float whose upper halves are v rounded to bf16: to nearest, ties to even. 0x8000 more,
-// one less where the bit above is zero. A NaN is cut off: what comes out of arithmetic is quiet, by
-// a bit that stays.
+// Numbers of float whose upper halves are v rounded to bf16: to nearest, ties to even. 0x7fff more,
+// and one where the bit above is set. A NaN is cut off: what comes out of arithmetic is quiet, by a
+// bit that stays.
 template <int64_t N>
 SDKERNELS_INLINE Lanes<uint32_t, N> rounded_to_bf16(const Lanes<float, N>& v) {
   const auto u = bits_as<uint32_t>(v);
-  return u + ((equal(u & 0x10000u, 0) + 0x8000u) & not_nan(v));
+  const auto more = ((u >> 16) & 1u) + 0x7fffu;
+#if defined(SDKERNELS_AVX512)
+  const __mmask16 numbers = _mm512_cmp_ps_mask(v.value, v.value, _CMP_ORD_Q);
+  const __m512i bits = (__m512i)u.value;
+  return {(typename Lanes<uint32_t, N>::Register)_mm512_mask_add_epi32(bits, numbers, bits,
+                                                                       (__m512i)more.value)};
+#else
+  return u + (more & not_nan(v));
+#endif
 }
+
+#if defined(SDKERNELS_AVX2)
+SDKERNELS_INLINE bool any_nan(__m256 a, __m256 b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+}
+// The same of sixteen floats at once, of which none is NaN, given as their upper and their lower
+// halves: one more where those are more than half, or half and the last bit is odd, so that 0x7fff
+// more overflows. In 16 bits this is a mean with 0x7ffe (which adds 1 itself).
+SDKERNELS_INLINE __m256i rounded_halves(__m256i upper, __m256i lower) {
+  const __m256i last = _mm256_and_si256(upper, _mm256_set1_epi16(1));
+  const __m256i mean = _mm256_avg_epu16(_mm256_or_si256(lower, last), _mm256_set1_epi16(0x7ffe));
+  return _mm256_add_epi16(upper, _mm256_srli_epi16(mean, 15));
+}
+#endif
 
 // The bits that numbers of the arithmetic have when they are stored as T.
 template <class T>
 SDKERNELS_INLINE Lanes<Word<T>, kLanes> words_of(const Vec<T>& v) {
   if constexpr (std::is_same_v<T, bf16>) {
+#if defined(SDKERNELS_AVX2)
+    if (!any_nan(v.low.value, v.high.value)) {
+      const __m256i halves =  // of four floats, in both 128-bit lanes: the lower ones first
+          _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                           0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      const __m256i a = _mm256_shuffle_epi8((__m256i)v.low.value, halves);
+      const __m256i b = _mm256_shuffle_epi8((__m256i)v.high.value, halves);
+      const __m256i words =
+          rounded_halves(_mm256_unpackhi_epi64(a, b), _mm256_unpacklo_epi64(a, b));
+      return {(typename Lanes<uint16_t, kLanes>::Register)_mm256_permute4x64_epi64(words, 0xd8)};
+    }
+#endif
     return narrow(rounded_to_bf16(v) >> 16);
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(SDKERNELS_AVX512)
@@ -385,14 +419,8 @@ struct FloatsOfPairs {
 SDKERNELS_INLINE FloatsOfPairs operator+(const FloatsOfPairs& a, const FloatsOfPairs& b) {
   return {a.even + b.even, a.odd + b.odd};
 }
-SDKERNELS_INLINE FloatsOfPairs operator*(const FloatsOfPairs& a, const FloatsOfPairs& b) {
-  return {a.even * b.even, a.odd * b.odd};
-}
 SDKERNELS_INLINE FloatsOfPairs operator*(float a, const FloatsOfPairs& b) {
   return {a * b.even, a * b.odd};
-}
-SDKERNELS_INLINE FloatsOfPairs& operator+=(FloatsOfPairs& a, const FloatsOfPairs& b) {
-  return a = a + b;
 }
 
 SDKERNELS_INLINE WordsOfPairs load_words(const bf16* p, Pairs n) {
@@ -407,74 +435,26 @@ SDKERNELS_INLINE FloatsOfPairs floats_of(const WordsOfPairs& halves) {
 }
 SDKERNELS_INLINE FloatsOfPairs load(const bf16* p, Pairs n) { return floats_of(load_words(p, n)); }
 
-// Floats in their own order, beside pairs.
-SDKERNELS_INLINE FloatsOfPairs load(const float* p, Pairs n) {
-  const auto a = load_lanes<float, n / 2>(p).value, b = load_lanes<float, n / 2>(p + n / 2).value;
-#if defined(SDKERNELS_AVX512)
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return {{_mm512_permutex2var_ps(a, even, b)}, {_mm512_permutex2var_ps(a, odd, b)}};
-#elif defined(SDKERNELS_AVX2)
-  const auto in_order = [](__m256 v) SDKERNELS_INLINE_LAMBDA {  // it was shuffled by 128 bits
-    return (__m256)_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8);
-  };
-  return {{in_order(_mm256_shuffle_ps(a, b, 0x88))}, {in_order(_mm256_shuffle_ps(a, b, 0xdd))}};
-#elif defined(__SSE2__)
-  return {{_mm_shuffle_ps(a, b, 0x88)}, {_mm_shuffle_ps(a, b, 0xdd)}};
-#else
-  FloatsOfPairs v;
-  for (int64_t lane = 0; lane < n / 2; ++lane) {
-    v.even.value[lane] = p[2 * lane];
-    v.odd.value[lane] = p[2 * lane + 1];
-  }
-  return v;
-#endif
-}
-SDKERNELS_INLINE void store(float* p, const FloatsOfPairs& v, Pairs n) {
-  const auto even = v.even.value, odd = v.odd.value;
-#if defined(SDKERNELS_AVX512)
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even, low, odd));
-  _mm512_storeu_ps(p + n / 2, _mm512_permutex2var_ps(even, high, odd));
-#elif defined(SDKERNELS_AVX2)
-  const __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
-  _mm256_storeu_ps(p, _mm256_permute2f128_ps(a, b, 0x20));
-  _mm256_storeu_ps(p + n / 2, _mm256_permute2f128_ps(a, b, 0x31));
-#elif defined(__SSE2__)
-  _mm_storeu_ps(p, _mm_unpacklo_ps(even, odd));
-  _mm_storeu_ps(p + n / 2, _mm_unpackhi_ps(even, odd));
-#else
-  for (int64_t lane = 0; lane < n / 2; ++lane) {
-    p[2 * lane] = even[lane];
-    p[2 * lane + 1] = odd[lane];
-  }
-#endif
-}
-
-// Rounded to nearest, ties to even, even and odd elements at once: what is kept, and the rest,
-// which is more than half, or half and the last bit is odd, where 0x7fff more overflows. In 16 bits
-// this is a mean with 0x7ffe (which adds 1 itself). NaN would become infinite.
+// Even and odd elements are rounded at once, in 16 bits as rounded_halves does. NaN would become
+// infinite.
 template <class T>
 SDKERNELS_INLINE WordsOfPairs words_of(const FloatsOfPairs& v) {
   static_assert(std::is_same_v<T, bf16>);
 #if defined(SDKERNELS_AVX512)
   if (!_mm512_cmp_ps_mask(v.even.value, v.odd.value, _CMP_UNORD_Q)) {
     const __m512i even = (__m512i)v.even.value, odd = (__m512i)v.odd.value;
-    const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
-    const __m512i rest = _mm512_mask_mov_epi16(_mm512_slli_epi32(odd, 16), 0x55555555, even);
-    const __m512i last = _mm512_and_si512(kept, _mm512_set1_epi16(1));
-    const __m512i mean = _mm512_avg_epu16(_mm512_or_si512(rest, last), _mm512_set1_epi16(0x7ffe));
-    return {(WordsOfPairs::Register)_mm512_add_epi16(kept, _mm512_srli_epi16(mean, 15))};
+    const __m512i upper = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
+    const __m512i lower = _mm512_mask_mov_epi16(_mm512_slli_epi32(odd, 16), 0x55555555, even);
+    const __m512i last = _mm512_and_si512(upper, _mm512_set1_epi16(1));
+    const __m512i mean = _mm512_avg_epu16(_mm512_or_si512(lower, last), _mm512_set1_epi16(0x7ffe));
+    return {(WordsOfPairs::Register)_mm512_add_epi16(upper, _mm512_srli_epi16(mean, 15))};
   }
 #elif defined(SDKERNELS_AVX2)
-  if (!_mm256_movemask_ps(_mm256_cmp_ps(v.even.value, v.odd.value, _CMP_UNORD_Q))) {
+  if (!any_nan(v.even.value, v.odd.value)) {
     const __m256i even = (__m256i)v.even.value, odd = (__m256i)v.odd.value;
-    const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
-    const __m256i rest = _mm256_blend_epi16(_mm256_slli_epi32(odd, 16), even, 0x55);
-    const __m256i last = _mm256_and_si256(kept, _mm256_set1_epi16(1));
-    const __m256i mean = _mm256_avg_epu16(_mm256_or_si256(rest, last), _mm256_set1_epi16(0x7ffe));
-    return {(WordsOfPairs::Register)_mm256_add_epi16(kept, _mm256_srli_epi16(mean, 15))};
+    return {(WordsOfPairs::Register)rounded_halves(
+        _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa),
+        _mm256_blend_epi16(_mm256_slli_epi32(odd, 16), even, 0x55))};
   }
 #endif
   const auto odd = rounded_to_bf16(v.odd) & 0xffff0000u;
@@ -484,7 +464,8 @@ SDKERNELS_INLINE void store(bf16* p, const FloatsOfPairs& v, Pairs n) {
   store_words(p, words_of<bf16>(v), n);
 }
 
-// for_vectors where every element stands for itself: those of bf16 alone go by pairs.
+// for_vectors where every element stands for itself: those of bf16 alone go by pairs. Not beside
+// floats, which it takes as many shuffles to bring into that order as pairs save.
 template <class... T, class F>
 SDKERNELS_INLINE void for_elements(int64_t len, F f) {
   int64_t i = 0;

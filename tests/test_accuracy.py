@@ -200,18 +200,22 @@ def test_every_rounding_to_half(dtype, cut):
     assert torch.equal(y.isnan(), values.isnan())
 
 
-@pytest.mark.parametrize("cut", [0, 5])
+@pytest.mark.parametrize("width", [32, 21])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_rounding_among_halves(dtype, cut):
-    """Where all tensors are of one 16-bit type: bfloat16 goes two by two there."""
-    values = floats_around_halves(dtype)[cut:]
-    grad, index = torch.ones(1, len(values), dtype=dtype), torch.arange(1)
+def test_every_rounding_among_halves(dtype, width):
+    """Where all tensors are of one 16-bit type: bfloat16 goes two by two there.
+
+    Every product is one of the numbers exactly: a row's weight times one.
+    """
+    values = floats_around_halves(dtype)
+    grad, index = torch.ones(len(values), width, dtype=dtype), torch.arange(len(values))
     (d_out, _, _) = torch.ops.sdkernels.scatter_add_rows_backward(
-        grad, None, index, values, None, 1.0, dtype, [False, False]
+        grad, None, index, None, values, 1.0, dtype, [False, False]
     )
     number = ~values.isnan()
-    assert torch.equal(as_integers(d_out[0])[number], as_integers(values.to(dtype))[number])
-    assert torch.equal(d_out[0].isnan(), values.isnan())
+    expected = as_integers(values.to(dtype))[number, None].expand(-1, width)
+    assert torch.equal(as_integers(d_out)[number], expected)
+    assert torch.equal(d_out.isnan(), values.isnan()[:, None].expand(-1, width))
 
 
 def test_double_is_not_rounded_to_float():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from .building_blocks import (
     DTENSORS,
     STRIDED,
     Activation,
-    check_activation,
     check_inplace,
     check_input,
     check_local,
@@ -38,7 +37,6 @@ from .building_blocks import (
     norm_dtype,
 )
 from .empty import (
-    EMPTY,
     Empty,
     has_no_rows,
     run_list_on_ones,
@@ -46,10 +44,10 @@ from .empty import (
     run_on_nothing,
     run_on_ones,
 )
-from .packed import Packed, PackedBranch, check_crops, check_multiple_of, padding_of
+from .options import OpOptions, checked_options, options_of
+from .packed import Packed, PackedBranch, check_crops, padding_of
 from .rows import KeptRows, draw
-from .sampling import Mode, Rescale, Sampler, check_choice, check_generator, check_law
-from .schedules import check_probability
+from .sampling import Mode, Rescale, Sampler, check_generator
 from .tracing import fx, is_recorded, jit_tracing_state, refuse_training
 
 __all__ = ["fused_stochastic_depth"]
@@ -231,34 +229,36 @@ def fused_stochastic_depth(
     """
     if not callable(branch):
         check_branch(branch)
-    if type(p) is not float:
-        p = check_probability(p)
-    elif not 0.0 <= p <= 1.0:
-        raise ValueError(f"p: expected a drop probability in [0, 1], got {p}")
-    check_law(mode, sampler, rescale)
-    if empty not in EMPTY:
-        check_choice("empty", empty, EMPTY)
     if norm is not None:
         check_norm(norm)
-    relu = activation is not None and check_activation(activation)
     if not isinstance(args, (list, tuple)):
-        if is_recorded(args):
-            raise RuntimeError(
-                "args: torch.fx cannot trace a StochasticDepth by itself, because it takes any "
-                "number of them; trace a module that calls it, such as nn.Sequential"
-            )
-        raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
+        _refuse_args(args)
     if generator is not None:
         check_generator(generator)
-    if packed or multiple_of != 1:
-        branch = _packed_branch(x, branch, packed, check_multiple_of(multiple_of))
+    ops = kernels()
+    compiling = ops is compiled and is_compiling()  # else it is forward-mode AD
     if min_saving != 0.0:
         min_saving = check_min_saving(min_saving)
-    factor = 1.0 - p if rescale == "eval" and not training else 1.0
-    permitted, inplace = inplace is None, bool(inplace)
-    # In place, the branch needs a copy of its rows: it may save them for its backward.
-    dense = not training or (p == 0.0 and rows is None and not inplace)
-    compiling = is_compiling()  # asked once, as `ops`: it is a call
+    said = (
+        p,
+        mode,
+        training,
+        sampler,
+        rescale,
+        empty,
+        inplace,
+        min_saving,
+        activation,
+        packed,
+        multiple_of,
+    )
+    try:
+        options = checked_options(*said) if compiling else options_of(*said)
+    except TypeError:  # of what cannot be looked up, which the checks refuse in words of their own
+        options = checked_options(*said)
+    if options.multiple_of is not None:
+        branch = _packed_branch(x, branch, options.multiple_of)
+    dense = not training or (rows is None and not options.drops)
     if (
         not compiling
         and (type(x) is not Tensor or jit_tracing_state() is not None or fx._is_fx_tracing_flag)
@@ -266,22 +266,22 @@ def fused_stochastic_depth(
     ):
         if not dense:
             refuse_training()
-        call = Call(branch, args, norm, layer_scale, None, factor, empty, inplace, 0.0, relu)
+        call = Call(branch, args, norm, layer_scale, generator, options)
         recorded: X = _recorded(x, residual, call)
         return recorded
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
 
     if isinstance(x, (list, tuple)):
-        law = None if dense else (p, mode, sampler, rescale, generator)
-        call = Call(branch, args, norm, layer_scale, law, factor, empty, inplace, min_saving, relu)
-        sums: X = _of_list(list(x), residual, rows, call)
+        call = Call(branch, args, norm, layer_scale, generator, options)
+        sums: X = _of_list(list(x), residual, rows, dense, call)
         return sums
     if TYPE_CHECKING:  # a list of tensors has gone its own way
         assert isinstance(x, Tensor)
         assert residual is None or isinstance(residual, Tensor)
         assert rows is None or isinstance(rows, KeptRows)
-    # One tensor; _of_list does the same with several.
+    # One tensor; _of_list does the same with several, of which one would take twice as long.
+    inplace, relu = options.inplace, options.relu
     check_input(x)
     if residual is not None:
         _check_residual(residual, x)
@@ -289,23 +289,22 @@ def fused_stochastic_depth(
     if inplace:
         check_inplace(base, "x" if residual is None else "residual")
     if dense:
-        how = _everything([base], inplace)
+        how = _apart([base]) if inplace else EVERYTHING
         source = how.tensor(x, ())
         given = take_args(args, x.shape[0], how) if args else ()
         out = branch(source if norm is None else norm(source), *given)
         _check_everywhere(base, out, layer_scale)
-        return _sum(base, out, layer_scale, factor, inplace, relu)
+        return _sum(base, out, layer_scale, options.factor, inplace, relu)
     if DTENSORS in sys.modules:
         check_local(_fused(norm), x=x, residual=residual, layer_scale=layer_scale)
     if rows is None:
-        rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+        rows = draw(x.shape[0], options.p, mode, sampler, rescale, generator, x.device)
     else:
         check_rows(rows, x)
     if empty == "skip" and rows.k == 0:
         return _unchanged(base, inplace, relu)
-    whole = min_saving != 0.0 and _runs_whole(rows, min_saving, inplace)
-    ops = kernels()
-    if permitted and not (whole or relu or compiling):
+    whole = min_saving != 0.0 and _runs_whole(rows, options.min_saving, inplace)
+    if options.permitted and not (whole or relu or compiling):
         ops.check_inplace(base)
         inplace = True
     kept, stream = _open(ops, x, residual, rows, norm, whole, inplace, relu)
@@ -321,7 +320,7 @@ def fused_stochastic_depth(
     else:
         out = run_on_kept(branch, kept, given, rows.batch)
     out = _kept_output(out, rows, base, layer_scale, whole)
-    if permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
+    if options.permitted and scatter_add_dtype(base, out, layer_scale) != base.dtype:
         inplace = False
     y: Tensor = ops.scatter_add(
         stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
@@ -336,19 +335,24 @@ class Call(NamedTuple):
     args: Sequence[Any]
     norm: nn.LayerNorm | nn.RMSNorm | None
     layer_scale: Tensor | None
-    law: tuple[float, str, str, str, torch.Generator | None] | None  # None: all rows run
-    factor: float  # on the branch's output, where all rows run
-    empty: str
-    inplace: bool
-    min_saving: float | str
-    relu: bool
+    generator: torch.Generator | None
+    options: OpOptions
 
 
-def _of_list(xs: list[Tensor], residual: Any, rows: Any, call: Call) -> Any:
+def _refuse_args(args: object) -> NoReturn:
+    if is_recorded(args):
+        raise RuntimeError(
+            "args: torch.fx cannot trace a StochasticDepth by itself, because it takes any number "
+            "of them; trace a module that calls it, such as nn.Sequential"
+        )
+    raise TypeError(f"args: expected a list or tuple, got {type(args).__name__}")
+
+
+def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call) -> Any:
     if not xs:
         raise ValueError("x: expected at least one tensor, got an empty list")
-    branch, norm, layer_scale = call.branch, call.norm, call.layer_scale
-    inplace, relu, min_saving = call.inplace, call.relu, call.min_saving
+    branch, norm, layer_scale, options = call.branch, call.norm, call.layer_scale, call.options
+    inplace, relu = options.inplace, options.relu
     residuals = per_tensor(residual, len(xs), "residual")
     for x, base in zip(xs, residuals, strict=True):
         check_input(x)
@@ -359,8 +363,8 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, call: Call) -> Any:
         for x, base in zip(xs, bases, strict=True):
             check_inplace(base, "x" if base is x else "residual")
     batches = [x.shape[0] for x in xs]
-    if call.law is None:
-        everything = _everything(bases, inplace)
+    if dense:
+        everything = _apart(bases) if inplace else EVERYTHING
         sources = [everything.tensor(x, ()) for x in xs]
         inputs = sources if norm is None else [norm(source) for source in sources]
         given = take_args_of_list(call.args, batches, [everything] * len(xs))
@@ -368,24 +372,24 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, call: Call) -> Any:
         for base, out in zip(bases, outs, strict=True):
             _check_everywhere(base, out, layer_scale)
         return [
-            _sum(base, out, layer_scale, call.factor, inplace, relu)
+            _sum(base, out, layer_scale, options.factor, inplace, relu)
             for base, out in zip(bases, outs, strict=True)
         ]
     plan: list[KeptRows] = []
-    p, mode, sampler, rescale, generator = call.law
+    law = options.p, options.mode, options.sampler, options.rescale, call.generator
     for x, base, given_rows in zip(xs, residuals, per_tensor(rows, len(xs), "rows"), strict=True):
         check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
         if given_rows is None:
-            given_rows = draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
+            given_rows = draw(x.shape[0], *law, x.device)
         else:
             check_rows(given_rows, x)
         plan.append(given_rows)
-    if call.empty == "skip" and not any(rows.k for rows in plan):
+    if options.empty == "skip" and not any(rows.k for rows in plan):
         return [_unchanged(base, inplace, relu) for base in bases]
     ops = kernels()
-    whole = [_runs_whole(rows, min_saving, inplace) for rows in plan]
+    whole = [_runs_whole(rows, options.min_saving, inplace) for rows in plan]
     nothing = [has_no_rows(rows) for rows in plan]
-    on_ones = [none and call.empty == "ones" for none in nothing]
+    on_ones = [none and options.empty == "ones" for none in nothing]
     hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
     if isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones)):
         # PyTorch lets a function of one result alone write into a view.
@@ -467,12 +471,12 @@ def _how(rows: KeptRows, whole: bool, on_ones: bool) -> Everything:
     return KeptAndOnes(rows) if on_ones else Kept(rows)
 
 
-def _everything(bases: list[Tensor], inplace: bool) -> Everything:
-    """As `_how`, where every row runs the branch.
+def _apart(bases: list[Tensor]) -> Everything:
+    """As `_how`, where every row runs the branch and these are written to.
 
-    In place, the branch may save for its backward what is written to afterwards.
+    The branch may save for its backward what it gets.
     """
-    return Apart(bases) if inplace and torch.is_grad_enabled() else EVERYTHING
+    return Apart(bases) if torch.is_grad_enabled() else EVERYTHING
 
 
 def _kept_output(
@@ -529,12 +533,13 @@ def _recorded(x: Any, residual: Any, call: Call) -> Any:
     several = isinstance(x, (list, tuple))
     xs = list(x) if several else [x]
     bases = xs if residual is None else list(residual) if several else [residual]
-    sources = [each.clone() for each in xs] if call.inplace else xs
+    options = call.options
+    sources = [each.clone() for each in xs] if options.inplace else xs
     inputs = sources if call.norm is None else [call.norm(source) for source in sources]
     outs = call.branch(inputs if several else inputs[0], *map(unmarked, call.args))
     pairs = zip(bases, outs if several else [outs], strict=True)
-    factor, how = call.factor, (call.inplace, call.relu)
-    sums = [_sum(base, out, call.layer_scale, factor, *how) for base, out in pairs]
+    how = options.factor, options.inplace, options.relu
+    sums = [_sum(base, out, call.layer_scale, *how) for base, out in pairs]
     return sums if several else sums[0]
 
 
@@ -576,11 +581,7 @@ def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:
 # All crops in one tensor
 
 
-def _packed_branch(
-    x: Any, branch: Callable[..., Any], packed: bool, multiple_of: int
-) -> Callable[..., Any]:
-    if not packed:
-        raise ValueError(f"multiple_of: expected 1 without packed=True, got {multiple_of}")
+def _packed_branch(x: Any, branch: Callable[..., Any], multiple_of: int) -> Callable[..., Any]:
     if not isinstance(x, (list, tuple)):
         raise TypeError(f"x: expected a list of tensors with packed=True, got {type(x).__name__}")
     return PackedBranch(branch, multiple_of)
@@ -609,7 +610,7 @@ def _packed(
                 f"residual: expected the tokens of x with packed=True, {tuple(x.shape[:-1])}, got "
                 f"shape {tuple(base.shape)}"
             )
-    norm, inplace = call.norm, call.inplace
+    norm, inplace = call.norm, call.options.inplace
     shapes = [(each.k, *x.shape[1:-1]) for x, each in zip(xs, plan, strict=True)]
     padding = padding_of(shapes, branch.multiple_of)
     weight = bias = None

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .break_even import check_min_saving
-from .building_blocks import Activation, check_activation
-from .empty import EMPTY, Empty
+from .building_blocks import Activation
+from .empty import Empty
 from .functional import X, check_branch, check_norm, fused_stochastic_depth
-from .packed import check_multiple_of
+from .options import checked_options
 from .rows import KeptRows
-from .sampling import Mode, Rescale, Sampler, check_choice, check_law
-from .schedules import check_probability
+from .sampling import Mode, Rescale, Sampler
 from .tracing import refuse_script
 
 __all__ = ["StochasticDepth"]
@@ -69,26 +67,36 @@ class StochasticDepth(nn.Module):
     ) -> None:
         super().__init__()
         check_branch(branch)
-        check_law(mode, sampler, rescale)
-        check_choice("empty", empty, EMPTY)
         check_norm(norm)
-        check_activation(activation)
+        options = checked_options(
+            p,
+            mode,
+            True,
+            sampler,
+            rescale,
+            empty,
+            inplace,
+            min_saving,
+            activation,
+            packed,
+            multiple_of,
+        )
         self.norm = norm
         self.branch = branch
         if isinstance(layer_scale, nn.Parameter) or layer_scale is None:
             self.register_parameter("layer_scale", layer_scale)
         else:
             self.register_buffer("layer_scale", layer_scale)
-        self.p = check_probability(p)
+        self.p = options.p
         self.mode = mode
         self.sampler = sampler
         self.rescale = rescale
         self.empty = empty
         self.inplace = inplace
-        self.min_saving = check_min_saving(min_saving)
+        self.min_saving = options.min_saving
         self.activation = activation
         self.packed = packed
-        self.multiple_of = check_multiple_of(multiple_of)
+        self.multiple_of = multiple_of
 
     def forward(
         self,

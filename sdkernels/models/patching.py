@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
 from ..empty import Empty
-from ..functional import fused_stochastic_depth
-from ..packed import check_multiple_of
+from ..options import checked_options
 from ..sampling import Mode, Rescale, Sampler, check_choice
 from .adding import BlockState, Options
 from .comparing.proving import CHECKS, recall
@@ -130,22 +128,10 @@ def patch(
     """
     check_model(model)
     check_choice("rows", rows, ("branch", "block"))
-    # The op checks its own options; without training nothing is drawn.
     check_choice("check", check, CHECKS)
-    multiple_of = check_multiple_of(multiple_of)
+    law = 0.0, mode or "row", True, sampler, rescale
+    checked_options(*law, empty, inplace, min_saving, None, True, multiple_of)
     options = Options(mode, sampler, rescale, empty, inplace, min_saving, check, multiple_of)
-    fused_stochastic_depth(
-        torch.zeros(1, 1),
-        torch.neg,
-        0.0,
-        mode or "row",
-        training=False,
-        sampler=sampler,
-        rescale=rescale,
-        empty=empty,
-        inplace=inplace,
-        min_saving=min_saving,
-    )
     if rows == "block":
         return patch_layers(model, drop_probs, options, strict)
     if callable(drop_probs):

@@ -375,10 +375,12 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
             _sum(base, out, layer_scale, options.factor, inplace, relu)
             for base, out in zip(bases, outs, strict=True)
         ]
+    if DTENSORS in sys.modules:
+        for x, base in zip(xs, residuals, strict=True):
+            check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
     plan: list[KeptRows] = []
     law = options.p, options.mode, options.sampler, options.rescale, call.generator
-    for x, base, given_rows in zip(xs, residuals, per_tensor(rows, len(xs), "rows"), strict=True):
-        check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
+    for x, given_rows in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):
         if given_rows is None:
             given_rows = draw(x.shape[0], *law, x.device)
         else:

@@ -188,6 +188,32 @@ def test_activation_stays_in_the_pass_that_adds(run):
     assert run(forward, stream())[1] == [False, False]
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Sigmoid])
+@pytest.mark.parametrize("first", ["some rows", "every row"])
+def test_what_an_activation_returns_is_not_written_into(first, kind, run):
+    """It may have saved that for its backward, and its hooks have got it."""
+    every = KeptRows.from_index(torch.arange(4), batch=4, scale=1.0)
+    rows = [every if first == "every row" else ROWS[0], *ROWS[1:]]
+    activation, seen = kind(), []
+    activation.register_forward_hook(lambda module, args, y: seen.append((y, y.detach().clone())))
+
+    def forward(add, x):
+        return [add(1, add(0, x, torch.sin, activation=activation), torch.cos)]
+
+    x = stream()
+    (y,), written = run(forward, x, rows=rows)
+    assert written == [False, False]
+    for tensor, before in seen:
+        assert_same_bits(tensor.detach(), before)
+    (other,), _ = run(forward, x, rows=rows, inplace=False)
+    expected = gradients([other], x)
+    assert_same_bits(gradients([y], x), expected)
+    activation._forward_hooks.clear()  # then a ReLU is part of the op
+    (y,), written = run(forward, x, rows=rows)
+    assert written == [False, False]
+    assert_same_bits(gradients([y], x), expected)
+
+
 def test_subclass():
     class Own(Tensor):
         pass

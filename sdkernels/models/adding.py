@@ -165,7 +165,8 @@ class Add:
     In place it writes into sums that it has made itself. What came into the block may be somebody
     else's too: saved by the activation before, kept among intermediate features. A sum is seen by
     nobody where the forward hands it to the next `add` and to nothing else (which `sums.py` reads
-    from its source), and branches, with what hooks their modules, get a copy of the kept rows.
+    from its source), and branches, with what hooks their modules, get a copy of the kept rows. What
+    an activation returns is not one of them: it may be saved for the backward, and hooks get it.
     Where a branch runs on all rows, it gets the sum itself; into that the op does not write by
     default.
     """
@@ -212,7 +213,7 @@ class Add:
             if isinstance(args, Mapping):
                 args = self._inputs(index, self.proofs[0], x, args)
             totals = [self._one(index, x, around, residual, rows, args, activation)]
-            self._made(totals, (x, residual))
+            self._made(totals, (x, residual), activation)
             return totals[0]
         count = len(x)
         residuals = per_tensor(residual, count, "residual")
@@ -225,7 +226,7 @@ class Add:
             totals.append(
                 self._one(index, x[crop], around, residuals[crop], own_rows, given, activation)
             )
-        self._made(totals, (*x, *residuals))
+        self._made(totals, (*x, *residuals), activation)
         return totals
 
     def packed(
@@ -266,11 +267,13 @@ class Add:
         """Whether it is a sum that nobody but the next addition sees."""
         return self.rewriting.hides_sums and any(stream is each for each in self.sums)
 
-    def _made(self, totals: list[Tensor], given: Sequence[Any]) -> None:
+    def _made(
+        self, totals: list[Tensor], given: Sequence[Any], activation: nn.Module | None = None
+    ) -> None:
         """Remember sums. With empty="skip" one may be what came in."""
         own = [total for total in totals if not any(total is each for each in given)]
-        if own:
-            self.sums = own
+        if own or activation is not None:
+            self.sums = own if activation is None else []
 
     def _around(self, branch: Callable[..., Any], norm: Any, layer_scale: Any) -> dict[str, Any]:
         """The branch with what cannot be fused around it; the norm and the factor that can be."""

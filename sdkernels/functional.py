@@ -182,7 +182,7 @@ def fused_stochastic_depth(
             the values of `x` are untouched, but autograd counts it as written. None permits it:
             `residual` is added into where that saves a pass over it and changes nothing else (so
             not where every row runs the branch, with an activation, for a list `x`, in compiled
-            code, or where the result has another dtype).
+            code, where the result has another dtype, or where PyTorch forbids it).
         min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
             all B rows, and the kept rows of its output are added: the same rows, values and
             gradients, to rounding. Memory follows B then, a branch with batch statistics sees the
@@ -305,8 +305,7 @@ def fused_stochastic_depth(
         return _unchanged(base, inplace, relu)
     whole = min_saving != 0.0 and _runs_whole(rows, options.min_saving, inplace)
     if options.permitted and not (whole or relu or compiling):
-        ops.check_inplace(base)
-        inplace = True
+        inplace = _may_be_written(ops, base)
     kept, stream = _open(ops, x, residual, rows, norm, whole, inplace, relu)
     nothing = has_no_rows(rows) if compiling else rows.index.numel() == 0
     on_ones = nothing and empty == "ones"
@@ -326,6 +325,17 @@ def fused_stochastic_depth(
         stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu
     )
     return y
+
+
+def _may_be_written(ops: Any, x: Tensor) -> bool:
+    """Whether PyTorch lets one add into x, and no two of its elements can be one in memory."""
+    if x.is_neg() or torch._debug_has_internal_overlap(x):
+        return False
+    try:
+        ops.check_inplace(x)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Call(NamedTuple):

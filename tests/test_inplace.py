@@ -211,6 +211,23 @@ def test_permitted(options, written):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("kind", ["leaf", "expanded", "negative bit", "unbind", "unfold"])
+def test_permitted_where_it_is_forbidden(kind):
+    """Then the sum is a tensor of its own."""
+    x = {
+        "leaf": torch.randn(3, 4, requires_grad=True),
+        "expanded": torch.randn(1, 4).expand(3, 4),
+        "negative bit": torch.randn(3, 4, dtype=torch.cfloat).conj().imag,
+        "unbind": (torch.randn(3, 2, 4, requires_grad=True) * 1).unbind(1)[0],
+        "unfold": torch.arange(6.0).unfold(0, 4, 1),  # rows that overlap
+    }[kind]
+    before = x.detach().clone()
+    y = fused_stochastic_depth(x, torch.sin, 0.5, rows=ROWS, inplace=None)
+    assert_same_bits(x.detach(), before)
+    expected = fused_stochastic_depth(before, torch.sin, 0.5, rows=ROWS)
+    assert_same_bits(y.detach(), expected)
+
+
 def test_permitted_is_not_forced_on_a_list():
     xs = [torch.ones(3, 4), torch.ones(3, 4)]
     ys = fused_stochastic_depth(

@@ -68,19 +68,8 @@ class StochasticDepth(nn.Module):
         super().__init__()
         check_branch(branch)
         check_norm(norm)
-        options = checked_options(
-            p,
-            mode,
-            True,
-            sampler,
-            rescale,
-            empty,
-            inplace,
-            min_saving,
-            activation,
-            packed,
-            multiple_of,
-        )
+        law, sums = (p, mode, True, sampler, rescale), (inplace, min_saving, activation)
+        options = checked_options(*law, empty, *sums, packed, multiple_of)
         self.norm = norm
         self.branch = branch
         if isinstance(layer_scale, nn.Parameter) or layer_scale is None:

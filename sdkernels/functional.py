@@ -48,6 +48,7 @@ from .options import OpOptions, checked_options, options_of
 from .packed import Packed, PackedBranch, check_crops, padding_of
 from .rows import KeptRows, draw
 from .sampling import Mode, Rescale, Sampler, check_generator
+from .schedules import check_probability
 from .tracing import fx, is_recorded, jit_tracing_state, refuse_training
 
 __all__ = ["fused_stochastic_depth"]
@@ -237,6 +238,9 @@ def fused_stochastic_depth(
         check_generator(generator)
     ops = kernels()
     compiling = ops is compiled and is_compiling()  # else it is forward-mode AD
+    # Equal numbers are one to what looks options up: these have to be of their own types.
+    if type(p) is not float:
+        p = check_probability(p)
     if min_saving != 0.0:
         min_saving = check_min_saving(min_saving)
     said = (

@@ -68,6 +68,5 @@ def checked_options(
     )
 
 
-# The same, checked once for all calls that say it. Dynamo warns of caches: not for graphs. What is
-# equal to a checked value passes for it: True for a share of 1 too, which is checked before.
+# The same, checked once for all calls that say it. Dynamo warns of caches: not for graphs.
 options_of = lru_cache(maxsize=1024)(checked_options)

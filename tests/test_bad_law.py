@@ -146,3 +146,9 @@ def test_module_layer_scale(layer_scale):
 def test_module_norm(norm):
     message = f"norm: expected nn.LayerNorm or nn.RMSNorm, got {type(norm).__name__}"
     assert_refused(lambda: StochasticDepth(torch.neg, 0.5, norm=norm), TypeError, message)
+
+
+def test_what_equals_a_value_that_was_right_before():
+    op(0.5, min_saving=1.0)
+    assert_refused(lambda: op(0.5 + 0j), TypeError, NUMBER + "complex")
+    assert_refused(lambda: op(0.5, min_saving=True), ValueError, "min_saving: .*got True")

@@ -333,7 +333,7 @@ def fused_stochastic_depth(
 
 def _may_be_written(ops: Any, x: Tensor) -> bool:
     """Whether PyTorch lets one add into x, and no two of its elements can be one in memory."""
-    if x.is_neg() or torch._debug_has_internal_overlap(x):
+    if x.is_neg() or not (x.is_contiguous() or torch._debug_has_internal_overlap(x) == 0):
         return False
     try:
         ops.check_inplace(x)

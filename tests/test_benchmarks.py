@@ -336,6 +336,18 @@ def test_kernels_are_timed_on_the_threads_that_they_say():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize(
+    ("cache", "device", "whole", "expected"),
+    [(2**25, "cpu", False, 65), (2**29, "cpu", False, 129), (2**29, "cpu", True, 256),
+     (2**27, "cuda", False, 256)],
+)  # fmt: skip
+def test_of_a_huge_cache_a_part_is_filled(cache, device, whole, expected, monkeypatch):
+    """A virtual machine names its host's: a quick run would take twice as long for it."""
+    monkeypatch.setattr(workload, "last_cache_bytes", lambda device: cache)
+    copies = workload.copies_past_the_cache(2**20, torch.device(device), whole)
+    assert copies == expected
+
+
 def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch):
     case = kernels.KernelCase("compact", "fp32", (8, 16, 32))
     wrong = replace(kernels.KERNELS["compact"], fused=lambda t: 1.01 * t.x.index_select(0, t.index))

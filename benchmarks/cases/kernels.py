@@ -330,12 +330,16 @@ class KernelCase(RowCase):
     Inputs go round in as many copies as do not fit the last cache, and so does what is written: an
     output lives until its input's turn comes again. A tensor so small that a model would find it in
     the cache is found there.
+
+    Args:
+        whole_cache: go round past the whole cache that the machine names, however large.
     """
 
     op: str
     dtype: str
     shape: tuple[int, ...]
     threads: int = 1
+    whole_cache: bool = False
 
     kind: ClassVar[str] = "kernel"
     baseline: ClassVar[str] = "torch"
@@ -373,7 +377,7 @@ class KernelCase(RowCase):
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         first = self.tensors(device)
         held = sum(tensor.nbytes for tensor in (first.x, first.out, first.out))
-        copies = 1 if self.in_cache else copies_past_the_cache(held, device)
+        copies = 1 if self.in_cache else copies_past_the_cache(held, device, self.whole_cache)
         sets = [first, *(first.copy() for _ in range(copies - 1))]
         kernel = KERNELS[self.op]
 

@@ -1,6 +1,7 @@
 """patch and unpatch: reports, refusals, round trips, hooks, copies, plans."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 from comparison import assert_same_bits
 from libraries import load
 from patched_models import freeze_norms, make_rows, patched_blocks, patched_copy, train_step
+from test_rewriting import Drop
 from torch import nn
 from zoo import NETS, output_of
 
@@ -194,6 +196,64 @@ def test_a_hooked_layer_scale_is_called():
     torch.testing.assert_close(y, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name])
+
+
+# A class whose forward is replaced
+
+
+class Replaceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4, dtype=torch.float64), Drop()
+
+    def forward(self, x):
+        return x + self.drop_path(self.f(x))
+
+
+def ten_times(self, y):
+    return y + self.drop_path(10 * self.f(y))
+
+
+def gains(block, x):
+    """What the block adds, in multiples of its branch, one for each sample."""
+    with torch.no_grad():
+        return ((block(x) - x) / block.f(x)).mean(1)
+
+
+@pytest.mark.parametrize("rows", ["branch", "block"])
+def test_a_forward_that_is_replaced_between_two_models(rows, monkeypatch):
+    """As a library does that has a faster one."""
+    x = torch.randn(4, 4, dtype=torch.float64)
+    kept = [KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)]
+    first, second = Replaceable(), Replaceable()
+    sdkernels.patch(first, rows=rows)
+    first.train()(x)
+    monkeypatch.setattr(Replaceable, "forward", ten_times)
+    report = sdkernels.patch(second, rows=rows)
+    assert list(inspect.signature(second.forward).parameters) == ["y"]
+    with report.use(kept):
+        found = gains(second.train(), x)
+    torch.testing.assert_close(found, torch.tensor([20.0, 0.0, 20.0, 0.0], dtype=torch.float64))
+    for block in (first, second):
+        torch.testing.assert_close(gains(block.eval(), x), torch.full_like(x[:, 0], 10.0))
+        torch.testing.assert_close(block(y=x), block(x))
+        pickle.loads(pickle.dumps(block))
+
+
+def test_a_forward_that_is_replaced_in_a_patched_model(monkeypatch):
+    x = torch.randn(64, 4, dtype=torch.float64)
+    block = Replaceable().train()
+    report = sdkernels.patch(block)
+    assert gains(block, x).unique().numel() > 1
+    monkeypatch.setattr(Replaceable, "forward", ten_times)
+    with pytest.warns(UserWarning, match="the forward of its class was replaced") as caught:
+        seen = {round(each) for each in (*gains(block, x).tolist(), *gains(block, x).tolist())}
+    assert len(caught) == len(report.whole) == 1
+    assert seen == {0, 20}
+    assert {round(each) for each in gains(block.eval(), x).tolist()} == {10}
+    assert not sdkernels.patch(block).whole
+    assert {round(each) for each in gains(block.train(), x).tolist()} == {0, 20}
+    assert not report.whole
 
 
 # Options and probabilities

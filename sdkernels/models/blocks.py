@@ -21,8 +21,9 @@ from .packing import packed_form
 from .proof import Asked, Proof, entries
 from .rewriting import Rewriting
 
-__all__ = ["PatchedBlock", "compact", "inputs_of", "make_patched"]
+__all__ = ["PatchedBlock", "compact", "inputs_of", "make_patched", "up_to_date"]
 
+_REPLACED = "the forward of its class was replaced after it was patched (patch the model again)"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -99,9 +100,6 @@ def make_patched(
             anything, with the reason for which it has to run its own forward.
         takes_lists: whether the original takes a list of tensors.
     """
-    own_forward = original.forward
-    first, *others = inputs_of(original)
-    names = (first.name, *(each.name for each in others if each.kind in _POSITIONAL))
 
     def call(self: Any, args: Any, kwargs: Any) -> Any:
         state = self._sdkernels
@@ -139,27 +137,44 @@ def make_patched(
         return run_original(self, args, kwargs)
 
     def run_original(self: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(names[0])
+        x = args[0] if args else kwargs.get(self._sdkernels_names[0])
         if isinstance(x, list) and not takes_lists():
-            return _each(own_forward, self, len(x), args, kwargs)
-        return own_forward(self, *args, **kwargs)
+            return _each(original.forward, self, len(x), args, kwargs)
+        return original.forward(self, *args, **kwargs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, args, kwargs)
 
+    own = original.forward
+    first, *others = inputs_of(original)
+    names = (first.name, *(each.name for each in others if each.kind in _POSITIONAL))
     # TorchScript compiles the source of what is wrapped, with the globals of what wraps it.
-    scriptable = FunctionType(
-        forward.__code__, own_forward.__globals__, "forward", None, forward.__closure__
-    )
+    globals_of = getattr(own, "__globals__", forward.__globals__)
+    scriptable = FunctionType(forward.__code__, globals_of, "forward", None, forward.__closure__)
+    again = functools.partial(make_patched, original, module, compact, takes_lists)
     members = {
-        "forward": functools.wraps(own_forward)(scriptable),
+        "forward": functools.wraps(own)(scriptable),
         "_original": original,
         "_sdkernels_names": names,
+        "_sdkernels_shows": staticmethod(own),
+        "_sdkernels_again": staticmethod(again),
         "__module__": module,
         "__qualname__": f"{original.__module__}:{original.__qualname__}".replace(".", "/"),
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (PatchedBlock, original), members)
+
+
+def up_to_date(kind: type[Any]) -> type[Any]:
+    """A patched class with the signature of its original's forward, which may be another now.
+
+    It stays the same class: models that have it call that forward too, and pickle finds it.
+    """
+    if kind._sdkernels_shows is not kind._original.forward:
+        made = kind._sdkernels_again().__dict__
+        for name in ("forward", "_sdkernels_names", "_sdkernels_shows"):
+            setattr(kind, name, made[name])
+    return kind
 
 
 def compact(
@@ -168,7 +183,12 @@ def compact(
     """A block by its rewriting, if that holds."""
     state = block._sdkernels
     proof = state.refused
-    if proof is None:
+    if proof is None and not rewriting.is_of_now():
+        proof = Proof(False, _REPLACED)
+        if not is_compiling():
+            state.refused = proof
+            warn(rewriting, proof)
+    elif proof is None:
         try:
             proofs = proofs_of(block, rewriting, state.options.check, args, kwargs)
             proof = proofs[-1]

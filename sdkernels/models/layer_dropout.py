@@ -20,7 +20,7 @@ from ..layer_dropout import fused_layer_dropout
 from ..sampling import Rescale
 from ..tracing import is_recorded
 from .adding import BlockState, Options
-from .blocks import inputs_of, make_patched
+from .blocks import inputs_of, make_patched, up_to_date
 from .comparing.checking import MISSING, Checked, look_at_blocks
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
 from .plans import Schedule, given_probabilities
@@ -314,7 +314,7 @@ def layer_class(original: type[nn.Module]) -> type[nn.Module]:
             # torch.fx knows its leaves by this name. Pickle does not find the class there.
             kind.__module__, kind.__reduce_ex__ = original.__module__, _reduced
         _CLASSES[original] = kind
-    return _CLASSES[original]
+    return up_to_date(_CLASSES[original])
 
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:

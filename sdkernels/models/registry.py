@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..functional import PLAIN_NORM_FORWARDS
-from .blocks import PatchedBlock, compact, make_patched
+from .blocks import PatchedBlock, compact, make_patched, up_to_date
 from .by_hand import BY_HAND, ByHand
 from .fingerprint import fingerprint
 from .rewriting import Branch, Rewriting, rewriting_of
@@ -144,7 +144,7 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
             lambda block, *call: compact(block, rewriting_for(block), *call),
             _takes_lists(original),
         )
-    return _PATCHED[original]
+    return up_to_date(_PATCHED[original])
 
 
 def _trust_norm(original: type[nn.Module]) -> None:

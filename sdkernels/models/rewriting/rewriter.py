@@ -72,6 +72,7 @@ class Rewriting:
     proofs: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.own_forward: Any = self.original.forward  # what this was written for
         names = self.forward.__globals__ if isinstance(self.forward, FunctionType) else {}
         text = f"lambda self: ({''.join(f'bool({test}), ' for test in self.assumed)})"
         code = compile(text, f"<configuration of {self.original.__name__}>", "eval")
@@ -81,13 +82,17 @@ class Rewriting:
     @property
     def text(self) -> tuple[Any, ...]:
         """What makes two of them the same: a block is compiled once for each."""
-        own = (self.original.forward, self.source, self.branches, self.left, self.calls)
+        own = (self.own_forward, self.source, self.branches, self.left, self.calls)
         return self.original, *own, tuple(self.assumed.items())
 
     @property
     def mark(self) -> str:
         """A hash of the original and of what was written from it."""
         return hashlib.sha256((self.before + self.source).encode()).hexdigest()[:12]
+
+    def is_of_now(self) -> bool:
+        """Whether the class still has the forward that this was written for."""
+        return self.original.forward is self.own_forward
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the block still has the configuration that this was written for."""

@@ -20,7 +20,7 @@ from zoo import NETS, output_of
 
 import sdkernels
 from sdkernels import DepthPlan, KeptRows, linear_decay
-from sdkernels.models import drop_probs, registry, use
+from sdkernels.models import drop_probs, parts, registry, use
 
 VIT = NETS["timm-vit"]
 # One net of each library, and one whose blocks have no drop path.
@@ -378,6 +378,114 @@ def test_mode(name):
     last = LastBlock(name)
     assert {factor for _ in range(2) for factor in last.factors()} == {0.0, 2.0}
     assert len(set(last.factors())) == 2
+
+
+class Settable(nn.Module):
+    """A drop path with settings of its own."""
+
+    def __init__(self, p=0.5, scale=True, batch=False):
+        super().__init__()
+        self.p, self.keep, self.enabled, self.scale = p, 1 - p, True, scale
+        self._batch = batch
+
+    def forward(self, x):
+        if not self.training or not self.enabled or self.p == 0.0:
+            return x
+        rows = 1 if self._batch else len(x)
+        mask = torch.rand(rows, *[1] * (x.dim() - 1)).to(x) < self.keep
+        return x * mask / self.keep if self.scale else x * mask
+
+
+def settable(**options):
+    block = Replaceable().train()
+    block.drop_path = Settable(**options)
+    return block
+
+
+def gains_seen(block, calls=8):
+    """The factors of all samples, and those that stand in one call."""
+    x = torch.randn(64, 4, dtype=torch.float64)
+    seen = [{round(each, 3) for each in gains(block, x).tolist()} for _ in range(calls)]
+    return set().union(*seen), max(map(len, seen))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "factors"), [("enabled", {1.0}), ("scale", {0.0, 1.0}), ("_batch", {0.0, 2.0})]
+)
+def test_a_setting_of_a_drop_path_that_changes(name, factors, stepped):
+    block = settable()
+    report = sdkernels.patch(block)
+    if stepped:
+        assert gains_seen(block) == ({0.0, 2.0}, 2)
+    setattr(block.drop_path, name, not getattr(block.drop_path, name))
+    assert gains_seen(block)[0] == factors
+    assert gains_seen(block)[1] == (2 if name == "scale" else 1)
+    assert len(report.whole) == (name == "enabled")
+    setattr(block.drop_path, name, not getattr(block.drop_path, name))
+    assert gains_seen(block) == ({0.0, 2.0}, 2)
+    assert not report.whole
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_setting_of_a_drop_path_that_changes_in_compiled_code():
+    block = settable()
+    x = torch.randn(64, 4, dtype=torch.float64)
+    sdkernels.patch(block).check(x)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    for name, value, factors in (
+        ("enabled", True, {0.0, 2.0}),
+        ("enabled", False, {1.0}),
+        ("enabled", True, {0.0, 2.0}),
+        ("scale", False, {0.0, 1.0}),
+    ):
+        setattr(block.drop_path, name, value)
+        with torch.no_grad():
+            found = ((compiled(x) - x) / block.f(x)).mean(1)
+        assert {round(each, 3) for each in found.tolist()} == factors
+
+
+def test_a_setting_of_a_drop_path_that_it_gets_later(monkeypatch):
+    monkeypatch.setattr(Settable, "off", False, raising=False)
+    forward = Settable.forward
+    monkeypatch.setattr(Settable, "forward", lambda d, x: x if d.off else forward(d, x))
+    block = settable()
+    sdkernels.patch(block)
+    block.drop_path.off = True
+    assert gains_seen(block) == ({1.0}, 1)
+    del block.drop_path.off
+    assert gains_seen(block) == ({0.0, 2.0}, 2)
+
+
+def test_drop_paths_of_one_class_that_are_set_to_different_things():
+    model = nn.Sequential(settable(), settable(scale=False), settable(batch=True), settable(p=0.0))
+    report = sdkernels.patch(model)
+    assert [entry.name for entry in report.patched] == ["0", "1", "2"]  # `keep` does nothing in 3
+    assert [gains_seen(block) for block in model] == [
+        ({0.0, 2.0}, 2),
+        ({0.0, 1.0}, 2),
+        ({0.0, 2.0}, 1),
+        ({1.0}, 1),
+    ]
+
+
+def test_a_schedule_of_the_probability_tries_nothing_out(monkeypatch):
+    """Also where a drop path holds it twice; and what changes in every step is given up."""
+    block = settable()
+    sdkernels.patch(block)
+    gains_seen(block)
+    tried: list[float] = []
+    real = parts._try_drop_path
+    monkeypatch.setattr(parts, "_try_drop_path", lambda drop: tried.append(drop.p) or real(drop))
+    for p in (0.1, 0.25, 0.75):
+        block.drop_path.p, block.drop_path.keep = p, 1 - p
+        assert gains_seen(block)[0] == {0.0, round(1 / (1 - p), 3)}
+    assert not tried
+    monkeypatch.setattr(parts, "_MANY", parts._RETRIED[Settable] + 3)
+    for step in range(8):
+        block.drop_path.step = step
+        gains_seen(block, 1)
+    assert len(tried) == 3
 
 
 def test_mode_of_the_drop_path_module():

@@ -1,12 +1,15 @@
 """The small modules that every library has a copy of: drop path, layer scale, norm.
 
-Drop paths and layer scales are known by what they compute: each class is tried out once, on a copy.
+Drop paths and layer scales are known by what they compute: a module is tried out, on a copy, once
+for each class and setting of its attributes.
 """
 
 from __future__ import annotations
 
 import copy
+import enum
 import inspect
+import numbers
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..sampling import Mode
-from .settings import key_of
+from .settings import EVERYBODY, key_of
 from .undisturbed import random_state_kept
 
 __all__ = [
@@ -55,15 +59,34 @@ class Law(NamedTuple):
 class _Drawn(NamedTuple):
     """What a drop path was seen to do."""
 
-    mode: str
+    mode: Mode
     scaled: bool
+
+
+class _DropPaths(NamedTuple):
+    """A class of drop paths."""
+
+    name: str  # of the attribute with the probability
+    keeps: bool  # whether that is the one of keeping
+    others: tuple[str, ...]  # attributes besides, which may decide what a module does
+    drawn: dict[tuple[Any, ...], _Drawn]  # what modules were seen to do, by the values of those
+
+
+class _Found(NamedTuple):
+    """What a module was found to be."""
+
+    drop: tuple[str, bool, _Drawn] | None  # the first two as of its class
+    factor: tuple[str, bool] | None  # of a layer scale
 
 
 # What was found for a class, in dicts that torch.compile reads without looking further: patch()
 # has filled them by then.
-_DROP_PATHS: dict[Any, tuple[str, bool, str, bool] | None] = {}
+_DROP_PATHS: dict[Any, _DropPaths] = {}
 _LAYER_SCALES: dict[Any, tuple[str, bool] | None] = {}
-_TRIED: dict[Any, bool] = {}  # whether what has these settings is a layer scale
+_TRIED: dict[Any, _Found] = {}  # by settings
+_RETRIED: dict[Any, int] = {}  # how often modules of a class were tried out as they were called
+_MANY = 512  # of that: what is set to something new in every step is not kept up with
+_NUMBERS = frozenset((bool, int, float, str, type(None)))
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -109,18 +132,24 @@ def sounds_like_layer_drop(name: str) -> bool:
     return bool(_LAYER_NAMES.search(name))
 
 
+def _setting(value: Any) -> Any:
+    if type(value) in _NUMBERS:
+        return value
+    by_value = (numbers.Number, str, enum.Enum, tuple, list, dict, set)
+    return key_of(value) if isinstance(value, by_value) else type(value)
+
+
 def _settings(module: nn.Module, but: str = "") -> tuple[Any, ...]:
-    plain = (bool, int, float, str, tuple, type(None))
-    own = module.__dict__.items()
-    values = [(k, v) for k, v in own if k[0] != "_" and k not in (but, "training")]
-    return (type(module), *((k, key_of(v)) for k, v in values if isinstance(v, plain)))
+    own = [(k, v) for k, v in module.__dict__.items() if k not in EVERYBODY and k != but]
+    # 1, 1.0 and True equal each other, and may be read as different things.
+    return (type(module), *((k, type(v), _setting(v)) for k, v in own))
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """Random numbers, default device and modes as if what runs here had not run."""
-    with random_state_kept(), torch.no_grad(), torch.device("cpu"):
-        torch.manual_seed(0)
+    with random_state_kept(), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)  # and not those of CUDA, which draw nothing here
         yield
 
 
@@ -143,7 +172,7 @@ def _drawn(drop: Callable[[Tensor], Tensor], p: float) -> _Drawn | None:
 
 
 def _drawn_from(x: Tensor, drop: Callable[[Tensor], Tensor], p: float) -> _Drawn | None:
-    modes: set[str] = set()
+    modes: set[Mode] = set()
     factors: set[float] = set()
     kept = 0.0
     for _ in range(16):
@@ -159,7 +188,7 @@ def _drawn_from(x: Tensor, drop: Callable[[Tensor], Tensor], p: float) -> _Drawn
         kept += float((rows[:, 0] != 0).double().mean()) / 16
     if len(factors) != 1:
         return None
-    mode = "row" if "row" in modes else "batch"
+    mode: Mode = "row" if "row" in modes else "batch"
     if not 0.0 < kept < 1.0 or abs(kept - (1 - p)) > (0.1 if mode == "row" else 0.3):
         return None
     factor = factors.pop()
@@ -169,8 +198,8 @@ def _drawn_from(x: Tensor, drop: Callable[[Tensor], Tensor], p: float) -> _Drawn
     return None
 
 
-def _try_drop_path(module: nn.Module) -> tuple[str, bool, str, bool] | None:
-    """The attribute with the drop probability, whether it is that of keeping, mode and scaling."""
+def _try_drop_path(module: nn.Module) -> tuple[str, bool, _Drawn] | None:
+    """The attribute with the drop probability, whether it is that of keeping, and what is drawn."""
     if any(True for _ in module.parameters()) or any(True for _ in module.children()):
         return None
     if type(module).__module__.startswith("torch.nn"):
@@ -189,43 +218,59 @@ def _try_drop_path(module: nn.Module) -> tuple[str, bool, str, bool] | None:
                     setattr(clone, name, 0.75 if keeps else 0.25)
                     drawn = _drawn(clone.forward, 0.25)
                     if drawn is not None:
-                        return name, keeps, *_said(module, drawn)
+                        return name, keeps, drawn
         except Exception:  # it is something else, that does not take such a value or input
             pass
         setattr(clone, name, value)
     return None
 
 
-def _said(module: Any, drawn: _Drawn) -> _Drawn:
-    """What holds for every module of the class: an attribute that says it counts at every call."""
-    mode, scaled = drawn
-    if getattr(module, "mode", "") == mode:
-        mode = ""
-    if getattr(module, "scale_by_keep", not scaled) == scaled:
-        scaled = True
-    return _Drawn(mode, scaled)
+def _others(drop: nn.Module, kind: _DropPaths) -> tuple[Any, ...]:
+    """What may decide what a drop path does besides its probability; how many attributes it has."""
+    own = drop.__dict__
+    p = own.get(kind.name)
+    number = p if type(p) is float else 2.0
+
+    def value(name: str) -> Any:
+        found = own.get(name, ...)
+        if type(found) is float and min(abs(found - number), abs(1.0 - found - number)) < 1e-9:
+            return "p"  # what is held twice changes twice
+        return _setting(found)
+
+    return (len(own), *[value(name) for name in kind.others])
+
+
+def _drawn_by(drop: nn.Module) -> _Drawn | None:
+    """What a drop path does, set as it is now; None if that is not known."""
+    cls = type(drop)
+    kind = _DROP_PATHS.get(cls)
+    found = None if kind is None else kind.drawn.get(_others(drop, kind))
+    if found is None and not is_compiling() and _RETRIED.get(cls, 0) < _MANY:
+        before = len(_TRIED)
+        learn(drop)  # set to something else since patch(), or unpickled
+        _RETRIED[cls] = _RETRIED.get(cls, 0) + (len(_TRIED) > before)
+        kind = _DROP_PATHS.get(cls)
+        found = None if kind is None else kind.drawn.get(_others(drop, kind))
+    return found
 
 
 def is_drop_path(module: object) -> bool:
     """Whether a module drops whole samples, or whole batches, with a probability that it holds."""
-    if not isinstance(module, nn.Module):
-        return False
-    learn(module)
-    return _DROP_PATHS.get(type(module)) is not None
+    return isinstance(module, nn.Module) and learn(module).drop is not None
 
 
 def own_probability(drop: Any) -> float | None:
     """The drop probability that a module holds, however it is called; None if that is not known."""
     if type(drop) is nn.Identity:  # what libraries make of p = 0
         return 0.0
-    if not is_compiling():  # patch() has tried it by then
-        _learn_class(drop, _DROP_PATHS)
-    found = _DROP_PATHS.get(type(drop))
-    value = None if found is None else getattr(drop, found[0])
-    if found is None or (isinstance(value, Tensor) and value.numel() != 1):
+    if not is_compiling() and type(drop) not in _DROP_PATHS:  # patch() has tried it by then
+        learn(drop)
+    kind = _DROP_PATHS.get(type(drop))
+    value = None if kind is None else getattr(drop, kind.name)
+    if kind is None or (isinstance(value, Tensor) and value.numel() != 1):
         return None
     p = 0.0 if value is None else float(value)
-    return 1.0 - p if found[1] else p
+    return 1.0 - p if kind.keeps else p
 
 
 def drop_law(drop: nn.Module) -> Law | None:
@@ -233,19 +278,23 @@ def drop_law(drop: nn.Module) -> Law | None:
     p = own_probability(drop) if is_bare(drop) else None
     if p is None:
         return None
-    _, _, mode, scaled = _DROP_PATHS.get(type(drop)) or ("", False, "row", True)
-    own_mode: Any = getattr(drop, "mode", mode)
-    return Law(p, own_mode, getattr(drop, "scale_by_keep", scaled), drop.training)
+    drawn = _Drawn("row", True) if type(drop) is nn.Identity else _drawn_by(drop)
+    return None if drawn is None else Law(p, *drawn, drop.training)
 
 
 def why_it_draws_itself(drop: nn.Module) -> str:
     """Where `drop_law` is None."""
-    if type(drop) is not nn.Identity and _DROP_PATHS.get(type(drop)) is None:
-        return f"the class of its drop path, {type(drop).__name__}, is not known"
+    name = type(drop).__name__
+    if type(drop) is not nn.Identity and type(drop) not in _DROP_PATHS:
+        return f"the class of its drop path, {name}, is not known"
     if "forward" in drop.__dict__:
         return "the forward of its drop path module was replaced"
     if not is_bare(drop):
         return "its drop path module has hooks"
+    if type(drop) is not nn.Identity and _drawn_by(drop) is None:
+        return (
+            f"what its drop path, a {name}, does with the attributes that it has now is not known"
+        )
     return "the drop probability of its drop path is not one number"
 
 
@@ -308,8 +357,8 @@ def _try_layer_scale(module: nn.Module) -> tuple[str, bool] | None:
 
 def layer_scale_of(module: nn.Module) -> Tensor | None:
     """The tensor that a layer scale module multiplies by; None where it must be called instead."""
-    if not is_compiling():
-        _learn_class(module, _LAYER_SCALES)
+    if not is_compiling() and type(module) not in _LAYER_SCALES:  # as after unpickling
+        learn(module)
     found = _LAYER_SCALES.get(type(module))
     if found is None or not is_bare(module):
         return None
@@ -320,25 +369,36 @@ def layer_scale_of(module: nn.Module) -> Tensor | None:
 
 def is_layer_scale(module: nn.Module) -> bool:
     """Whether a module multiplies by a factor of its own, or does nothing."""
-    learn(module)
-    return type(module) is nn.Identity or _TRIED[_settings(module)]
+    return type(module) is nn.Identity or learn(module).factor is not None
 
 
-def _learn_class(module: nn.Module, table: dict[Any, Any]) -> None:
-    """Try out a module of a class that is not known, as after unpickling."""
-    if type(module) not in table:
-        learn(module)
+def learn(module: nn.Module) -> _Found:
+    """What a module is: it is tried out, if none like it has been before."""
+    cls = type(module)
+    kind = _DROP_PATHS.get(cls)
+    key = _settings(module, kind.name if kind else "")
+    if key not in _TRIED:
+        drop, factor = _try_drop_path(module), _try_layer_scale(module)
+        if drop is not None:
+            kind = _DROP_PATHS.setdefault(cls, _DropPaths(*drop[:2], (), {}))
+            if drop[:2] != kind[:2]:  # elsewhere than in others of the class
+                drop = None
+            key = _settings(module, kind.name)
+        _TRIED[key] = _Found(drop, factor)
+        # A class whose modules differ is called, as it cannot be told from it what they do.
+        _LAYER_SCALES[cls] = factor if _LAYER_SCALES.get(cls, factor) == factor else None
+    found = _TRIED[key]
+    if kind is not None and found.drop is not None:
+        _remember(module, kind, found.drop[2])
+    return found
 
 
-def learn(module: nn.Module) -> None:
-    """Try out what a module is, if none like it has been before."""
-    kind = type(module)
-    drop = _DROP_PATHS.get(kind)
-    key = _settings(module, drop[0] if drop else "")
-    if key in _TRIED:
-        return
-    drop, factor = _try_drop_path(module), _try_layer_scale(module)
-    _TRIED[key] = _TRIED[_settings(module, drop[0] if drop else "")] = factor is not None
-    # A class whose modules differ is called, as it cannot be told from the class what it does.
-    _DROP_PATHS[kind] = drop if _DROP_PATHS.get(kind, drop) == drop else None
-    _LAYER_SCALES[kind] = factor if _LAYER_SCALES.get(kind, factor) == factor else None
+def _remember(drop: nn.Module, kind: _DropPaths, drawn: _Drawn) -> None:
+    """Note what a drop path does under the values of all attributes that any of its class has."""
+    known = (*kind.others, kind.name, *EVERYBODY)
+    more = [n for n, v in drop.__dict__.items() if n not in known and not isinstance(v, Tensor)]
+    if more:  # which those before do not have
+        before = {(*key, *[...] * len(more)): value for key, value in kind.drawn.items()}
+        kind = kind._replace(others=(*kind.others, *more), drawn=before)
+        _DROP_PATHS[type(drop)] = kind
+    kind.drawn[_others(drop, kind)] = drawn

@@ -16,6 +16,7 @@ from libraries import load
 from patched_models import freeze_norms, make_rows, patched_blocks, patched_copy, train_step
 from test_rewriting import Drop
 from torch import nn
+from torch.nn.utils import parametrize
 from zoo import NETS, output_of
 
 import sdkernels
@@ -254,6 +255,102 @@ def test_a_forward_that_is_replaced_in_a_patched_model(monkeypatch):
     assert not sdkernels.patch(block).whole
     assert {round(each) for each in gains(block.train(), x).tolist()} == {0, 20}
     assert not report.whole
+
+
+# A parameter of the block's own that is computed
+
+
+class Soft(nn.Module):
+    def forward(self, w):
+        return nn.functional.softplus(w)
+
+
+class Scaled(Replaceable):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(4, dtype=torch.float64) + 0.5)
+
+    def forward(self, x):
+        return x + self.drop_path(self.f(x) * self.gamma)
+
+
+def parametrized(block):
+    parametrize.register_parametrization(block, "gamma", Soft(), unsafe=True)
+    return block
+
+
+def assert_drops(block, report, gamma):
+    """Two samples are kept, and the parameter beneath gets its gradient."""
+    kept = [KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)]
+    x = torch.randn(4, 4, dtype=torch.float64)
+    with report.use(kept):
+        y = block.train()(x)
+    factors = torch.tensor([2.0, 0.0, 2.0, 0.0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(y, x + factors * gamma * block.f(x))
+    assert not report.whole
+    block.zero_grad()
+    y.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
+    torch.testing.assert_close(block.eval()(x), x + gamma * block.f(x))
+
+
+@pytest.mark.parametrize("rows", ["branch", "block"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_parametrized_parameter(before, rows):
+    block = Scaled()
+    gamma = block.gamma.detach().clone()
+    if before:
+        parametrized(block)
+        keys = list(block.state_dict())
+    report = sdkernels.patch(block, rows=rows, strict=True)
+    if not before:
+        assert_drops(block, report, gamma)
+        keys = list(parametrized(block).state_dict())
+    assert list(block.state_dict()) == keys
+    assert parametrize.is_parametrized(block, "gamma")
+    assert_drops(block, report, nn.functional.softplus(gamma))
+
+    other = copy.deepcopy(block)
+    assert parametrize.is_parametrized(sdkernels.unpatch(other), "gamma")
+    assert type(parametrize.remove_parametrizations(other, "gamma")) is Scaled
+
+    parametrize.remove_parametrizations(block, "gamma")
+    assert "gamma" in block.state_dict()
+    assert_drops(block, report, nn.functional.softplus(gamma))
+    assert type(sdkernels.unpatch(block)) is Scaled
+
+
+# Lazy modules
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_lazy_modules_get_their_parameters_first(checked):
+    class Lazy(Replaceable):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.LazyLinear(4, dtype=torch.float64)
+
+        def forward(self, x):
+            return x + self.drop_path(self.f(x))
+
+    model = nn.Sequential(Lazy(), Lazy()).train()
+    report = sdkernels.patch(model, strict=True)
+    assert "2 blocks patched" in str(report)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    seen: list[int] = []
+    model[0].f.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    if checked:
+        assert [each.reason for each in report.check(x)] == [
+            "its lazy modules have no parameters yet"
+        ] * 2
+        assert all(each.holds for each in report.check(x))
+    else:
+        model(x)
+        assert seen == [64]
+    assert type(model[0].f) is nn.Linear
+    assert not report.whole
+    model(x).sum().backward()
+    assert seen[-1] < 64
 
 
 # Options and probabilities

@@ -22,6 +22,7 @@ from ..tracing import is_recorded
 from .adding import BlockState, Options
 from .blocks import inputs_of, make_patched, up_to_date
 from .comparing.checking import MISSING, Checked, look_at_blocks
+from .parametrized import give_class
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
 from .plans import Schedule, given_probabilities
 from .registry import class_of_name, obstacle, original_class, unpatch
@@ -430,7 +431,7 @@ def patch_layers(
     unpatch(model)
     for (_, module, _), state, kind in zip(found, states, kinds, strict=True):
         module._sdkernels = state
-        module.__class__ = kind
+        give_class(module, kind)
     entries = tuple(
         PatchedEntry(name, module, state.branches)
         for (name, module, _), state in zip(found, states, strict=True)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..sampling import Mode
@@ -332,7 +333,9 @@ def _try_layer_scale(module: nn.Module) -> tuple[str, bool] | None:
     if len(parameters) != 1 or any(True for _ in module.children()) or module._buffers:
         return None
     ((name, parameter),) = parameters.items()
-    if parameter.dim() != 1 or type(module).__module__.startswith("torch.nn"):
+    if is_lazy(parameter) or parameter.dim() != 1:
+        return None
+    if type(module).__module__.startswith("torch.nn"):
         return None
     clone: Any = copy.copy(module)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):

@@ -15,6 +15,7 @@ from ..sampling import Mode, Rescale, Sampler, check_choice
 from .adding import BlockState, Options
 from .comparing.proving import CHECKS, recall
 from .layer_dropout import patch_layers
+from .parametrized import give_class
 from .parts import is_drop_path, learn, may_drop
 from .plans import Schedule, given_probabilities
 from .registry import (
@@ -214,7 +215,7 @@ def _give(block: Any, state: BlockState) -> None:
     proofs = block._sdkernels.proofs
     for kind in [kind for kind, proof in proofs.items() if not proof.holds]:
         del proofs[kind]
-    block.__class__ = patched_class(type(block))
+    give_class(block, patched_class(original_class(block)))
     for module in block.modules():
         learn(module)  # its class, which compiled code could not
 

@@ -13,6 +13,7 @@ from ..functional import PLAIN_NORM_FORWARDS
 from .blocks import PatchedBlock, compact, make_patched, up_to_date
 from .by_hand import BY_HAND, ByHand
 from .fingerprint import fingerprint
+from .parametrized import give_class, plain_class
 from .rewriting import Branch, Rewriting, rewriting_of
 from .rewriting.source import Refusal, function_tree
 from .rewriting.sums import hides_sums
@@ -90,7 +91,7 @@ def _hides_sums(forward: Callable[..., Any]) -> bool:
 
 def original_class(block: nn.Module) -> type[nn.Module]:
     """The class of a block before it was patched."""
-    kind = type(block)
+    kind = plain_class(block)
     return kind._original if issubclass(kind, PatchedBlock) else kind
 
 
@@ -218,12 +219,12 @@ def unpatch(model: nn.Module) -> nn.Module:
     check_model(model)
     blocks = patched_blocks(model)
     for block in blocks:
-        if "_original" not in type(block).__dict__:
+        if "_original" not in plain_class(block).__dict__:
             raise ValueError(
                 f"model: a {type(block).__name__} got its class after it was patched (fully_shard "
                 "does that), and cannot be unpatched"
             )
     for block in blocks:
-        block.__class__ = type(block)._original
+        give_class(block, original_class(block))
         del block.__dict__["_sdkernels"]
     return model

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..plan import DepthPlan
 from .blocks import PatchedBlock
@@ -241,7 +242,7 @@ def _size(block: nn.Module, branch: Branch, counts: Mapping[int, int] | None) ->
         elif isinstance(part, nn.Parameter):
             total += part.numel()
         elif isinstance(part, nn.Module):
-            total += sum(p.numel() for p in part.parameters())
+            total += sum(p.numel() for p in part.parameters() if not is_lazy(p))
     return total
 
 

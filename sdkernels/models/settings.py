@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .parametrized import plain_class
 
 __all__ = ["EVERYBODY", "Stamp", "key_of", "settings"]
 
@@ -54,6 +57,8 @@ def key_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, functools.partial):
         parts = (value.func, value.args, value.keywords)
         return functools.partial, tuple(key_of(each, within) for each in parts)
+    if is_lazy(value):
+        return Tensor, None, value.dtype
     if isinstance(value, Tensor):
         return Tensor, value.shape, value.dtype
     if isinstance(value, weakref.ref):  # torch.nn.RNNBase has some to its own parameters
@@ -77,7 +82,7 @@ def settings(
     for path, module in block.named_modules():
         if skip(path, module):
             continue
-        kind = type(module)
+        kind = plain_class(module)
         patched = "_sdkernels" in module.__dict__
         found.append((path, getattr(kind, "_original", kind) if patched else kind))
         hidden = EVERYBODY if path else EVERYBODY.union(without)

@@ -16,9 +16,9 @@ __all__ = ["MISSING", "Checked", "check_blocks", "look_at_blocks"]
 
 MISSING = "it did not run on these inputs"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Without their own no module runs: fully_shard's put the shards together, and what transformers'
-# hand on is what a layer before has given.
-_NEEDED = ("torch.distributed.", "transformers.utils.")
+# Without their own no module runs: fully_shard's put the shards together, lazy modules' make their
+# parameters, and what transformers' hand on is what a layer before has given.
+_NEEDED = ("torch.distributed.", "torch.nn.modules.lazy", "transformers.utils.")
 
 
 class Checked(NamedTuple):
@@ -66,9 +66,12 @@ def look_at_blocks(model: nn.Module, entries: Sequence[Any], look: Any, given: A
         for handle in handles:
             handle.remove()
         for each, before in zip(hooks, own, strict=True):
-            after = dict(each)  # with those that the model has registered in its first call
+            # With those that the model has registered in its first call, without those that it
+            # has removed.
+            after = dict(each)
+            stay = {n: h for n, h in before.items() if n in after or not _is_needed(h)}
             each.clear()
-            each.update(before | after)
+            each.update(stay | after)
 
 
 def _is_needed(hook: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ...rows import KeptRows
+from ..parametrized import give_class, plain_class
 from ..parts import is_drop_path
 from ..rewriting import Rewriting
 from ..rewriting.source import remade
@@ -53,7 +54,8 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
     for module in clone.modules():
         if "_sdkernels" in module.__dict__:
             del module.__dict__["_sdkernels"]
-            module.__class__ = type(module)._original
+            patched: Any = plain_class(module)
+            give_class(module, patched._original)
         for name in _HOOKS:
             hooks = module.__dict__[name]
             for number in [number for number, hook in hooks.items() if not _is_torchs(hook)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.parameter import is_lazy
 
 from ...sampling import at_trace_time
 from ..parts import is_to_drop
@@ -101,6 +103,8 @@ def proofs_of(
         stamp = block._sdkernels.stamp
         if stamp is None or not stamp.holds():
             recall(block, rewriting)
+            if block._sdkernels.stamp is None:
+                return (Proof(False, "its lazy modules have no parameters yet", lasts=False),)
     plain = len(args) == 1 and not kwargs and not (rewriting.derives or rewriting.leaks)
     if plain and check == "first" and block._sdkernels.is_known:
         return (TRUSTED,)
@@ -153,7 +157,9 @@ def recall(block: Any, rewriting: Rewriting) -> None:
     kind = rewriting.original
     marks = VERIFIED.get(f"{kind.__module__}:{kind.__qualname__}", {})
     state.is_known = rewriting.mark in marks and _is_all_of_libraries(block, kind)
-    state.stamp = Stamp(m for path, m in block.named_modules() if not is_to_drop(path, m))
+    state.stamp = None
+    if not any(map(is_lazy, itertools.chain(block.parameters(), block.buffers()))):
+        state.stamp = Stamp(m for path, m in block.named_modules() if not is_to_drop(path, m))
 
 
 def _is_all_of_libraries(block: nn.Module, kind: type[nn.Module]) -> bool:

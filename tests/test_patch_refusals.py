@@ -1,16 +1,19 @@
 """What patch refuses, and what it leaves alone."""
 
 import functools
+import re
 from typing import Any
 
 import pytest
 import torch
 from libraries import load
 from patched_models import patched_blocks
+from test_rewriting import Drop
 from torch import nn
 from zoo import NETS
 
 import sdkernels
+from sdkernels import KeptRows
 from sdkernels.functional import _is_plain
 from sdkernels.models import drop_probs, fingerprint
 
@@ -150,6 +153,68 @@ def test_an_unknown_model_is_named():
         sdkernels.patch(Plain())
     with pytest.warns(UserWarning, match="model: no block with a residual branch was found"):
         sdkernels.patch(Plain(), drop_probs=0.5)
+
+
+def drop_path(x, p=0.0, training=False):
+    keep = 1 - p
+    if p == 0.0 or not training:
+        return x
+    return x * torch.rand(len(x), *[1] * (x.dim() - 1)).to(x).add(keep).floor() / keep
+
+
+def drop_path_of(*, branch, p=0.0):
+    return drop_path(branch, p, True)
+
+
+class Named(nn.Module):
+    """The branch is given to its drop path by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.p = nn.Linear(4, 4, dtype=torch.float64), 0.5
+        self.drop_path = Drop()
+
+    def forward(self, x):
+        return x + drop_path(x=self.f(x), p=self.p, training=self.training)
+
+
+class NamedLast(Named):
+    def forward(self, x):
+        return x + drop_path(p=self.p, training=self.training, x=self.f(x))
+
+
+class NamedModule(Named):
+    def forward(self, x):
+        return x + self.drop_path(x=self.f(x))
+
+
+class NamedOnly(Named):
+    def forward(self, x):
+        return x + drop_path_of(branch=self.f(x), p=self.p)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [Named, NamedLast, NamedModule])
+def test_a_branch_that_is_given_by_name(kind):
+    block = kind().train()
+    if kind is not NamedModule:
+        del block.drop_path
+    report = sdkernels.patch(block, strict=True)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), batch=4, scale=2.0)]):
+        y = block(x)
+    kept = torch.tensor([0.0, 2.0, 0.0, 2.0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(y, x + kept * block.f(x))
+    assert not report.whole
+
+
+def test_what_is_not_known_of_a_name_is_said():
+    block = NamedOnly()
+    del block.drop_path
+    (left,) = sdkernels.patch(block).left
+    assert re.fullmatch(
+        r"drop_path_of: it cannot be told .* drop_path_of does \(line \d+\)", left.reason
+    )
 
 
 def test_strict():

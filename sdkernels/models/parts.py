@@ -308,6 +308,8 @@ def drop_function_arguments(function: object, count: int, names: list[str]) -> l
         return None
     parameters = [*inspect.signature(function).parameters]
     given = [*parameters[:count], *names]
+    if given[:1] != parameters[:1]:
+        return None
     options: dict[str, Any] = {"training": True}
     if "mode" in parameters:
         options["mode"] = "row"

@@ -10,6 +10,7 @@ must not notice. The block itself, its buffers, its hooks and the random state a
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
@@ -452,8 +453,9 @@ def _with_functions(forward: Any, functions: dict[str, Forced]) -> Any:
     if not isinstance(forward, FunctionType) or any("." in name for name in functions):
         raise Unequal("its drop path function cannot be replaced for the comparison")
 
-    def named(drop: Forced) -> Any:
-        return lambda x, *args, **kwargs: drop(x)
+    def standing_in(name: str, drop: Forced) -> Any:
+        first = next(iter(inspect.signature(forward.__globals__[name]).parameters))
+        return lambda *args, **kwargs: drop(args[0] if args else kwargs[first])
 
-    names = {**forward.__globals__, **{name: named(drop) for name, drop in functions.items()}}
-    return remade(forward, names, forward.__closure__)
+    made = {name: standing_in(name, drop) for name, drop in functions.items()}
+    return remade(forward, {**forward.__globals__, **made}, forward.__closure__)

@@ -21,17 +21,14 @@ __all__ = ["BlockParts", "DropCall"]
 class DropCall:
     """A call of a drop path."""
 
-    call: ast.Call  # its first argument is the branch
+    call: ast.Call
+    argument: ast.expr  # of the call: the branch
     drop: str | None  # dotted name of the module; None where a function is called
     p: str | None = None  # dotted name of the function's drop probability
     function: str | None = None  # the function's name
     refusal: tuple[str, ast.AST] | None = None  # why it stays, and the node that says so
     added: bool = False
     at: int = 0  # the number of its statement
-
-    @property
-    def argument(self) -> ast.expr:
-        return self.call.args[0]
 
     def refuse(self, reason: str, node: ast.AST) -> None:
         if self.refusal is None:
@@ -59,10 +56,11 @@ class BlockParts:
     def drop_call(self, call: ast.Call) -> DropCall | None:
         path = attribute_path(call.func)
         if path is not None:
-            if not self.is_drop(path) or not call.args:
+            given = [*call.args, *(keyword.value for keyword in call.keywords)]
+            if not self.is_drop(path) or not given:
                 return None
-            drop = DropCall(call, path)
-            if len(call.args) != 1 or call.keywords:
+            drop = DropCall(call, given[0], path)
+            if len(given) != 1:
                 drop.refuse("it is called with further arguments", call)
             return drop
         return self._drop_function(call)
@@ -71,7 +69,9 @@ class BlockParts:
         name = ast.unparse(call.func)
         last = name.rpartition(".")[2]
         drops_layers = parts.sounds_like_layer_drop(last)
-        if not call.args or not (drops_layers or parts.sounds_like_drop_path(last)):
+        if not (call.args or call.keywords):
+            return None
+        if not (drops_layers or parts.sounds_like_drop_path(last)):
             return None
         try:
             function = evaluate(call.func, self.block, self.names)
@@ -79,13 +79,16 @@ class BlockParts:
             return None
         if not isinstance(function, FunctionType):
             return None
-        keywords = [keyword.arg or "" for keyword in call.keywords]
-        given = parts.drop_function_arguments(function, len(call.args), keywords)
-        drop = DropCall(call, None, function=name)
+        first = next(iter(inspect.signature(function).parameters), "")
+        keywords = sorted(call.keywords, key=lambda keyword: keyword.arg != first)
+        arguments = [*call.args, *(keyword.value for keyword in keywords)]
+        names = [keyword.arg or "" for keyword in keywords]
+        given = parts.drop_function_arguments(function, len(call.args), names)
+        drop = DropCall(call, arguments[0], None, function=name)
         if given is None or drops_layers:
             drop.refuse(f"it cannot be told what {name} does", call)
             return drop
-        values = dict(zip(given, [*call.args, *(k.value for k in call.keywords)], strict=True))
+        values = dict(zip(given, arguments, strict=True))
         for parameter, value in list(values.items())[1:]:
             path = attribute_path(value)
             if parameter == "training" and path == "training":

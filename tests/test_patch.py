@@ -697,6 +697,35 @@ def test_attention_weights_are_of_all_samples(how):
     assert len(model.eval()(x, **asked).attentions) == 2
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_what_transformers_collects_is_of_all_samples(reentrant):
+    """By hooks inside of the blocks, which stay and collect nothing in other calls."""
+    model: Any = NETS["transformers-dinov2"].model().train()
+    x = NETS["transformers-dinov2"].inputs(4)
+    model.set_attn_implementation("eager")
+    report = sdkernels.patch(model, drop_probs=0.5)
+    if reentrant is not None:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    seen: list[int] = []
+    model.encoder.layer[1].mlp.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    for kinds in ({"output_attentions"}, {"output_attentions", "output_hidden_states"}):
+        found = model(x, **dict.fromkeys(kinds, True))
+        found.last_hidden_state.sum().backward()
+        assert {len(each) for each in found.attentions} == {4}
+    assert set(seen) == {4}
+    plan = [KeptRows.from_index(torch.tensor([1, 2]), batch=4)] * len(report.drop_probs)
+    with report.use(plan):
+        for collects in (True, False):
+            seen.clear()
+            found = model(x, output_hidden_states=collects)
+            found.last_hidden_state.sum().backward()
+            assert set(seen) == {2}
+        with pytest.raises(RuntimeError, match="what its modules compute is collected"):
+            model(x, output_attentions=True)
+    assert not report.whole
+
+
 MASKED = {
     "flash_attention_2": lambda x, attention_mask: (x * attention_mask[..., None], None),
     # SDPA knows no flat masks.

@@ -67,6 +67,7 @@ class BlockState:
     proofs: dict[Any, Proof] | None = field(init=False, default=None)  # by kinds of calls
     is_known: bool = field(init=False, default=False)  # whether it was compared before a release
     stamp: Stamp | None = field(init=False, default=None)  # of what both are about
+    collected: bool = field(init=False, default=False)  # whether the last forward ran whole for it
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.branches)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from ..tracing import is_recorded, refuse_script
 from .adding import Add, BlockState
+from .collecting import is_collected
 from .comparing.proving import proofs_of, warn
 from .packing import packed_form
 from .proof import Asked, Proof, entries
@@ -188,6 +189,8 @@ def compact(
         if not is_compiling():
             state.refused = proof
             warn(rewriting, proof)
+    elif proof is None and _collected(block):
+        proof = Proof(False, "what its modules compute is collected in this call", lasts=False)
     elif proof is None:
         try:
             proofs = proofs_of(block, rewriting, state.options.check, args, kwargs)
@@ -203,6 +206,19 @@ def compact(
     if proof.lasts and state.proofs and proof in state.proofs.values():
         state.refused = proof
     return None, proof.reason
+
+
+def _collected(block: Any) -> bool:
+    """Whether somebody collects what the modules of a block compute, which a compiler cannot see.
+
+    Nobody does any more where a checkpoint runs it again, as the forward was run.
+    """
+    if is_compiling():
+        return False
+    state = block._sdkernels
+    if torch._C._current_graph_task_id() == -1:
+        state.collected = is_collected(block)
+    return bool(state.collected)
 
 
 def _each(forward: Callable[..., Any], block: Any, crops: int, args: Any, kwargs: Any) -> list[Any]:

@@ -250,6 +250,7 @@ def test_a_forward_that_is_replaced_in_a_patched_model(monkeypatch):
     with pytest.warns(UserWarning, match="the forward of its class was replaced") as caught:
         seen = {round(each) for each in (*gains(block, x).tolist(), *gains(block, x).tolist())}
     assert len(caught) == len(report.whole) == 1
+    assert "was replaced" in report.check(x)[0].reason
     assert seen == {0, 20}
     assert {round(each) for each in gains(block.eval(), x).tolist()} == {10}
     assert not sdkernels.patch(block).whole

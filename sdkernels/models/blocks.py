@@ -19,12 +19,11 @@ from .adding import Add, BlockState
 from .collecting import is_collected
 from .comparing.proving import proofs_of, warn
 from .packing import packed_form
-from .proof import Asked, Proof, entries
+from .proof import REPLACED, Asked, Proof, entries
 from .rewriting import Rewriting
 
 __all__ = ["PatchedBlock", "compact", "inputs_of", "make_patched", "up_to_date"]
 
-_REPLACED = "the forward of its class was replaced after it was patched (patch the model again)"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -184,12 +183,7 @@ def compact(
     """A block by its rewriting, if that holds."""
     state = block._sdkernels
     proof = state.refused
-    if proof is None and not rewriting.is_of_now():
-        proof = Proof(False, _REPLACED)
-        if not is_compiling():
-            state.refused = proof
-            warn(rewriting, proof)
-    elif proof is None and _collected(block):
+    if proof is None and _collected(block):
         proof = Proof(False, "what its modules compute is collected in this call", lasts=False)
     elif proof is None:
         try:
@@ -203,6 +197,9 @@ def compact(
         except Asked as asked:
             proof = state.refused = Proof(False, asked.reason)
             warn(rewriting, proof)
+    if proof is REPLACED and state.refused is None and not is_compiling():
+        state.refused = proof
+        warn(rewriting, proof)
     if proof.lasts and state.proofs and proof in state.proofs.values():
         state.refused = proof
     return None, proof.reason

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TRUSTED", "Asked", "Leaf", "Proof", "entries", "leaves", "mapped"]
+__all__ = ["REPLACED", "TRUSTED", "Asked", "Leaf", "Proof", "entries", "leaves", "mapped"]
 
 Leaf = tuple[str, int]  # where a tensor is in the arguments, and its number of dimensions
 
@@ -38,6 +38,9 @@ class Proof:
 
 
 TRUSTED = Proof(True)
+REPLACED = Proof(
+    False, "the forward of its class was replaced after it was patched (patch the model again)"
+)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

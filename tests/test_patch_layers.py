@@ -16,11 +16,16 @@ import torch
 from compiling import compilation
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
+from torch.utils.checkpoint import checkpoint
 
 from sdkernels import DepthPlan, KeptRows, linear_decay, patch, uniform, unpatch
 from sdkernels.models import LayerReport, drop_probs, use
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+needs_scaling_in_graphs = pytest.mark.skipif(
+    torch.__version__.split(".")[:2] < ["2", "13"], reason="Dynamo cannot follow the scaling"
+)
 
 BATCH, TOKENS = 6, 7
 
@@ -315,9 +320,7 @@ def test_copies_and_pickles():
     assert type(unpatch(model).model.layers[0]) is kind
 
 
-@pytest.mark.skipif(
-    torch.__version__.split(".")[:2] < ["2", "13"], reason="Dynamo cannot follow the scaling"
-)
+@needs_scaling_in_graphs
 def test_compiled():
     """After report.check(), one graph for the step; counts change without another."""
     model, inputs = made("timm-vit-dropping")
@@ -566,9 +569,48 @@ class Normed(Layer):
         return self.norm(x + self.drop_path(self.attention(x)))
 
 
+class NormBehind(Normed):
+    """A norm behind the drop path, which is the identity at zero while it has no bias."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.norm(self.drop_path(self.attention(x)))
+
+
+class NormsBehind(Layer):
+    """Norms behind branches that are zero at the start, where they are linear in anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.norm = nn.Linear(4, 4), nn.RMSNorm(4)
+        for parameter in (*self.attention.parameters(), *self.mlp.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.norm(self.attention(x))
+        return x + self.norm(self.mlp(x))
+
+
+class Centred(Layer):
+    def forward(self, x: Tensor) -> Any:
+        return x + self.attention(x - x.mean(0))
+
+
+class BatchSecond(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
+        (NormBehind, {}, RuntimeError, "a NormBehind changes it"),
+        (NormsBehind, {"rescale": "train"}, RuntimeError, 'patch with rescale="none"'),
+        (Centred, {}, RuntimeError, "the samples of a Centred depend on each other"),
+        (BatchSecond, {}, RuntimeError, "the samples of a BatchSecond depend on each other"),
         (Maps, {}, ValueError, "returned more than its hidden states"),
         (Shorter, {}, ValueError, "expected to return the shape that it was given"),
         (Normed, {}, RuntimeError, "a Normed changes it"),
@@ -582,6 +624,18 @@ def test_layers_that_are_refused(kind, options, error, message):
     torch.manual_seed(0)
     with pytest.raises(error, match=message):
         model(x)
+
+
+def test_projections_that_start_at_zero():
+    model, inputs = made("llama")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            nn.init.zeros_(projection.weight)
+    before = copy.deepcopy(model.state_dict())
+    patch(model, rows="block", drop_probs=[0.5] * 3)
+    run(model, inputs)
+    assert {layer._sdkernels.found.parts for layer in model.model.layers} == {("self_attn", "mlp")}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_look_at_a_layer_leaves_no_trace():
@@ -692,13 +746,159 @@ def test_a_drop_path_of_which_nothing_is_known_afterwards():
     assert "runs as before" in str(report)
 
 
-def test_the_look_at_a_layer_calls_no_hooks():
+@pytest.mark.parametrize("check", [True, False])
+def test_the_look_at_a_layer_calls_no_hooks(check):
     model = Model(Block())
     report = patch(model, rows="block", drop_probs=[0.5])
     calls: list[Any] = []
-    model.layers[0].register_forward_hook(lambda *args: calls.append(args))
-    assert report.check(torch.randn(4, 3, 4))[0].holds
-    assert not calls
+    for module in (model.layers[0], model.layers[0].attention):
+        module.register_forward_hook(lambda *args: calls.append(args[2]))
+    if check:
+        assert report.check(torch.randn(4, 3, 4))[0].holds
+        assert not calls
+        return
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        model(torch.randn(4, 3, 4))
+    inside, (whole, _) = calls
+    assert (len(inside), len(whole)) == (2, 4)
+    assert inside.requires_grad
+
+
+class MeetingAttention(Attention):
+    """Tells of every call."""
+
+    meet: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.meet is not None:
+            self.meet()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["guessed", "drop_path"])
+def test_two_threads_at_once(name):
+    """The second comes into the layer before the first leaves, and leaves it after that."""
+    layer = Block() if name == "guessed" else Dropping()
+    layer.attention = MeetingAttention(4, 4)
+    model, x = Model(layer), torch.randn(4, 3, 4)
+    evaluated = model.eval()(x)
+    report = patch(model.train(), rows="block", drop_probs=[0.5])
+    report.check(x)
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(model(x))) for _ in range(2)]
+    inside, left = [threading.Event(), threading.Event()], threading.Event()
+
+    def meet() -> None:
+        second = threading.current_thread() is threads[1]
+        inside[second].set()
+        assert (left if second else inside[1]).wait(60)
+
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        expected = model(x)
+        layer.attention.meet = meet
+        threads[0].start()
+        assert inside[0].wait(60)
+        threads[1].start()
+        threads[0].join()
+        left.set()
+        threads[1].join()
+    layer.attention.meet = None
+    assert len(results) == 2
+    assert all(torch.equal(result, expected) for result in results)
+    assert torch.equal(model.eval()(x), evaluated)
+
+
+class Checkpointed(Block):
+    """Runs a part of itself again in the backward."""
+
+    def __init__(self, drops: bool, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        if drops:
+            self.drop_path = DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        def inner(x: Tensor) -> Tensor:
+            drop = getattr(self, "drop_path", nn.Identity())
+            x = x + drop(self.attention(x))
+            return x + drop(self.mlp(x))
+
+        if self.reentrant is None:
+            return inner(x)
+        return checkpoint(inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_checkpoint_inside_of_a_layer(drops, reentrant):
+    gradients = []
+    for inner in (None, reentrant):
+        torch.manual_seed(0)
+        model = nn.Sequential(Checkpointed(drops, inner)).double()
+        x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
+        report = patch(model, rows="block", drop_probs=[0.5])
+        with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+            model(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters())])
+    compare(*gradients)
+
+
+class Breaking(Dropping):
+    """Ends a graph of torch.compile and goes on in another."""
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.attention(x)
+        torch._dynamo.graph_break()
+        return x + self.gone(out), None
+
+
+@needs_scaling_in_graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_graph_that_ends_in_a_layer():
+    model, x = Model(Breaking()), torch.randn(4, 3, 4)
+    report = patch(model, rows="block")
+    report.check(x)
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        expected = run(model, {"x": x})
+        expected = [value.clone() for value in expected]
+        model.zero_grad()
+        with compilation():
+            compare(run(torch.compile(model, backend="aot_eager"), {"x": x}), expected, 1e-6)
+
+
+class Counting(Dropping):
+    """Reads and writes what it holds, and has its drop path under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.calls = self.gone, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.gone.last = x.shape[0]
+        assert isinstance(self.gone, DropPath)
+        return x + self.gone(self.attention(x)) + self.again(self.attention(x)), None
+
+
+def test_what_a_layer_holds_and_leaves():
+    model, x = Model(Counting()), torch.randn(4, 3, 4)
+    report = patch(model, rows="block")
+    layer: Any = model.layers[0]
+    rows = KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)
+    for step in range(2):
+        with report.use([rows]):
+            y = model(x)
+        assert (layer.calls, layer.gone.last) == (step + 1, 2)
+    expected = x + (4.0 * (rows.slot >= 0)).view(-1, 1, 1) * layer.attention(x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_replicas_share_what_was_seen():
+    model = Model(Block())
+    patch(model, rows="block", drop_probs=[0.5])
+    layer = model.layers[0]
+    assert layer._replicate_for_data_parallel()._sdkernels.found is layer._sdkernels.found
+    assert copy.deepcopy(layer)._sdkernels.found is not layer._sdkernels.found
 
 
 def test_bad_arguments():
@@ -788,7 +988,9 @@ def test_a_layer_without_an_input():
 def test_layers_of_torch():
     """They are leaves of torch.fx, patched or not, and are copied and pickled under that name."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0) for _ in range(2)))
+    model = nn.Sequential(
+        *(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
+    )
     x = torch.randn(3, 4, 8)
     report = patch(model, rows="block", drop_probs=[0.5, 0.5], rescale="none")
     graph = symbolic_trace(model).graph

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, cast
 
@@ -21,14 +21,17 @@ from ..sampling import Rescale
 from ..tracing import is_recorded
 from .adding import BlockState, Options
 from .blocks import inputs_of, make_patched, up_to_date
+from .comparing.aside import aside
 from .comparing.checking import MISSING, Checked, look_at_blocks
+from .comparing.clones import HOOKS, clone_of
+from .comparing.comparison import TOLERANCES
 from .parametrized import give_class
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
 from .plans import Schedule, given_probabilities
 from .registry import class_of_name, obstacle, original_class, unpatch
 from .report import LeftAlone, PatchedEntry, PatchReport, refuse_left
 from .rewriting import Branch
-from .undisturbed import in_evaluation
+from .undisturbed import in_evaluation, random_state_kept
 
 __all__ = ["LayerReport", "patch_layers"]
 
@@ -53,12 +56,29 @@ _PARTS = (
 
 
 @dataclass
+class Found:
+    """What a look at a layer has shown. The replicas of nn.DataParallel share it."""
+
+    parts: tuple[str, ...] | None = None  # whose outputs the layer adds to its stream
+    apart: bool = False  # its samples do not depend on each other
+
+
+@dataclass
 class LayerState(BlockState):
     """What patch(rows="block") leaves in a layer, which has one branch: all of it."""
 
     drop_paths: tuple[str, ...] = ()
-    parts: tuple[str, ...] | None = None  # whose outputs it adds; None: not looked for
-    proven: bool = False
+    found: Found = field(default_factory=Found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        made = cast("LayerState", super().__deepcopy__(memo))
+        made.found = replace(self.found)
+        return made
+
+    @property
+    def needs_parts(self) -> bool:
+        """Whether what the layer adds to its stream has to be known."""
+        return bool(self.drop_paths) or self.options.rescale != "none"
 
     def law(self, block: Any, branch: int) -> Law | None:
         """How the layer draws now: as its drop paths say, which all say the same."""
@@ -96,101 +116,201 @@ class LayerState(BlockState):
 # The layer on its kept rows
 
 
-class _Scaled:
-    """Stands in for the forward of a module: its output times a number."""
+_LOOKING = threading.RLock()
 
-    def __init__(self, forward: Callable[..., Any] | None, scale: float) -> None:
-        self.forward = forward  # None for a drop path, whose output is its input
-        self.scale = scale
+
+_OF_EVERY_MODULE = tuple(vars(nn.Module()))
+
+
+class _Scaled:
+    """Stands in for a part of a layer in one call of it: what the part returns, times a number.
+
+    Everything else that is asked of it, the part answers.
+    """
+
+    _sdkernels_stands_for: tuple[nn.Module, bool, float]
+
+    def __init__(self, part: nn.Module, drops: bool, scale: float) -> None:
+        own = self.__dict__
+        own["_sdkernels_stands_for"] = part, drops, scale
+        for name in _OF_EVERY_MODULE:  # Dynamo reads them here where a graph ends in the layer
+            if name in part.__dict__:
+                own[name] = part.__dict__[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = args[0] if self.forward is None else self.forward(*args, **kwargs)
+        part, drops, scale = self._sdkernels_stands_for
+        out = args[0] if drops else part(*args, **kwargs)  # a drop path drops nothing here
         if isinstance(out, tuple):
-            return (self.scaled(out[0]), *out[1:])
-        return self.scaled(out)
+            return (_times(out[0], scale), *out[1:])
+        return _times(out, scale)
 
-    def scaled(self, out: Tensor) -> Tensor:
-        if self.scale == 0.0:  # of an infinity too
-            return torch.zeros_like(out)
-        return out if self.scale == 1.0 else out * self.scale
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:  # what isinstance looks at
+        try:
+            return type(self._sdkernels_stands_for[0])
+        except AttributeError:  # one that Dynamo has made to look at, without __init__
+            return _Scaled
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "_sdkernels_stands_for":
+            raise AttributeError(name)
+        return getattr(self._sdkernels_stands_for[0], name)
 
-@contextmanager
-def _scaling(block: Any, scales: Mapping[str, float]) -> Iterator[None]:
-    """Multiply what the block adds to its stream; its drop paths drop nothing meanwhile."""
-    modules = [block.get_submodule(name) for name in scales]
-    # What a user or another library has put in the place of a module's forward.
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module, (name, scale) in zip(modules, scales.items(), strict=True):
-            own = None if name in block._sdkernels.drop_paths else module.forward
-            module.__dict__["forward"] = _Scaled(own, scale)
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module.__dict__.pop("forward", None)
-            if own is not None:
-                module.__dict__["forward"] = own
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._sdkernels_stands_for[0], name, value)
 
 
-def _call(block: Any, scales: Mapping[str, float], kept: Any, given: Any) -> tuple[Any, Any]:
-    """What the layer's own forward returns, and its hidden states."""
+def _times(out: Tensor, scale: float) -> Tensor:
+    if scale == 0.0:  # of an infinity too
+        return torch.zeros_like(out)
+    return out if scale == 1.0 else out * scale
+
+
+def _run(
+    kind: Any, block: nn.Module, scales: Mapping[str, float], drops: bool, kept: Any, given: Any
+) -> tuple[Any, Any]:
+    """What the layer's own forward returns, and its hidden states.
+
+    Where it multiplies what it adds to its stream, the forward gets a view of the layer, as the
+    replicas of nn.DataParallel are, in which something else stands for these parts. Nobody else
+    sees it: not another thread, nor a part's own attributes. And a forward that checkpoints some
+    of itself has it still when that runs again in the backward.
+    """
     args, kwargs = given
-    with _scaling(block, scales):
-        out = block._original.forward(block, kept, *args, **kwargs)
+    if not scales:
+        out = kind.forward(block, kept, *args, **kwargs)
+    else:
+        own = block.__dict__
+        before = dict(own)
+        view: Any = object.__new__(type(block))
+        view.__dict__.update(own)
+        children: dict[str, Any] = dict(block._modules)
+        view.__dict__["_modules"] = children
+        for name, child in block._modules.items():
+            for part, scale in scales.items():
+                if child is not None and child is block._modules[part]:  # by whatever name
+                    children[name] = _Scaled(child, drops, scale)
+        try:
+            out = kind.forward(view, kept, *args, **kwargs)
+        finally:
+            for name, value in view.__dict__.items():  # what the forward has left
+                if name != "_modules" and (name not in before or before[name] is not value):
+                    own[name] = value
     return out, out[0] if isinstance(out, tuple) and out else out
 
 
-def _prove(block: Any, kept: Tensor, given: Any) -> None:
-    """Look whether the block is its input where its parts are zero, before it is trained so.
+def _look(block: Any, kept: Tensor, given: Any) -> None:
+    """Refuse what fewer samples would change, before the block is trained so.
 
-    Of parts that are guessed, also whether the sum is linear in each of them. In evaluation mode
-    and without gradients: no statistics, no random numbers.
+    Where its parts are zero it must be its input; of parts that are guessed, the sum must be linear
+    in each of them too. And its samples must not depend on each other, which two of them show.
+
+    It is a copy that runs, without hooks, in evaluation mode and with other parameters: what was
+    initialised to zero would hide what becomes of it. The block is not touched: another thread may
+    be training it.
     """
-    state = block._sdkernels
-    # What records operations (selective checkpointing) must not see these.
-    with in_evaluation(block), torch.no_grad(), _disable_current_modes():
-        for parts in (state.drop_paths,) if state.drop_paths else _PARTS:
-            if _holds(block, kept, given, parts):
-                state.parts, state.proven = parts, True
-                return
-    kind = type(block).__name__
+    state, own = block._sdkernels, block._original
+    found = state.found
+    needed = state.needs_parts and found.parts is None
+    if is_compiling() or is_recorded(kept):
+        if needed:
+            raise RuntimeError(
+                "rows: expected layers that were looked at before they are compiled; call "
+                "report.check(*inputs) first"
+            )
+        return
+    if kept.shape[0] < (1 if needed else 2):
+        return
+    devices = [kept.device] if kept.device.type == "cuda" else []
+    # What records operations (selective checkpointing) must not see these. One thread at a time:
+    # the random state and the hooks of all modules are those of the process.
+    with _LOOKING, random_state_kept(devices), _disable_current_modes(), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            clone = clone_of(_plain(block), (), None)
+        except Exception as error:
+            raise RuntimeError(
+                f"rows: a {own.__name__} cannot be copied for a look at it; call "
+                "report.check(*inputs) before its parts are sharded"
+            ) from error
+        x = kept.detach().nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
+        x = x + 0.3 * torch.randn_like(x)
+        with aside(clone, x.device, in_own_dtypes=True), in_evaluation(clone), torch.no_grad():
+            if needed:
+                found.parts = _parts_of(block, clone, x, given)
+            if len(x) > 1:
+                if _mixes(own, clone, x, given):
+                    raise RuntimeError(
+                        f"rows: the samples of a {own.__name__} depend on each other (a statistic "
+                        "of the batch, or a batch that is not the first dimension: batch_first="
+                        "False), so that dropping some would change the others"
+                    )
+                found.apart = True
+
+
+def _plain(block: Any) -> nn.Module:
+    """The layer in its own class and without hooks: what fully_shard makes of it has no copies."""
+    plain: nn.Module = object.__new__(block._original)
+    plain.__dict__.update(block.__dict__)
+    del plain.__dict__["_sdkernels"]
+    for name in HOOKS:
+        plain.__dict__[name] = OrderedDict()
+    return plain
+
+
+def _parts_of(block: Any, clone: nn.Module, x: Tensor, given: Any) -> tuple[str, ...]:
+    """Those whose outputs a layer adds to its stream."""
+    state, own = block._sdkernels, block._original
+    for parts in (state.drop_paths,) if state.drop_paths else _PARTS:
+        if _holds(own, clone, bool(state.drop_paths), parts, x, given):
+            return parts
     if state.drop_paths:
         raise RuntimeError(
             f"rows: expected a block whose output is its input where all of its branches are "
-            f"dropped, and a {kind} changes it (a shortcut, a norm behind the sum); patch it with "
-            'rows="branch"'
+            f"dropped, and a {own.__name__} changes it (a shortcut, a norm behind the sum); patch "
+            'it with rows="branch"'
         )
     raise RuntimeError(
-        f"rescale: the branches that a {kind} adds were not found, so they cannot be multiplied by "
-        '1 / (1 - p); patch with rescale="none", which drops layers without that'
+        f"rescale: the branches that a {own.__name__} adds were not found, so they cannot be "
+        'multiplied by 1 / (1 - p); patch with rescale="none", which drops layers without that'
     )
 
 
-def _holds(block: Any, kept: Tensor, given: Any, parts: tuple[str, ...]) -> bool:
-    try:
-        for name in parts:
-            block.get_submodule(name)
-    except AttributeError:
+def _mixes(kind: Any, clone: nn.Module, x: Tensor, given: Any) -> bool:
+    """Whether another first sample changes the others."""
+    changed = x.clone()
+    changed[0] = torch.randn_like(x[0])
+    changed[(0, *(size // 2 for size in x.shape[1:]))] = 30.0
+    before, after = (_run(kind, clone, {}, False, each, given)[1] for each in (x.clone(), changed))
+    if not isinstance(before, Tensor) or before.shape[:1] != x.shape[:1]:
+        return False  # it is refused for that
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    tolerance = TOLERANCES[dtype] * float(before[1:].abs().max())
+    return not float((before[1:] - after[1:]).abs().max()) <= tolerance
+
+
+def _holds(
+    kind: Any, clone: nn.Module, drops: bool, parts: tuple[str, ...], x: Tensor, given: Any
+) -> bool:
+    if any(clone._modules.get(name) is None for name in parts):
         return False
 
     def run(scales: Mapping[str, float]) -> Any:
-        return _call(block, scales, kept.clone(), given)[1]
+        return _run(kind, clone, scales, drops, x.clone(), given)[1]
 
     nothing = dict.fromkeys(parts, 0.0)
     out = run(nothing)
-    if not isinstance(out, Tensor) or out.shape != kept.shape:
+    if not isinstance(out, Tensor) or out.shape != x.shape or not torch.equal(out, x):
         return False
-    if not ((out == kept) | (kept != kept)).all():
-        return False
-    if block._sdkernels.drop_paths:
+    if drops:
         return True
     for name in parts:
-        once, twice = (run({**nothing, name: scale}) - kept for scale in (1.0, 2.0))
-        size = float(once.abs().max()) + float(kept.abs().max())
+        once, twice = (run({**nothing, name: scale}) - x for scale in (1.0, 2.0))
+        size = float(once.abs().max()) + float(x.abs().max())
         error = torch.finfo(once.dtype).eps * 64 * size
-        if not float((twice - 2 * once).abs().max()) <= error:
-            return False
+        if not float((twice - 2 * once).abs().max()) <= error < float(once.abs().max()):
+            return False  # not linear; or nothing was added, which shows nothing
     return True
 
 
@@ -216,16 +336,17 @@ def _inputs(block: Any, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any
             value = None  # a new one: nobody reads it in training
         elif name == "use_cache":
             value = False
-        marked[name] = _marked(value, x, name, kind)
+        marked[name] = _marked(value, x, name, block)
     values = list(marked.values())
     return (tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True)))
 
 
-def _marked(value: Any, x: Tensor, name: str, kind: str) -> Any:
+def _marked(value: Any, x: Tensor, name: str, block: Any) -> Any:
+    kind = type(block).__name__
     if type(value) in (tuple, list):
-        return type(value)(_marked(each, x, name, kind) for each in value)
+        return type(value)(_marked(each, x, name, block) for each in value)
     if type(value) is dict:
-        return {key: _marked(each, x, name, kind) for key, each in value.items()}
+        return {key: _marked(each, x, name, block) for key, each in value.items()}
     if not isinstance(value, Tensor) or value.is_nested:
         return value
     of_tokens = name in _OF_TOKENS and value.dim() <= 2
@@ -264,21 +385,15 @@ def _compact(block: Any, laws: Sequence[Law], args: Any, kwargs: Any) -> tuple[A
             f"{type(x).__name__}"
         )
     state = block._sdkernels
-    options = state.options
+    found, options = state.found, state.options
     rescale = options.rescale_of(law)
-    needs_parts = bool(state.drop_paths) or rescale != "none"
     shape: list[Any] = []
 
     def layer(kept: Tensor, given: Any, scale: float = 1.0) -> Tensor:
-        if needs_parts and not state.proven:
-            if is_compiling() or is_recorded(kept):
-                raise RuntimeError(
-                    "rows: expected layers that were looked at before they are compiled; call "
-                    "report.check(*inputs) first"
-                )
-            if kept.shape[0]:
-                _prove(block, kept, given)
-        out, hidden = _call(block, dict.fromkeys(state.parts or (), scale), kept, given)
+        if not found.apart or (state.needs_parts and found.parts is None):
+            _look(block, kept, given)
+        scales = dict.fromkeys(found.parts or state.drop_paths, scale)
+        out, hidden = _run(block._original, block, scales, bool(state.drop_paths), kept, given)
         shape.append(out)
         if isinstance(out, tuple) and any(each is not None for each in out[1:]):
             raise ValueError(
@@ -424,7 +539,7 @@ def patch_layers(
     states = []
     for (_, module, drops), p in zip(found, given, strict=True):
         branch = Branch(drops[0] if drops else None, ("",))
-        state = LayerState(options, (branch,), p, drop_paths=drops, parts=drops or None)
+        state = LayerState(options, (branch,), p, drop_paths=drops)
         state.law(module, 0)  # refuses branches of several probabilities
         states.append(state)
     kinds = [layer_class(original_class(module)) for _, module, _ in found]
@@ -518,18 +633,16 @@ class LayerReport(PatchReport):
                 branches were not found.
         """
         states = [entry.block._sdkernels for entry in self.patched]
-        looked = [s.drop_paths or s.options.rescale != "none" for s in states]
 
         def look(entry: PatchedEntry, args: Any, kwargs: Any) -> None:
-            _prove(entry.block, *_split(entry.block, args, kwargs))
+            _look(entry.block, *_split(entry.block, args, kwargs))
 
-        to_see = list(itertools.compress(self.patched, looked))
-        look_at_blocks(self.model, to_see, look, (args, kwargs))
+        look_at_blocks(self.model, self.patched, look, (args, kwargs))
         return tuple(
             Checked(entry.name, True, None, "")
-            if state.proven or not needed
+            if state.found.parts is not None or not state.needs_parts
             else Checked(entry.name, False, None, MISSING)
-            for entry, state, needed in zip(self.patched, states, looked, strict=True)
+            for entry, state in zip(self.patched, states, strict=True)
         )
 
     def _values(self, drop_probs: float | Sequence[float]) -> list[list[float | None]]:

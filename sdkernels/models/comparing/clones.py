@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -17,14 +17,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...rows import KeptRows
 from ..parametrized import give_class, plain_class
 from ..parts import is_drop_path
-from ..rewriting import Rewriting
+from ..rewriting import Call
 from ..rewriting.source import remade
 from ..settings import EVERYBODY
 from .contents import contents
 
-__all__ = ["Forced", "Unequal", "clone_of", "copied", "train", "uncopied"]
+__all__ = ["HOOKS", "Forced", "Unequal", "clone_of", "copied", "train", "uncopied"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Unequal(Exception):
@@ -49,7 +49,7 @@ class Forced(nn.Module):
         return x * mask.view(-1, *[1] * (x.dim() - 1))
 
 
-def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any:
+def clone_of(block: Any, calls: Sequence[Call], dtype: torch.dtype | None) -> Any:
     """A copy with random parameters, of this dtype, and with drop paths that can be forced."""
     clone = copied(block)
     for module in clone.modules():
@@ -57,7 +57,7 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
             del module.__dict__["_sdkernels"]
             patched: Any = plain_class(module)
             give_class(module, patched._original)
-        for name in _HOOKS:
+        for name in HOOKS:
             hooks = module.__dict__[name]
             for number in [number for number, hook in hooks.items() if not _is_torchs(hook)]:
                 del hooks[number]
@@ -72,7 +72,7 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
             module.running_var.uniform_(0.5, 1.5)
     if dtype is not None:
         clone._apply(lambda t: t.to(_like(t, dtype)))
-    for parameter in clone.parameters():
+    for parameter in _parameters_of(clone):
         parameter.grad = None
         if parameter.is_floating_point() or parameter.is_complex():
             spread = 0.3 if parameter.dim() <= 1 or parameter.numel() < 9 else 0.02
@@ -80,7 +80,7 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
             parameter.add_(torch.randn_like(parameter) * spread)
             if parameter.dim() <= 1 and small:
                 parameter.add_(0.5)
-    for call in rewriting.calls:
+    for call in calls:
         if call.drop is not None:
             owner, _, name = call.drop.rpartition(".")
             setattr(attrgetter(owner)(clone) if owner else clone, name, Forced())
@@ -88,6 +88,12 @@ def clone_of(block: Any, rewriting: Rewriting, dtype: torch.dtype | None) -> Any
         if is_drop_path(module):  # one that stays, inside of a branch, is chance as a dropout is
             module.forward = nn.Identity().forward
     return clone
+
+
+def _parameters_of(clone: nn.Module) -> Iterator[Tensor]:
+    yield from clone.parameters()
+    for module in clone.modules():  # a replica of nn.DataParallel has its tensors here
+        yield from module.__dict__.get("_former_parameters", {}).values()
 
 
 def train(clone: nn.Module) -> None:

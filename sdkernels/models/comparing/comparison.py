@@ -75,7 +75,7 @@ def prove(
         try:
             with aside(block, x.device, in_own_dtypes=dtype is None):
                 with torch.no_grad():
-                    clone = clone_of(block, rewriting, dtype)
+                    clone = clone_of(block, rewriting.calls, dtype)
                 asked = rewriting.asked(block, named)
                 return _Comparison(clone, rewriting, named, x, dtype, doubtful, asked).run()
         except Unequal as found:

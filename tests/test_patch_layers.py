@@ -535,6 +535,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cache": ({"cache": Cache(3)}, "train with use_cache=False"),
     "unknown": ({"memory": torch.zeros(7, 2)}, r"memory: a Layer got a tensor of shape \(7, 2\)"),
     "both": ({"table": torch.zeros(4, 2)}, "it could be both"),
+    "both-heads": ({"rope": torch.zeros(4, 3, 2)}, "it could be both"),
+    "both-tokens": ({"rope": torch.zeros(4, 2, 2)}, "it could be both"),
+    "numbers": ({"lengths": [3, 1, 2, 1]}, "as many numbers as there are samples"),
+    "numbers-nested": ({"more": {"lengths": (3, 1, 2, 1)}}, "as many numbers as there are samples"),
 }
 
 
@@ -542,9 +546,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_inputs_that_are_refused(name):
     inputs, message = REFUSED[name]
     model, _ = patched()
-    tokens = 4 if name == "both" else 3
+    if name == "both-heads":
+        model.layers[0].attention.num_heads = 4
+    tokens = 4 if name in ("both", "both-tokens") else 3
     with pytest.raises(ValueError, match=message):
         model(torch.randn(4, tokens, 4), **inputs)
+
+
+def test_few_numbers_are_of_samples_in_a_list_only():
+    """Two in a tuple are the sizes of an image."""
+    model, report = patched()
+    rows = KeptRows.from_index(torch.tensor([1]), 2)
+    with report.use([rows]):
+        model(torch.randn(2, 3, 4), size=(32, 32))
+        with pytest.raises(ValueError, match="as many numbers as there are samples"):
+            model(torch.randn(2, 3, 4), lengths=[3, 2])
 
 
 class Maps(Layer):

@@ -21,6 +21,7 @@ from ..sampling import Rescale
 from ..tracing import is_recorded
 from .adding import BlockState, Options
 from .blocks import inputs_of, make_patched, up_to_date
+from .comparing.arguments import is_list_of
 from .comparing.aside import aside
 from .comparing.checking import MISSING, Checked, look_at_blocks
 from .comparing.clones import HOOKS, clone_of
@@ -41,6 +42,7 @@ _PACKED = re.compile(r"cu_?seq_?len|seq_?idx|max_length_[qk]|doc(ument)?_ids", r
 # What some names say where sizes do not: one row a sample, one row a token.
 _OF_SAMPLES = ("attention_mask", "encoder_attention_mask", "position_ids")
 _OF_TOKENS = ("cache_position", "position_embeddings", "rope")
+_TABLES = "position_embeddings"  # of transformers, from position ids: never one for each head
 _CACHES = ("cache", "past_key_value", "past_key_values", "layer_past")
 # Submodules whose outputs a layer adds to its stream. Which of these a layer has is not taken on
 # trust: `_prove` looks whether it is the identity without them, and linear in each of them.
@@ -343,6 +345,12 @@ def _inputs(block: Any, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any
 
 def _marked(value: Any, x: Tensor, name: str, block: Any) -> Any:
     kind = type(block).__name__
+    # Two or three numbers in a tuple are sizes.
+    if is_list_of(value, x, fewest=2 if type(value) is list else None):
+        raise ValueError(
+            f"{name}: a {kind} got as many numbers as there are samples, and it is not known "
+            "whether there is one for each; give it a tensor of them"
+        )
     if type(value) in (tuple, list):
         return type(value)(_marked(each, x, name, block) for each in value)
     if type(value) is dict:
@@ -356,6 +364,8 @@ def _marked(value: Any, x: Tensor, name: str, block: Any) -> Any:
     of_tokens = x.dim() > 2 and value.dim() <= 2 and value.shape[0] == x.shape[1]
     if value.dim() == 3 and ("mask" in name or "bias" in name):  # its first dimension may be heads
         of_tokens = True
+    if of_samples and value.dim() == 3 and name != _TABLES and x.shape[0] > 1:
+        of_tokens |= x.shape[0] in (x.shape[1], *_heads(block))  # may be its first dimension too
     if name in _OF_SAMPLES:
         of_tokens = False
     if of_samples != of_tokens:
@@ -365,6 +375,12 @@ def _marked(value: Any, x: Tensor, name: str, block: Any) -> Any:
         f"{name}: a {kind} got a tensor of shape {tuple(value.shape)} beside hidden states of "
         f"shape {tuple(x.shape)}, and it is not known whether it has a row for each sample ({why})"
     )
+
+
+def _heads(block: nn.Module) -> set[int]:
+    """How many heads its attentions may have."""
+    own = (item for module in block.modules() for item in vars(module).items())
+    return {value for name, value in own if "head" in name and isinstance(value, int)}
 
 
 def _split(block: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -67,8 +67,12 @@ def held_by(named: dict[str, Any]) -> list[Any]:
     return found
 
 
-def is_list_of(value: Any, x: Tensor) -> bool:
-    """Whether numbers may be one for each sample: as many, and no sizes of the stream."""
+def is_list_of(value: Any, x: Tensor, fewest: int | None = None) -> bool:
+    """Whether numbers may be one for each sample: as many, and no sizes of the stream.
+
+    Args:
+        fewest: fewer are none of samples. None: more than the sizes of an image or a window.
+    """
     if isinstance(value, dict):
         return any(is_list_of(each, x) for each in value.values())
     if not isinstance(value, (list, tuple)):
@@ -78,7 +82,8 @@ def is_list_of(value: Any, x: Tensor) -> bool:
     count = len(value)
     if count != x.shape[0] or not all(isinstance(v, (int, float)) for v in value):
         return False
-    if count <= _NUMBERS:  # one for each sample would not do for the rows of the comparison
+    # So few, one for each sample, would not do for the rows of the comparison.
+    if count < (_NUMBERS + 1 if fewest is None else fewest):
         return False
     sizes = [tuple(x.shape[first : first + count]) for first in range(x.dim())]
     return tuple(value) not in sizes and math.prod(value) not in x.shape[1:]

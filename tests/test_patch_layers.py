@@ -917,6 +917,23 @@ def test_replicas_share_what_was_seen():
     assert copy.deepcopy(layer)._sdkernels.found is not layer._sdkernels.found
 
 
+@pytest.mark.parametrize("asked", ["attentions", "router_logits"])
+def test_what_transformers_collects_from_parts(asked):
+    """By hooks, which would see the kept rows only; hidden states are those of whole layers."""
+    if asked == "attentions":
+        model, inputs = made("llama")
+        model.set_attn_implementation("eager")
+    else:
+        model, inputs = decoder("Mixtral", num_local_experts=2)()
+    patch(model.train(), rows="block", drop_probs=[0.5] * 3)
+    model(**inputs, **{f"output_{asked}": False})
+    with pytest.raises(ValueError, match=rf"the {asked} of a \w+ are asked for"):
+        model(**inputs, **{f"output_{asked}": True})
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    assert [len(each) for each in states] == [BATCH] * 4
+    assert getattr(model.eval()(**inputs, **{f"output_{asked}": True}), asked)[0] is not None
+
+
 def test_bad_arguments():
     model = Model(Layer(), Layer())
     bad = [

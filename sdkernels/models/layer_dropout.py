@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -383,6 +384,31 @@ def _heads(block: nn.Module) -> set[int]:
     return {value for name, value in own if "head" in name and isinstance(value, int)}
 
 
+def _refuse_collecting(block: nn.Module) -> None:
+    """Where transformers collects what parts of the layer compute, it would be of the kept rows.
+
+    Its hooks stay in the modules, and look at every call at what the caller has asked for.
+    """
+    library: Any = sys.modules.get("transformers.utils.output_capturing")
+    if library is None:
+        return
+    collector = library._active_collector
+    # Dynamo cannot follow a context variable: there it is asked where a hook is going to ask, too.
+    if not is_compiling() and not collector.get():
+        return
+    for module in block.modules():
+        for hook in module._forward_hooks.values() if module is not block else ():
+            if getattr(hook, "__module__", "") != library.__name__:
+                continue
+            names = zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)
+            key = {name: cell.cell_contents for name, cell in names}.get("key")
+            if key in (collector.get() or ()):
+                raise ValueError(
+                    f"rows: the {key} of a {type(block).__name__} are asked for (output_{key}="
+                    "True), which would be those of the kept rows only; train without them"
+                )
+
+
 def _split(block: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """What a layer is given: its input, which may come by its name, and the rest."""
     if args:
@@ -400,6 +426,8 @@ def _compact(block: Any, laws: Sequence[Law], args: Any, kwargs: Any) -> tuple[A
             f'rows: expected one tensor where rows="block", and a {type(block).__name__} got a '
             f"{type(x).__name__}"
         )
+    if law.training:
+        _refuse_collecting(block)
     state = block._sdkernels
     found, options = state.found, state.options
     rescale = options.rescale_of(law)

@@ -762,6 +762,16 @@ def test_a_drop_path_of_which_nothing_is_known_afterwards():
     assert "runs as before" in str(report)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_check_of_a_model_with_a_cache(name):
+    """Each run of a layer would add to it."""
+    model, inputs = made(name)
+    report = patch(model, rows="block", drop_probs=0.5)
+    assert all(each.holds for each in report.check(**inputs))
+    report.drop_probs = [0.0, 0.5, 0.5]  # the first layer writes into the cache
+    model(**inputs)
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_the_look_at_a_layer_calls_no_hooks(check):
     model = Model(Block())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..arguments import PerSample, Shared
+from ..arguments import PerSample, Shared, unmarked
 from ..layer_dropout import fused_layer_dropout
 from ..sampling import Rescale
 from ..tracing import is_recorded
@@ -331,7 +331,7 @@ def _inputs(block: Any, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any
             )
         if name in _CACHES and value is not None:
             length = getattr(value, "get_seq_length", None)
-            if length is None or int(length(getattr(block, "layer_idx", None) or 0)):
+            if length is None or int(length(_index_of(block))):
                 raise ValueError(
                     f"{name}: a {kind} in training got a cache of earlier tokens, which is that of "
                     "all samples; train with use_cache=False"
@@ -376,6 +376,12 @@ def _marked(value: Any, x: Tensor, name: str, block: Any) -> Any:
         f"{name}: a {kind} got a tensor of shape {tuple(value.shape)} beside hidden states of "
         f"shape {tuple(x.shape)}, and it is not known whether it has a row for each sample ({why})"
     )
+
+
+def _index_of(block: nn.Module) -> int:
+    """The number of a layer in a cache: others may have put tokens there already."""
+    own = (vars(module).get("layer_idx") for module in block.modules())
+    return next((index for index in own if index is not None), 0)
 
 
 def _heads(block: nn.Module) -> set[int]:
@@ -679,7 +685,8 @@ class LayerReport(PatchReport):
         states = [entry.block._sdkernels for entry in self.patched]
 
         def look(entry: PatchedEntry, args: Any, kwargs: Any) -> None:
-            _look(entry.block, *_split(entry.block, args, kwargs))
+            x, rest = _split(entry.block, args, kwargs)
+            _look(entry.block, x, unmarked(_inputs(entry.block, x, *rest)))  # without a cache
 
         look_at_blocks(self.model, self.patched, look, (args, kwargs))
         return tuple(

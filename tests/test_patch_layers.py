@@ -592,6 +592,17 @@ class NormBehind(Normed):
         return x + self.norm(self.drop_path(self.attention(x)))
 
 
+class ScaledShortcut(Normed):
+    """A factor on the shortcut, which is one at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.factor * x + self.drop_path(self.attention(x))
+
+
 class NormsBehind(Layer):
     """Norms behind branches that are zero at the start, where they are linear in anything."""
 
@@ -624,6 +635,7 @@ class BatchSecond(Layer):
     ("kind", "options", "error", "message"),
     [
         (NormBehind, {}, RuntimeError, "a NormBehind changes it"),
+        (ScaledShortcut, {}, RuntimeError, "a ScaledShortcut changes it"),
         (NormsBehind, {"rescale": "train"}, RuntimeError, 'patch with rescale="none"'),
         (Centred, {}, RuntimeError, "the samples of a Centred depend on each other"),
         (BatchSecond, {}, RuntimeError, "the samples of a BatchSecond depend on each other"),
@@ -652,6 +664,24 @@ def test_projections_that_start_at_zero():
     run(model, inputs)
     assert {layer._sdkernels.found.parts for layer in model.model.layers} == {("self_attn", "mlp")}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "timm-vit"])
+def test_the_look_at_a_layer_of_low_precision(name, dtype):
+    """None: under autocast. It is the precision of the look that counts, not that of the layer."""
+    model, inputs = NETS[name].make()
+    if dtype is not None:
+        model = model.to(dtype)
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    report = patch(model.train(), rows="block", drop_probs=0.5)
+    report.drop_probs = uniform(3, 0.5)
+    rows = KeptRows.from_index(torch.tensor([1, 3]), BATCH, 2.0)
+    with report.use([rows] * 3), torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        model(**inputs)
+    for entry in report.patched:
+        assert entry.block._sdkernels.found.parts == NETS[name].parts
+        assert entry.block._sdkernels.found.apart
 
 
 def test_the_look_at_a_layer_leaves_no_trace():

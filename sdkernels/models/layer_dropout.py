@@ -30,6 +30,7 @@ from .comparing.comparison import TOLERANCES
 from .parametrized import give_class
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
 from .plans import Schedule, given_probabilities
+from .proof import mapped
 from .registry import class_of_name, obstacle, original_class, unpatch
 from .report import LeftAlone, PatchedEntry, PatchReport, refuse_left
 from .rewriting import Branch
@@ -212,9 +213,8 @@ def _look(block: Any, kept: Tensor, given: Any) -> None:
     initialised to zero would hide what becomes of it. The block is not touched: another thread may
     be training it.
     """
-    state, own = block._sdkernels, block._original
-    found = state.found
-    needed = state.needs_parts and found.parts is None
+    state = block._sdkernels
+    needed = state.needs_parts and state.found.parts is None
     if is_compiling() or is_recorded(kept):
         if needed:
             raise RuntimeError(
@@ -229,26 +229,44 @@ def _look(block: Any, kept: Tensor, given: Any) -> None:
     # the random state and the hooks of all modules are those of the process.
     with _LOOKING, random_state_kept(devices), _disable_current_modes(), torch.no_grad():
         torch.manual_seed(0)
+        precise = torch.float64 if kept.dtype == torch.float64 else torch.float32
+        if not _look_in(precise, block, kept, given, needed):
+            _look_in(None, block, kept, given, needed)
+
+
+def _look_in(dtype: torch.dtype | None, block: Any, kept: Tensor, given: Any, needed: bool) -> bool:
+    """Look at a layer in this dtype, or its own; whether it runs in it."""
+    state, own = block._sdkernels, block._original
+    try:
+        clone = clone_of(_plain(block), (), dtype)
+    except Exception as error:
+        raise RuntimeError(
+            f"rows: a {own.__name__} cannot be copied for a look at it; call report.check(*inputs) "
+            "before its parts are sharded"
+        ) from error
+    x = kept.detach().nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0).to(dtype or kept.dtype)
+    x = x + 0.3 * torch.randn_like(x)
+    if dtype is not None:
+        given = mapped(given, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
+    own_dtypes = dtype is None
+    with aside(clone, x.device, own_dtypes), in_evaluation(clone), torch.no_grad():
         try:
-            clone = clone_of(_plain(block), (), None)
-        except Exception as error:
-            raise RuntimeError(
-                f"rows: a {own.__name__} cannot be copied for a look at it; call "
-                "report.check(*inputs) before its parts are sharded"
-            ) from error
-        x = kept.detach().nan_to_num(0.0, 1.0, -1.0).clamp(-10.0, 10.0)
-        x = x + 0.3 * torch.randn_like(x)
-        with aside(clone, x.device, in_own_dtypes=True), in_evaluation(clone), torch.no_grad():
-            if needed:
-                found.parts = _parts_of(block, clone, x, given)
-            if len(x) > 1:
-                if _mixes(own, clone, x, given):
-                    raise RuntimeError(
-                        f"rows: the samples of a {own.__name__} depend on each other (a statistic "
-                        "of the batch, or a batch that is not the first dimension: batch_first="
-                        "False), so that dropping some would change the others"
-                    )
-                found.apart = True
+            _run(own, clone, {}, False, x.clone(), given)
+        except Exception:  # with weights or kernels of another dtype, perhaps
+            if own_dtypes:
+                raise
+            return False
+        if needed:
+            state.found.parts = _parts_of(block, clone, x, given)
+        if len(x) > 1:
+            if _mixes(own, clone, x, given):
+                raise RuntimeError(
+                    f"rows: the samples of a {own.__name__} depend on each other (a statistic of "
+                    "the batch, or a batch that is not the first dimension: batch_first=False), so "
+                    "that dropping some would change the others"
+                )
+            state.found.apart = True
+    return True
 
 
 def _plain(block: Any) -> nn.Module:
@@ -311,7 +329,7 @@ def _holds(
     for name in parts:
         once, twice = (run({**nothing, name: scale}) - x for scale in (1.0, 2.0))
         size = float(once.abs().max()) + float(x.abs().max())
-        error = torch.finfo(once.dtype).eps * 64 * size
+        error = torch.finfo(once.dtype).eps * 8 * size
         if not float((twice - 2 * once).abs().max()) <= error < float(once.abs().max()):
             return False  # not linear; or nothing was added, which shows nothing
     return True

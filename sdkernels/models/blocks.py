@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from ..tracing import is_recorded, refuse_script
 from .adding import Add, BlockState
-from .collecting import is_collected
+from .collecting import collected_inside
 from .comparing.proving import proofs_of, warn
 from .packing import packed_form
 from .proof import REPLACED, Asked, Proof, entries
@@ -214,7 +214,7 @@ def _collected(block: Any) -> bool:
         return False
     state = block._sdkernels
     if torch._C._current_graph_task_id() == -1:
-        state.collected = is_collected(block)
+        state.collected = collected_inside(block) is not None
     return bool(state.collected)
 
 

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
-__all__ = ["is_collected"]
+__all__ = ["collected_inside"]
 
 _CAPTURING = "transformers.utils.output_capturing"
 
 
-def is_collected(block: nn.Module) -> bool:
-    """Whether hooks on modules inside the block hand on what these compute in this call.
+def collected_inside(block: nn.Module) -> str | None:
+    """What hooks on modules inside the block hand on of this call, by its name; None if nothing.
 
     They are there from the first call on that collected something, and look then whether their kind
     of output is asked for. Those on the block itself get what it returns, which is of all samples.
     """
     capturing: Any = sys.modules.get(_CAPTURING)  # its hooks are not there before it is
-    if capturing is None:
-        return False
     collector = getattr(capturing, "_active_collector", None)
-    asked = None if collector is None else collector.get()
-    if not asked:
-        return False
-    inside = (module for module in block.modules() if module is not block)
-    hooks = (hook for module in inside for hook in module._forward_hooks.values())
-    return any(_collects(hook, asked) for hook in hooks)
-
-
-def _collects(hook: Any, asked: Container[str]) -> bool:
-    """Whether it is a hook of transformers for one of these kinds of outputs."""
-    if getattr(hook, "__module__", "") != _CAPTURING:
-        return False
-    kind = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)).get("key")
-    return kind is None or kind.cell_contents in asked  # of another version: it may be any
+    # Dynamo cannot follow a context variable: there it is asked where a hook is going to ask, too.
+    if collector is None or not (is_compiling() or collector.get()):
+        return None
+    for module in block.modules():
+        for hook in module._forward_hooks.values() if module is not block else ():
+            if getattr(hook, "__module__", "") != _CAPTURING:
+                continue
+            cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
+            kind = cells["key"].cell_contents if "key" in cells else None
+            if kind is None:  # of another version: it may be any
+                return "outputs"
+            if kind in (collector.get() or ()):
+                return str(kind)
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from ..sampling import Rescale
 from ..tracing import is_recorded
 from .adding import BlockState, Options
 from .blocks import inputs_of, make_patched, up_to_date
+from .collecting import collected_inside
 from .comparing.arguments import is_list_of
 from .comparing.aside import aside
 from .comparing.checking import MISSING, Checked, look_at_blocks
@@ -271,9 +271,10 @@ def _look_in(dtype: torch.dtype | None, block: Any, kept: Tensor, given: Any, ne
 
 def _plain(block: Any) -> nn.Module:
     """The layer in its own class and without hooks: what fully_shard makes of it has no copies."""
-    plain: nn.Module = object.__new__(block._original)
+    plain: nn.Module = object.__new__(type(block))
     plain.__dict__.update(block.__dict__)
     del plain.__dict__["_sdkernels"]
+    give_class(plain, block._original)
     for name in HOOKS:
         plain.__dict__[name] = OrderedDict()
     return plain
@@ -408,31 +409,6 @@ def _heads(block: nn.Module) -> set[int]:
     return {value for name, value in own if "head" in name and isinstance(value, int)}
 
 
-def _refuse_collecting(block: nn.Module) -> None:
-    """Where transformers collects what parts of the layer compute, it would be of the kept rows.
-
-    Its hooks stay in the modules, and look at every call at what the caller has asked for.
-    """
-    library: Any = sys.modules.get("transformers.utils.output_capturing")
-    if library is None:
-        return
-    collector = library._active_collector
-    # Dynamo cannot follow a context variable: there it is asked where a hook is going to ask, too.
-    if not is_compiling() and not collector.get():
-        return
-    for module in block.modules():
-        for hook in module._forward_hooks.values() if module is not block else ():
-            if getattr(hook, "__module__", "") != library.__name__:
-                continue
-            names = zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)
-            key = {name: cell.cell_contents for name, cell in names}.get("key")
-            if key in (collector.get() or ()):
-                raise ValueError(
-                    f"rows: the {key} of a {type(block).__name__} are asked for (output_{key}="
-                    "True), which would be those of the kept rows only; train without them"
-                )
-
-
 def _split(block: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """What a layer is given: its input, which may come by its name, and the rest."""
     if args:
@@ -450,8 +426,12 @@ def _compact(block: Any, laws: Sequence[Law], args: Any, kwargs: Any) -> tuple[A
             f'rows: expected one tensor where rows="block", and a {type(block).__name__} got a '
             f"{type(x).__name__}"
         )
-    if law.training:
-        _refuse_collecting(block)
+    kind = collected_inside(block) if law.training else None
+    if kind is not None:
+        raise ValueError(
+            f"rows: the {kind} of a {type(block).__name__} are asked for (output_{kind}=True), "
+            "which would be those of the kept rows only; train without them"
+        )
     state = block._sdkernels
     found, options = state.found, state.options
     rescale = options.rescale_of(law)

@@ -86,8 +86,7 @@ void scatter_add(const ScatterAdd& p, int64_t begin, int64_t end) {
         };
         if (layer_scale && p.layer_scale_element) {
           const A* gamma = layer_scale + line * p.layer_scale_line + first;
-          for_vectors(count,
-                      [&](int64_t c, auto n) { add(c, row_scale * load(gamma + c, n), n); });
+          for_vectors(count, [&](int64_t c, auto n) { add(c, row_scale * load(gamma + c, n), n); });
         } else {
           const A factor =
               layer_scale ? row_scale * layer_scale[line * p.layer_scale_line] : row_scale;
@@ -149,8 +148,8 @@ void scatter_add_relu(const ScatterAddRelu& p, int64_t begin, int64_t end) {
       finish(c, words_of<Y>(load(residual + c, n) + factor * load(out + c, n)), n);
     };
     if (layer_scale)
-      for_vectors(
-          count, [&](int64_t c, auto n) { add(c, scale * load(layer_scale + first + c, n), n); });
+      for_vectors(count,
+                  [&](int64_t c, auto n) { add(c, scale * load(layer_scale + first + c, n), n); });
     else
       for_elements<Y, R, O>(count, [&](int64_t c, auto n) { add(c, scale, n); });
   });

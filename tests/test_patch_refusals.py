@@ -208,6 +208,22 @@ def test_a_branch_that_is_given_by_name(kind):
     assert not report.whole
 
 
+class Unpacked(Named):
+    def forward(self, x):
+        return x + self.drop_path(*[self.f(x)])
+
+
+class UnpackedNames(Named):
+    def forward(self, x):
+        return x + self.drop_path(**{"x": self.f(x)})
+
+
+@pytest.mark.parametrize("kind", [Unpacked, UnpackedNames])
+def test_a_branch_that_is_unpacked_in_the_call(kind):
+    (left,) = sdkernels.patch(kind()).left
+    assert "its arguments are unpacked in the call" in left.reason
+
+
 def test_what_is_not_known_of_a_name_is_said():
     block = NamedOnly()
     del block.drop_path

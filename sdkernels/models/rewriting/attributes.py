@@ -62,6 +62,8 @@ class BlockParts:
             drop = DropCall(call, given[0], path)
             if len(given) != 1:
                 drop.refuse("it is called with further arguments", call)
+            elif isinstance(given[0], ast.Starred) or not (call.args or call.keywords[0].arg):
+                drop.refuse("its arguments are unpacked in the call", call)
             return drop
         return self._drop_function(call)
 

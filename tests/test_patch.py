@@ -543,6 +543,61 @@ def test_a_setting_of_a_drop_path_that_changes_in_compiled_code():
         assert {round(each, 3) for each in found.tolist()} == factors
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_code_compares_the_numbers_and_strings_of_a_drop_path():
+    """The rest does not stop it, nor do marks of fully_shard or what equals p at first."""
+    block = Replaceable().train()
+    drop: Any = block.drop_path
+    drop.pair, drop.kind, drop.generator = (1, (2, 3)), nn.Linear, torch.Generator()
+    drop.start = drop.rate
+    report = sdkernels.patch(block)
+    report.check(torch.randn(64, 4, dtype=torch.float64))
+    drop._is_fsdp_managed_module = drop._fsdp_use_orig_params = True
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    plan = [KeptRows.from_index(torch.tensor([0, 2]), batch=4, scale=2.0)]
+    for p in (0.5, 0.25):
+        drop.rate = p
+        with report.use(plan):  # which a block that runs its own forward refuses
+            compiled(torch.randn(4, 4, dtype=torch.float64))
+
+
+def test_a_factor_that_equals_the_probability_is_no_probability():
+    class Multiplying(Settable):
+        def __init__(self, p):
+            super().__init__(p)
+            self.factor = 1.0
+            del self.keep
+
+        def forward(self, x):
+            self.__dict__["keep"] = 1 - self.p
+            y = super().forward(x)
+            del self.keep
+            return y * self.factor
+
+    model = nn.Sequential(settable(), settable())
+    model[0].drop_path, model[1].drop_path = Multiplying(0.0), Multiplying(0.5)
+    sdkernels.patch(model.train())
+    assert gains_seen(model[1]) == ({0.0, 2.0}, 2)
+    model[1].drop_path.factor = 0.5
+    assert gains_seen(model[1])[0] == {0.0, 1.0}
+
+
+def test_a_setting_of_a_drop_path_that_is_one_or_true():
+    class Mode(Settable):
+        kind: Any = 1
+
+        def forward(self, x):
+            return x if self.kind is True else super().forward(x)
+
+    block = settable()
+    block.drop_path = drop = Mode()
+    drop.kind = 1
+    sdkernels.patch(block.train())
+    assert gains_seen(block) == ({0.0, 2.0}, 2)
+    drop.kind = True
+    assert gains_seen(block) == ({1.0}, 1)
+
+
 def test_a_setting_of_a_drop_path_that_it_gets_later(monkeypatch):
     monkeypatch.setattr(Settable, "off", False, raising=False)
     forward = Settable.forward

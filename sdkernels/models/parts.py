@@ -70,7 +70,9 @@ class _DropPaths(NamedTuple):
     name: str  # of the attribute with the probability
     keeps: bool  # whether that is the one of keeping
     others: tuple[str, ...]  # attributes besides, which may decide what a module does
-    drawn: dict[tuple[Any, ...], _Drawn]  # what modules were seen to do, by the values of those
+    plain: tuple[str, ...]  # those of them that are numbers and strings, which compiled code reads
+    drawn: dict[tuple[Any, ...], _Drawn | None]  # what modules were seen to do, by the values of
+    compiled: dict[tuple[Any, ...], _Drawn | None]  # the former and the latter; None: they differ
 
 
 class _Found(NamedTuple):
@@ -88,6 +90,7 @@ _TRIED: dict[Any, _Found] = {}  # by settings
 _RETRIED: dict[Any, int] = {}  # how often modules of a class were tried out as they were called
 _MANY = 512  # of that: what is set to something new in every step is not kept up with
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")  # fully_shard sets them everywhere
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -226,32 +229,54 @@ def _try_drop_path(module: nn.Module) -> tuple[str, bool, _Drawn] | None:
     return None
 
 
-def _others(drop: nn.Module, kind: _DropPaths) -> tuple[Any, ...]:
-    """What may decide what a drop path does besides its probability; how many attributes it has."""
+def _others(
+    drop: nn.Module, name: str, names: tuple[str, ...], only_plain: bool
+) -> tuple[Any, ...]:
+    """The attributes of these names, which may decide what a drop path does; how many it has.
+
+    Args:
+        name: of the probability: "p" stands for what equals it, or 1 - p.
+        only_plain: of others than numbers and strings, which compiled code cannot compare, nothing.
+    """
     own = drop.__dict__
-    p = own.get(kind.name)
+    p = own.get(name)
     number = p if type(p) is float else 2.0
 
     def value(name: str) -> Any:
         found = own.get(name, ...)
         if type(found) is float and min(abs(found - number), abs(1.0 - found - number)) < 1e-9:
             return "p"  # what is held twice changes twice
-        return _setting(found)
+        if type(found) is bool:
+            return (found,)  # 1 equals True
+        if type(found) in _NUMBERS:
+            return found
+        return ... if only_plain or found is ... else _setting(found)
 
-    return (len(own), *[value(name) for name in kind.others])
+    count = len(own) - sum([mark in own for mark in _MARKS])
+    return (count, *[value(name) for name in names])
+
+
+def _known_of(drop: nn.Module) -> _Drawn | None:
+    kind = _DROP_PATHS.get(type(drop))
+    if kind is None:
+        return None
+    if is_compiling():
+        names, table, only_plain = kind.plain, kind.compiled, True
+    else:
+        names, table, only_plain = kind.others, kind.drawn, False
+    found = table.get(_others(drop, kind.name, names, only_plain))
+    return table.get(_others(drop, "", names, only_plain)) if found is None else found
 
 
 def _drawn_by(drop: nn.Module) -> _Drawn | None:
     """What a drop path does, set as it is now; None if that is not known."""
     cls = type(drop)
-    kind = _DROP_PATHS.get(cls)
-    found = None if kind is None else kind.drawn.get(_others(drop, kind))
+    found = _known_of(drop)
     if found is None and not is_compiling() and _RETRIED.get(cls, 0) < _MANY:
         before = len(_TRIED)
         learn(drop)  # set to something else since patch(), or unpickled
         _RETRIED[cls] = _RETRIED.get(cls, 0) + (len(_TRIED) > before)
-        kind = _DROP_PATHS.get(cls)
-        found = None if kind is None else kind.drawn.get(_others(drop, kind))
+        found = _known_of(drop)
     return found
 
 
@@ -385,7 +410,7 @@ def learn(module: nn.Module) -> _Found:
     if key not in _TRIED:
         drop, factor = _try_drop_path(module), _try_layer_scale(module)
         if drop is not None:
-            kind = _DROP_PATHS.setdefault(cls, _DropPaths(*drop[:2], (), {}))
+            kind = _DROP_PATHS.setdefault(cls, _DropPaths(*drop[:2], (), (), {}, {}))
             if drop[:2] != kind[:2]:  # elsewhere than in others of the class
                 drop = None
             key = _settings(module, kind.name)
@@ -400,10 +425,22 @@ def learn(module: nn.Module) -> _Found:
 
 def _remember(drop: nn.Module, kind: _DropPaths, drawn: _Drawn) -> None:
     """Note what a drop path does under the values of all attributes that any of its class has."""
-    known = (*kind.others, kind.name, *EVERYBODY)
+    known = (*kind.others, kind.name, *EVERYBODY, *_MARKS)
     more = [n for n, v in drop.__dict__.items() if n not in known and not isinstance(v, Tensor)]
     if more:  # which those before do not have
-        before = {(*key, *[...] * len(more)): value for key, value in kind.drawn.items()}
-        kind = kind._replace(others=(*kind.others, *more), drawn=before)
+        plain = [name for name in more if type(drop.__dict__[name]) in _NUMBERS]
+        kind = _DropPaths(
+            kind.name,
+            kind.keeps,
+            (*kind.others, *more),
+            (*kind.plain, *plain),
+            {(*key, *[...] * len(more)): value for key, value in kind.drawn.items()},
+            {(*key, *[...] * len(plain)): value for key, value in kind.compiled.items()},
+        )
         _DROP_PATHS[type(drop)] = kind
-    kind.drawn[_others(drop, kind)] = drawn
+    p = drop.__dict__.get(kind.name)
+    held = (kind.name, "") if type(p) is float and 0.0 < p < 1.0 else ("",)  # 1.0 may be a factor
+    for name in held:
+        for names, table in ((kind.others, kind.drawn), (kind.plain, kind.compiled)):
+            key = _others(drop, name, names, table is kind.compiled)
+            table[key] = drawn if table.get(key, drawn) == drawn else None

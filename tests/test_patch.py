@@ -561,6 +561,18 @@ def test_compiled_code_compares_the_numbers_and_strings_of_a_drop_path():
             compiled(torch.randn(4, 4, dtype=torch.float64))
 
 
+def test_the_entries_of_a_long_schedule_are_not_compared_in_each_call(monkeypatch):
+    read: list[object] = []
+    real = parts._setting
+    monkeypatch.setattr(parts, "_setting", lambda value: read.append(value) or real(value))
+    block = settable()
+    block.drop_path.values = [0.5] * 1000
+    sdkernels.patch(block)
+    read.clear()
+    assert gains_seen(block) == ({0.0, 2.0}, 2)
+    assert block.drop_path.values not in read
+
+
 def test_a_factor_that_equals_the_probability_is_no_probability():
     class Multiplying(Settable):
         def __init__(self, p):

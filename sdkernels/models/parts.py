@@ -89,6 +89,9 @@ _LAYER_SCALES: dict[Any, tuple[str, bool] | None] = {}
 _TRIED: dict[Any, _Found] = {}  # by settings
 _RETRIED: dict[Any, int] = {}  # how often modules of a class were tried out as they were called
 _MANY = 512  # of that: what is set to something new in every step is not kept up with
+_LONG = (
+    32  # entries of a container: of longer ones, not compared in each call, only that many count
+)
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")  # fully_shard sets them everywhere
 
@@ -250,7 +253,10 @@ def _others(
             return (found,)  # 1 equals True
         if type(found) in _NUMBERS:
             return found
-        return ... if only_plain or found is ... else _setting(found)
+        if only_plain or found is ...:
+            return ...
+        is_long = isinstance(found, (list, tuple, dict, set)) and len(found) > _LONG
+        return (type(found), len(found)) if is_long else _setting(found)
 
     count = len(own) - sum([mark in own for mark in _MARKS])
     return (count, *[value(name) for name in names])

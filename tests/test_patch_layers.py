@@ -949,6 +949,102 @@ def test_what_a_layer_holds_and_leaves():
     torch.testing.assert_close(y, expected)
 
 
+class Bound(Block):
+    """Chooses a method of its own at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen = self.first
+
+    def first(self, x: Tensor) -> Any:
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.chosen(x)
+
+
+class Lists(Block):
+    """Has a list of modules for a part, and looks into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        assert self.attention
+        assert len(self.mlp) == len([*self.mlp]) == 1
+        return super().forward(x.to(self.mlp[0].weight.dtype))
+
+
+class ByForward(Block):
+    """Calls the forwards of its parts."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.attention.forward(x)
+        return x + self.mlp.forward(x), None
+
+
+class Drops(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = DropPath(0.5)
+
+
+class DropsByName(Drops):
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.drop(x=self.attention(x))
+        return x + self.drop(x=self.mlp(x)), None
+
+
+class DropsByForward(Drops):
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.drop.forward(self.attention(x))
+        return x + self.drop.forward(self.mlp(x)), None
+
+
+@pytest.mark.parametrize("kind", [Bound, Lists, ByForward, DropsByName, DropsByForward])
+def test_how_a_layer_calls_its_parts(kind):
+    model, x = Model(kind()), torch.randn(4, 3, 4)
+    layer: Any = model.layers[0]
+    report = patch(model, rows="block", drop_probs=[0.5])
+    rows = KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)
+    with report.use([rows]):
+        y = model(x)
+    kept = x[[1, 3]] + 2.0 * layer.attention(x[[1, 3]])
+    torch.testing.assert_close(y[[1, 3]], kept + 2.0 * layer.mlp(kept))
+    assert torch.equal(y[[0, 2]], x[[0, 2]])
+
+
+class Growing(Dropping):
+    """Makes a module of its own in the first call, keeps a part, and takes an attribute away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: Any = None
+        self.once = True
+
+    def forward(self, x: Tensor) -> Any:
+        if self.late is None:
+            self.late = nn.Linear(4, 4)
+            self.best = self.gone
+            del self.once
+        return x + self.gone(self.late(x)), None
+
+
+def test_modules_that_a_layer_makes_in_a_call():
+    model, x = Model(Growing()), torch.randn(4, 3, 4)
+    layer: Any = model.layers[0]
+    report = patch(model, rows="block")
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        model(x)
+        late = layer.late
+        model(x).sum().backward()
+    assert layer.late is late
+    assert late.weight.grad is not None
+    assert layer.best is layer.gone
+    assert not hasattr(layer, "once")
+
+
 def test_replicas_share_what_was_seen():
     model = Model(Block())
     patch(model, rows="block", drop_probs=[0.5])

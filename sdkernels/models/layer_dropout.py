@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from .collecting import collected_inside
 from .comparing.arguments import is_list_of
 from .comparing.aside import aside
 from .comparing.checking import MISSING, Checked, look_at_blocks
-from .comparing.clones import HOOKS, clone_of
+from .comparing.clones import HOOKS, clone_of, first_of
 from .comparing.comparison import TOLERANCES
 from .parametrized import give_class
 from .parts import Law, drop_law, may_drop, why_it_draws_itself
@@ -142,8 +143,15 @@ class _Scaled:
                 own[name] = part.__dict__[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        part, drops, scale = self._sdkernels_stands_for
-        out = args[0] if drops else part(*args, **kwargs)  # a drop path drops nothing here
+        return self._sdkernels_scaled(self._sdkernels_stands_for[0], args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sdkernels_scaled(self._sdkernels_stands_for[0].forward, args, kwargs)
+
+    def _sdkernels_scaled(self, call: Any, args: Any, kwargs: Any) -> Any:
+        _, drops, scale = self._sdkernels_stands_for
+        # A drop path drops nothing here.
+        out = first_of(*args, **kwargs) if drops else call(*args, **kwargs)
         if isinstance(out, tuple):
             return (_times(out[0], scale), *out[1:])
         return _times(out, scale)
@@ -162,6 +170,23 @@ class _Scaled:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._sdkernels_stands_for[0], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._sdkernels_stands_for[0], name)
+
+    # Python looks for these in the class, and a part may be a list of modules.
+
+    def __bool__(self) -> bool:
+        return bool(self._sdkernels_stands_for[0])
+
+    def __len__(self) -> int:
+        return len(cast("Any", self._sdkernels_stands_for[0]))
+
+    def __iter__(self) -> Any:
+        return iter(cast("Any", self._sdkernels_stands_for[0]))
+
+    def __getitem__(self, key: Any) -> Any:
+        return cast("Any", self._sdkernels_stands_for[0])[key]
 
 
 def _times(out: Tensor, scale: float) -> Tensor:
@@ -184,23 +209,41 @@ def _run(
     if not scales:
         out = kind.forward(block, kept, *args, **kwargs)
     else:
-        own = block.__dict__
-        before = dict(own)
         view: Any = object.__new__(type(block))
-        view.__dict__.update(own)
         children: dict[str, Any] = dict(block._modules)
-        view.__dict__["_modules"] = children
         for name, child in block._modules.items():
             for part, scale in scales.items():
                 if child is not None and child is block._modules[part]:  # by whatever name
                     children[name] = _Scaled(child, drops, scale)
+        held = _held_by(block, view) | {"_modules": children}
+        before = dict(children)
+        view.__dict__.update(held)
         try:
             out = kind.forward(view, kept, *args, **kwargs)
-        finally:
-            for name, value in view.__dict__.items():  # what the forward has left
-                if name != "_modules" and (name not in before or before[name] is not value):
-                    own[name] = value
+        finally:  # what the forward has left
+            _repeat(block.__dict__, held, view.__dict__)
+            _repeat(block._modules, before, children)
     return out, out[0] if isinstance(out, tuple) and out else out
+
+
+def _held_by(block: nn.Module, view: nn.Module) -> dict[str, Any]:
+    """What a layer holds, for a view of it: its own methods are those of the view."""
+    return {
+        name: value.__func__.__get__(view)
+        if type(value) is MethodType and value.__self__ is block
+        else value
+        for name, value in block.__dict__.items()
+    }
+
+
+def _repeat(own: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Change a dictionary as a copy of it was changed."""
+    for name, value in after.items():
+        if name not in before or before[name] is not value:
+            own[name] = value._sdkernels_stands_for[0] if type(value) is _Scaled else value
+    for name in before:
+        if name not in after:
+            own.pop(name, None)
 
 
 def _look(block: Any, kept: Tensor, given: Any) -> None:
@@ -272,7 +315,7 @@ def _look_in(dtype: torch.dtype | None, block: Any, kept: Tensor, given: Any, ne
 def _plain(block: Any) -> nn.Module:
     """The layer in its own class and without hooks: what fully_shard makes of it has no copies."""
     plain: nn.Module = object.__new__(type(block))
-    plain.__dict__.update(block.__dict__)
+    plain.__dict__.update(_held_by(block, plain))
     del plain.__dict__["_sdkernels"]
     give_class(plain, block._original)
     for name in HOOKS:

@@ -22,7 +22,7 @@ from ..rewriting.source import remade
 from ..settings import EVERYBODY
 from .contents import contents
 
-__all__ = ["HOOKS", "Forced", "Unequal", "clone_of", "copied", "train", "uncopied"]
+__all__ = ["HOOKS", "Forced", "Unequal", "clone_of", "copied", "first_of", "train", "uncopied"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -86,8 +86,13 @@ def clone_of(block: Any, calls: Sequence[Call], dtype: torch.dtype | None) -> An
             setattr(attrgetter(owner)(clone) if owner else clone, name, Forced())
     for module in clone.modules():
         if is_drop_path(module):  # one that stays, inside of a branch, is chance as a dropout is
-            module.forward = nn.Identity().forward
+            module.forward = first_of
     return clone
+
+
+def first_of(*args: Any, **kwargs: Any) -> Any:
+    """The forward of a drop path that drops nothing, under whatever name it gets its input."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _parameters_of(clone: nn.Module) -> Iterator[Tensor]:

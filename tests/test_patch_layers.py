@@ -1045,6 +1045,23 @@ def test_modules_that_a_layer_makes_in_a_call():
     assert not hasattr(layer, "once")
 
 
+class Masked(Drops):
+    def forward(self, x: Tensor, mask: Any = None, **inputs: Any) -> Any:
+        return x + self.drop(mask.softmax(-1)[:, 0] @ self.attention(x)), None
+
+
+def test_a_token_that_attends_to_nothing():
+    """It is no number, whatever the other samples are."""
+    model = Model(Masked())
+    report = patch(model, rows="block")
+    mask = torch.zeros(4, 1, 3, 3)
+    mask[3, :, 0] = -math.inf
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        y = model(torch.randn(4, 3, 4), mask)
+    assert y.isnan().any(-1).nonzero().tolist() == [[3, 0]]
+    assert model.layers[0]._sdkernels.found.apart
+
+
 def test_replicas_share_what_was_seen():
     model = Model(Block())
     patch(model, rows="block", drop_probs=[0.5])

@@ -1062,6 +1062,18 @@ def test_a_token_that_attends_to_nothing():
     assert model.layers[0]._sdkernels.found.apart
 
 
+def test_the_look_at_a_layer_seeds_no_other_device(monkeypatch):
+    """The state of its generator is not kept."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    model, x = Model(Block()), torch.randn(4, 3, 4)
+    report = patch(model, rows="block", drop_probs=[0.5])
+    with report.use([KeptRows.from_index(torch.tensor([1, 3]), 4, 2.0)]):
+        model(x)
+    assert model.layers[0]._sdkernels.found.apart
+    assert not seeds
+
+
 def test_replicas_share_what_was_seen():
     model = Model(Block())
     patch(model, rows="block", drop_probs=[0.5])

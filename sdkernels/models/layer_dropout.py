@@ -35,7 +35,7 @@ from .proof import mapped
 from .registry import class_of_name, obstacle, original_class, unpatch
 from .report import LeftAlone, PatchedEntry, PatchReport, refuse_left
 from .rewriting import Branch
-from .undisturbed import in_evaluation, random_state_kept
+from .undisturbed import in_evaluation, random_state_kept, seed
 
 __all__ = ["LayerReport", "patch_layers"]
 
@@ -271,7 +271,7 @@ def _look(block: Any, kept: Tensor, given: Any) -> None:
     # What records operations (selective checkpointing) must not see these. One thread at a time:
     # the random state and the hooks of all modules are those of the process.
     with _LOOKING, random_state_kept(devices), _disable_current_modes(), torch.no_grad():
-        torch.manual_seed(0)
+        seed(devices)
         precise = torch.float64 if kept.dtype == torch.float64 else torch.float32
         if not _look_in(precise, block, kept, given, needed):
             _look_in(None, block, kept, given, needed)

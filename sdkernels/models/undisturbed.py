@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["in_evaluation", "random_state_kept"]
+__all__ = ["in_evaluation", "random_state_kept", "seed"]
 
 
 @contextmanager
@@ -30,6 +30,14 @@ def random_state_kept(devices: Sequence[Any] = ()) -> Iterator[None]:
         random.setstate(own)
         if numpy is not None:
             numpy.random.set_state(others)
+
+
+def seed(devices: Sequence[Any] = ()) -> None:
+    """Seed torch's generators whose state is kept: torch.manual_seed would reach all devices."""
+    torch.default_generator.manual_seed(0)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 @contextmanager

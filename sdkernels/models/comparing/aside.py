@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
-from ..undisturbed import random_state_kept
+from ..undisturbed import random_state_kept, seed
 
 __all__ = ["aside"]
 
@@ -64,7 +64,7 @@ def aside(block: nn.Module, device: torch.device, in_own_dtypes: bool) -> Iterat
             stack.enter_context(_WithoutDropout())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
+            seed(devices)
             yield
     finally:
         block.training = own_mode

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..sampling import Mode
 from .settings import EVERYBODY, key_of
-from .undisturbed import random_state_kept
+from .undisturbed import random_state_kept, seed
 
 __all__ = [
     "Law",
@@ -156,7 +156,7 @@ def _settings(module: nn.Module, but: str = "") -> tuple[Any, ...]:
 def _alone() -> Iterator[None]:
     """Random numbers, default device and modes as if what runs here had not run."""
     with random_state_kept(), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)  # and not those of CUDA, which draw nothing here
+        seed()  # and not those of CUDA, which draw nothing here
         yield
 
 

@@ -337,14 +337,14 @@ def test_kernels_are_timed_on_the_threads_that_they_say():
 
 
 @pytest.mark.parametrize(
-    ("cache", "device", "whole", "expected"),
+    ("cache", "kind", "whole", "expected"),
     [(2**25, "cpu", False, 65), (2**29, "cpu", False, 129), (2**29, "cpu", True, 256),
      (2**27, "cuda", False, 256)],
 )  # fmt: skip
-def test_of_a_huge_cache_a_part_is_filled(cache, device, whole, expected, monkeypatch):
+def test_of_a_huge_cache_a_part_is_filled(cache, kind, whole, expected, monkeypatch):
     """A virtual machine names its host's: a quick run would take twice as long for it."""
     monkeypatch.setattr(workload, "last_cache_bytes", lambda device: cache)
-    copies = workload.copies_past_the_cache(2**20, torch.device(device), whole)
+    copies = workload.copies_past_the_cache(2**20, torch.device(kind), whole)
     assert copies == expected
 
 

@@ -67,7 +67,7 @@ class BlockState:
     proofs: dict[Any, Proof] | None = field(init=False, default=None)  # by kinds of calls
     is_known: bool = field(init=False, default=False)  # whether it was compared before a release
     stamp: Stamp | None = field(init=False, default=None)  # of what both are about
-    collected: bool = field(init=False, default=False)  # whether the last forward ran whole for it
+    collected: bool = field(init=False, default=False)  # what is inside, in the last forward
 
     def __post_init__(self) -> None:
         self.rows = [None] * len(self.branches)
@@ -272,9 +272,12 @@ class Add:
         self, totals: list[Tensor], given: Sequence[Any], activation: nn.Module | None = None
     ) -> None:
         """Remember sums. With empty="skip" one may be what came in."""
+        if activation is not None:
+            self.sums = []
+            return
         own = [total for total in totals if not any(total is each for each in given)]
-        if own or activation is not None:
-            self.sums = own if activation is None else []
+        if own:
+            self.sums = own
 
     def _around(self, branch: Callable[..., Any], norm: Any, layer_scale: Any) -> dict[str, Any]:
         """The branch with what cannot be fused around it; the norm and the factor that can be."""

@@ -122,8 +122,6 @@ class LayerState(BlockState):
 
 
 _LOOKING = threading.RLock()
-
-
 _OF_EVERY_MODULE = tuple(vars(nn.Module()))
 
 

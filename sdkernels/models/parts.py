@@ -89,9 +89,7 @@ _LAYER_SCALES: dict[Any, tuple[str, bool] | None] = {}
 _TRIED: dict[Any, _Found] = {}  # by settings
 _RETRIED: dict[Any, int] = {}  # how often modules of a class were tried out as they were called
 _MANY = 512  # of that: what is set to something new in every step is not kept up with
-_LONG = (
-    32  # entries of a container: of longer ones, not compared in each call, only that many count
-)
+_LONG = 32  # entries of a container: longer ones are not compared in each call, only their length
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")  # fully_shard sets them everywhere
 

@@ -114,12 +114,12 @@ def test_widest_instruction_set_is_chosen(capabilities):
     if "SDKERNELS_CPU_CAPABILITY" not in os.environ:
         assert extension.module.build_config()["cpu_capability"] == capabilities[0]
     if platform.machine() == "x86_64":
-        every = ["avx512", "avx2", "baseline"]
+        every = ["avx512_bf16", "avx512", "avx2", "baseline"]
         assert capabilities == every[-len(capabilities) :]
 
 
 @few_and("not layouts and not opcheck")
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(capability, selection, capabilities):
     if capability not in capabilities:
         pytest.skip(f"this processor has {', '.join(capabilities)}")
@@ -155,14 +155,17 @@ for case in PARALLEL_CASES:
         assert printed[capability] == printed[capabilities[0]]
 
 
-def test_nan_is_the_same_on_every_instruction_set(capabilities):
-    """Read from half precision, written to it, and both: payload and quiet bit."""
+def test_halves_are_the_same_on_every_instruction_set(capabilities):
+    """Read from half precision, rounded to it, and both: payload and quiet bit of NaN, ties,
+    subnormal numbers and infinities, alone and beside others."""
     program = """
 import torch
 ops = torch.ops.sdkernels
 none, dropped = torch.empty(0, dtype=torch.int64), torch.tensor([-1])
 kept = torch.tensor([0])
-floats = (torch.arange(2**16) << 16 | 0x1001).to(torch.int32).view(torch.float32).view(1, -1)
+lower = torch.tensor([0x1001, 0x7fff, 0x8000, 0x8001, 0xffff, 0])[:, None]
+floats = (torch.arange(2**16) << 16 | lower).to(torch.int32).view(torch.float32).view(1, -1)
+floats = torch.cat([floats, floats.view(-1, 128, 8).transpose(1, 2).reshape(1, -1)], 1)
 for dtype in (torch.float16, torch.bfloat16):
     halves = torch.arange(2**16).to(torch.int16).view(dtype).view(1, -1)
     arguments = none, dropped, None, None, 1.0

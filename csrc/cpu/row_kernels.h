@@ -8,6 +8,11 @@
 
 #include "../stride.h"
 
+// Older compilers do not know AVX512_BF16.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define SDKERNELS_KNOWS_AVX512_BF16
+#endif
+
 namespace sdkernels::cpu {
 
 enum class Dtype : int8_t { f32, bf16, f16, f64 };

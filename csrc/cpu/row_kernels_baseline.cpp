@@ -26,15 +26,23 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#if defined(SDKERNELS_KNOWS_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 
 namespace {
 
 bool runs_on_this_processor(const Kernels& table) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (&table == &avx512::table)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(SDKERNELS_KNOWS_AVX512_BF16)
+  if (&table == &avx512_bf16::table) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  if (&table == &avx512::table) return avx512;
   // f16c is older than avx2, and not every compiler can be asked for it.
   if (&table == &avx2::table)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -47,6 +55,9 @@ const Kernels& choose() {
   const std::string wanted = variable ? variable : "";
   std::string names;
   for (const Kernels* table : {
+#if defined(SDKERNELS_KNOWS_AVX512_BF16)
+           &avx512_bf16::table,
+#endif
 #if defined(__x86_64__)
            &avx512::table, &avx2::table,
 #endif

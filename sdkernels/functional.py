@@ -236,8 +236,7 @@ def fused_stochastic_depth(
         _refuse_args(args)
     if generator is not None:
         check_generator(generator)
-    ops = kernels()
-    compiling = ops is compiled and is_compiling()  # else it is forward-mode AD
+    compiling = is_compiling()
     # Equal numbers are one to what looks options up: these have to be of their own types.
     if type(p) is not float:
         p = check_probability(p)
@@ -276,7 +275,7 @@ def fused_stochastic_depth(
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
 
-    if isinstance(x, (list, tuple)):
+    if type(x) is not Tensor and isinstance(x, (list, tuple)):  # the first is asked sooner
         call = Call(branch, args, norm, layer_scale, generator, options)
         sums: X = _of_list(list(x), residual, rows, dense, call)
         return sums
@@ -284,27 +283,20 @@ def fused_stochastic_depth(
         assert isinstance(x, Tensor)
         assert residual is None or isinstance(residual, Tensor)
         assert rows is None or isinstance(rows, KeptRows)
-    # One tensor; _of_list does the same with several, of which one would take twice as long.
+    # One tensor. _of_list takes the same steps with each of several: one goes twice as fast here.
     inplace, relu = options.inplace, options.relu
-    check_input(x)
-    if residual is not None:
-        _check_residual(residual, x)
-    base = x if residual is None else residual
-    if inplace:
-        check_inplace(base, "x" if residual is None else "residual")
+    base = _base(x, residual, inplace)
     if dense:
         how = _apart([base]) if inplace else EVERYTHING
         source = how.tensor(x, ())
         given = take_args(args, x.shape[0], how) if args else ()
         out = branch(source if norm is None else norm(source), *given)
         _check_everywhere(base, out, layer_scale)
-        return _sum(base, out, layer_scale, options.factor, inplace, relu)
+        return _sum(base, out, layer_scale, options)
     if DTENSORS in sys.modules:
         check_local(_fused(norm), x=x, residual=residual, layer_scale=layer_scale)
-    if rows is None:
-        rows = draw(x.shape[0], options.p, mode, sampler, rescale, generator, x.device)
-    else:
-        check_rows(rows, x)
+    ops = kernels()
+    rows = _rows(x, rows, options, generator)
     if empty == "skip" and rows.k == 0:
         return _unchanged(base, inplace, relu)
     whole = min_saving != 0.0 and _runs_whole(rows, options.min_saving, inplace)
@@ -368,14 +360,7 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     branch, norm, layer_scale, options = call.branch, call.norm, call.layer_scale, call.options
     inplace, relu = options.inplace, options.relu
     residuals = per_tensor(residual, len(xs), "residual")
-    for x, base in zip(xs, residuals, strict=True):
-        check_input(x)
-        if base is not None:
-            _check_residual(base, x)
-    bases = [x if base is None else base for x, base in zip(xs, residuals, strict=True)]
-    if inplace:
-        for x, base in zip(xs, bases, strict=True):
-            check_inplace(base, "x" if base is x else "residual")
+    bases = [_base(x, base, inplace) for x, base in zip(xs, residuals, strict=True)]
     batches = [x.shape[0] for x in xs]
     if dense:
         everything = _apart(bases) if inplace else EVERYTHING
@@ -386,20 +371,15 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
         for base, out in zip(bases, outs, strict=True):
             _check_everywhere(base, out, layer_scale)
         return [
-            _sum(base, out, layer_scale, options.factor, inplace, relu)
-            for base, out in zip(bases, outs, strict=True)
+            _sum(base, out, layer_scale, options) for base, out in zip(bases, outs, strict=True)
         ]
     if DTENSORS in sys.modules:
         for x, base in zip(xs, residuals, strict=True):
             check_local(_fused(norm), x=x, residual=base, layer_scale=layer_scale)
-    plan: list[KeptRows] = []
-    law = options.p, options.mode, options.sampler, options.rescale, call.generator
-    for x, given_rows in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True):
-        if given_rows is None:
-            given_rows = draw(x.shape[0], *law, x.device)
-        else:
-            check_rows(given_rows, x)
-        plan.append(given_rows)
+    plan = [
+        _rows(x, given_rows, options, call.generator)
+        for x, given_rows in zip(xs, per_tensor(rows, len(xs), "rows"), strict=True)
+    ]
     if options.empty == "skip" and not any(rows.k for rows in plan):
         return [_unchanged(base, inplace, relu) for base in bases]
     ops = kernels()
@@ -440,6 +420,37 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
         )
         for stream, out, rows in zip(streams, outs, plan, strict=True)
     ]
+
+
+def _base(x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+    """What the branch's output is added to, once both are looked at."""
+    check_input(x)
+    if residual is None:
+        if inplace:
+            check_inplace(x, "x")
+        return x
+    check_input(residual, "residual")
+    if residual.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
+            f"(shape {tuple(residual.shape)})"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
+    if inplace:
+        check_inplace(residual, "residual")
+    return residual
+
+
+def _rows(
+    x: Tensor, rows: KeptRows | None, options: OpOptions, generator: torch.Generator | None
+) -> KeptRows:
+    """Those given for x, or drawn."""
+    if rows is not None:
+        check_rows(rows, x)
+        return rows
+    p, mode, sampler, rescale = options.p, options.mode, options.sampler, options.rescale
+    return draw(x.shape[0], p, mode, sampler, rescale, generator, x.device)
 
 
 def _open(
@@ -520,17 +531,6 @@ def _check_branch_output(out: object) -> None:
         check_tensor(out, "out")
 
 
-def _check_residual(residual: Tensor, x: Tensor) -> None:
-    check_input(residual, "residual")
-    if residual.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"residual: expected {x.shape[0]} rows as x has, got {residual.shape[0]} "
-            f"(shape {tuple(residual.shape)})"
-        )
-    if residual.device != x.device:
-        raise ValueError(f"residual: expected the device of x, {x.device}, got {residual.device}")
-
-
 def per_tensor(value: Any, count: int, name: str) -> list[Any]:
     """`value` as a list with one entry for each tensor of a list x."""
     if value is None:
@@ -554,8 +554,7 @@ def _recorded(x: Any, residual: Any, call: Call) -> Any:
     inputs = sources if call.norm is None else [call.norm(source) for source in sources]
     outs = call.branch(inputs if several else inputs[0], *map(unmarked, call.args))
     pairs = zip(bases, outs if several else [outs], strict=True)
-    how = options.factor, options.inplace, options.relu
-    sums = [_sum(base, out, call.layer_scale, *how) for base, out in pairs]
+    sums = [_sum(base, out, call.layer_scale, options) for base, out in pairs]
     return sums if several else sums[0]
 
 
@@ -571,20 +570,13 @@ def _check_everywhere(residual: Tensor, out: Any, layer_scale: Tensor | None) ->
         check_layer_scale(layer_scale, residual.shape[1:])
 
 
-def _sum(
-    residual: Tensor,
-    out: Tensor,
-    layer_scale: Tensor | None,
-    factor: float,
-    inplace: bool,
-    relu: bool,
-) -> Tensor:
+def _sum(residual: Tensor, out: Tensor, layer_scale: Tensor | None, options: OpOptions) -> Tensor:
     if layer_scale is not None:
         out = out * layer_scale
-    if factor != 1.0:
-        out = out * factor
-    total = residual.add_(out) if inplace else residual + out
-    return total.relu_() if relu else total
+    if options.factor != 1.0:
+        out = out * options.factor
+    total = residual.add_(out) if options.inplace else residual + out
+    return total.relu_() if options.relu else total
 
 
 def _unchanged(residual: Tensor, inplace: bool, relu: bool) -> Tensor:

@@ -81,31 +81,27 @@ SIZES = (
 Rows = list[list[KeptRows]]  # of both branches, a list each with those of every crop
 
 
+def draw(batch: int, generator: torch.Generator | None = None) -> KeptRows:
+    return KeptRows.sample(batch, DROP, sampler="fixed", generator=generator)
+
+
 def masked(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
-    def own(crop: int, x: Tensor) -> list[KeptRows]:
-        if rows is not None:
-            return [of_branch[crop] for of_branch in rows]
-        return [KeptRows.sample(len(x), DROP, sampler="fixed") for _ in range(2)]
+    ys = []
+    for crop, x in enumerate(xs):
+        own = [draw(len(x)) if rows is None else rows[branch][crop] for branch in range(2)]
+        ys.append(block(x, naive, (DROP, DROP), own))
+    return ys
 
-    return [block(x, naive, (DROP, DROP), own(crop, x)) for crop, x in enumerate(xs)]
 
+def op(block: Block, xs: list[Tensor], rows: Rows | None, **packing: Any) -> list[Tensor]:
+    """With a list; ``packing`` are the options that make one tensor of it."""
 
-def op_on_list(block: Block, xs: list[Tensor], rows: Rows | None) -> list[Tensor]:
     def rule(xs: Any, branch: Callable[[Tensor], Tensor], p: float, **given: Any) -> Any:
         def each(kept: list[Tensor]) -> list[Tensor]:
             return [branch(x) for x in kept]
 
-        return fused_stochastic_depth(xs, each, p, sampler="fixed", **given)
-
-    return block(xs, rule, (DROP, DROP), rows or (None, None))  # type: ignore[no-any-return]
-
-
-def op_packed(
-    block: Block, xs: list[Tensor], rows: Rows | None, multiple_of: int = 1
-) -> list[Tensor]:
-    def rule(xs: Any, branch: Any, p: float, **given: Any) -> Any:
-        options = {"packed": True, "multiple_of": multiple_of, "sampler": "fixed"}
-        return fused_stochastic_depth(xs, partial(on_tokens, branch), p, **options, **given)
+        call: Any = partial(on_tokens, branch) if packing else each
+        return fused_stochastic_depth(xs, call, p, sampler="fixed", **packing, **given)
 
     return block(xs, rule, (DROP, DROP), rows or (None, None))  # type: ignore[no-any-return]
 
@@ -159,9 +155,9 @@ def _unflat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def dense(block: Block, tokens: Tensor, kept: list[Tensor]) -> Tensor:
-    """`tokens`: those of all of `kept`, flat, and so they stay."""
-    packed = Packed(tokens, [tuple(x.shape[:2]) for x in kept])
+def dense(block: Block, tokens: Tensor, shapes: list[torch.Size]) -> Tensor:
+    """`tokens`: of kept samples of these shapes, flat, and so they stay."""
+    packed = Packed(tokens, shapes)
     out = on_tokens(block.attention, packed.with_values(block.norm1(tokens)))
     tokens = tokens + out * block.scale1
     return tokens + block.mlp(block.norm2(tokens)) * block.scale2
@@ -169,10 +165,10 @@ def dense(block: Block, tokens: Tensor, kept: list[Tensor]) -> Tensor:
 
 PROVIDERS: dict[str, Callable[[Block, list[Tensor], Rows | None], list[Tensor]]] = {
     "masked": masked,
-    "list": op_on_list,
+    "list": op,
     "recipe": recipe,
-    "packed": op_packed,
-    "packed-16": partial(op_packed, multiple_of=16),
+    "packed": partial(op, packed=True),
+    "packed-16": partial(op, packed=True, multiple_of=16),
 }
 
 
@@ -187,15 +183,11 @@ class Subject:
             [torch.randn(shape, generator=generator).to(dtype) for shape in size.shapes()]
             for _ in range(2)
         )
-        self.kept = [
-            KeptRows.sample(len(x), DROP, sampler="fixed", generator=generator).index
-            for x in self.xs
-        ]
+        self.kept = [draw(len(x), generator).index for x in self.xs]
         # What `dense` is given: the tokens of the kept samples.
-        self.some = self.pick(self.xs)
-        self.tokens = _flat(self.some)[0].requires_grad_()
-        self.token_grads = _flat(self.pick(self.grads))[0]
-        for x in self.xs:
+        self.tokens, self.shapes = _flat(self.pick(self.xs))
+        self.token_grads, _ = _flat(self.pick(self.grads))
+        for x in (self.tokens, *self.xs):
             x.requires_grad_()
 
     def pick(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -204,7 +196,7 @@ class Subject:
 
     def forward(self, provider: str, rows: Rows | None = None) -> list[Tensor]:
         if provider == "dense":
-            return [dense(self.block, self.tokens, self.some)]
+            return [dense(self.block, self.tokens, self.shapes)]
         return PROVIDERS[provider](self.block, self.xs, rows)
 
     def backward(self, provider: str, ys: list[Tensor]) -> tuple[Tensor, ...]:
@@ -230,19 +222,13 @@ def check(size: Size) -> None:
     subject = Subject(size, torch.float64)
     generator = torch.Generator().manual_seed(1)
     batches = [len(x) for x in subject.xs]
-    rows = [
-        [KeptRows.sample(b, DROP, sampler="fixed", generator=generator) for b in batches]
-        for _ in range(2)
-    ]
+    rows = [[draw(batch, generator) for batch in batches] for _ in range(2)]
     same = [KeptRows.from_index(i, b) for i, b in zip(subject.kept, batches, strict=True)]
     of_all = subject.found("masked", [same, same])
     # The rows that no branch keeps give no parameter a gradient, so only theirs are left out.
-    of_kept = {
-        f"{key} 0": _flat(subject.pick([of_all.pop(f"{key} {n}") for n in range(2)]))[0]
-        for key in ("output", "gradient of input")
-    }
-    expected = dict.fromkeys(PROVIDERS, subject.found("masked", rows))
-    expected["dense"] = of_kept | of_all
+    for key in ("output", "gradient of input"):
+        of_all[f"{key} 0"] = _flat(subject.pick([of_all[f"{key} 0"], of_all.pop(f"{key} 1")]))[0]
+    expected = dict.fromkeys(PROVIDERS, subject.found("masked", rows)) | {"dense": of_all}
     for provider, wanted in expected.items():
         try:
             compare(subject.found(provider, rows), wanted)
@@ -294,12 +280,9 @@ def measure(size: Size, turns: int) -> dict[str, Any]:
 Line = tuple[dict[str, Any], str]  # a size's figures, and a provider
 
 
-def _over(other: str) -> Callable[[Line], str]:
-    def cell(line: Line) -> str:
-        times = line[0]["seconds"]
-        return f"{median(a / b for a, b in zip(times[line[1]], times[other], strict=True)):.3f}"
-
-    return cell
+def _over(other: str, line: Line) -> str:
+    times, provider = line[0]["seconds"], line[1]
+    return f"{median(a / b for a, b in zip(times[provider], times[other], strict=True)):.3f}"
 
 
 def _quartiles(line: Line) -> str:
@@ -318,7 +301,7 @@ COLUMNS: dict[str, Callable[[Line], object]] = {
     "calls": lambda line: line[0]["calls"][line[1]],
     "step": lambda line: seconds(median(line[0]["seconds"][line[1]])),
     "quartiles": _quartiles,
-    **{f"/ {other}": _over(other) for other in ("masked", "recipe", "dense")},
+    **{f"/ {other}": partial(_over, other) for other in ("masked", "recipe", "dense")},
     "saved activations": _saved,
 }
 

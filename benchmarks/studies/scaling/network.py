@@ -90,15 +90,13 @@ class BranchClock:
         x.register_hook(lambda grad: self._backward.append(self.now()))
         return x
 
-    @property
-    def forward(self) -> list[float]:
+    def passes(self) -> dict[str, list[float]]:
         """Of branch 0, 1, ..."""
-        return [b - a for a, b in pairwise(self._forward)]
-
-    @property
-    def backward(self) -> list[float]:
-        """Of branch 0, 1, ..."""
-        return [b - a for a, b in pairwise(self._backward)][::-1]
+        forward, backward = (
+            [after - before for before, after in pairwise(times)]
+            for times in (self._forward, self._backward)
+        )
+        return {"forward": forward, "backward": backward[::-1]}
 
 
 def make_batch(shape: Shape, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,11 +115,6 @@ def row_counts(batch: int) -> list[int]:
     return sorted({0, batch // 2, 3 * batch // 4, batch} | powers)
 
 
-def spread_rows(k: int, batch: int, device: torch.device) -> KeptRows:
-    """k rows, evenly over the batch."""
-    return KeptRows.from_index(torch.arange(k) * batch // max(k, 1), batch, scale=2.0).to(device)
-
-
 def measure_branches(
     shape: Shape, batch: int, turns: int, device: torch.device
 ) -> list[dict[str, Any]]:
@@ -138,7 +131,10 @@ def measure_branches(
     net = Net(replace(shape, depth=1)).to(device)
     patches, labels = make_batch(shape, batch, device)
     half, optimizer = batch // 2, torch.optim.AdamW(net.parameters())
-    rows = {k: spread_rows(k, batch, device) for k in row_counts(batch)}
+    rows = {}
+    for k in row_counts(batch):  # evenly over the batch
+        index = torch.arange(k) * batch // max(k, 1)
+        rows[k] = KeptRows.from_index(index, batch, scale=2.0).to(device)
     ways = {"naive": (naive, rows[half])}
     ways |= {k: (fused_stochastic_depth, each) for k, each in rows.items()}
 
@@ -162,32 +158,30 @@ def measure_branches(
     seconds: dict[Any, list[list[float]]] = {key: [[], []] for key in ways}
     for _ in range(turns):
         for key in ways:
-            clock = train(key)
-            for kind, passes in enumerate(zip(clock.forward, clock.backward, strict=True)):
+            taken = train(key).passes()
+            for kind, passes in enumerate(zip(*taken.values(), strict=True)):
                 seconds[key][kind].append(sum(passes))
 
     x = torch.randn(batch, shape.tokens, shape.width, device=device, requires_grad=True)
     block: Any = net.blocks[0]
+    parts = (
+        ("attention", block.attention, block.norm1, block.scale1),
+        ("MLP", block.mlp, block.norm2, block.scale2),
+    )
     measured = []
-    for kind, (name, branch, norm, scale) in enumerate(
-        (
-            ("attention", block.attention, block.norm1, block.scale1),
-            ("MLP", block.mlp, block.norm2, block.scale2),
-        )
-    ):
+    for kind, (name, branch, norm, scale) in enumerate(parts):
         call = partial(fused_stochastic_depth, x, branch, 0.5, norm=norm, layer_scale=scale)
+        forwards = [partial(call, rows=each) for each in rows.values()]
+        own = {key: of_kinds[kind] for key, of_kinds in seconds.items()}
         measured.append(
             {
                 "kind": name,
                 "batch": batch,
                 "counts": list(rows),
-                "seconds": [median(seconds[k][kind]) for k in rows],
-                "spread": [quartile_spread(seconds[k][kind]) for k in rows],
-                "at_half": {"naive": median(seconds["naive"][kind])},
-                "saved_bytes": [
-                    saved_activation_bytes(partial(call, rows=each), net.parameters())
-                    for each in rows.values()
-                ],
+                "seconds": [median(own[k]) for k in rows],
+                "spread": [quartile_spread(own[k]) for k in rows],
+                "at_half": {"naive": median(own["naive"])},
+                "saved_bytes": [saved_activation_bytes(f, net.parameters()) for f in forwards],
             }
         )
     return measured
@@ -213,7 +207,4 @@ def measure_rest(shape: Shape, batch: int, turns: int, device: torch.device) -> 
         of_optimizer.append(now() - middle)
         ends.zero_grad()
     # The first one warms up.
-    return {
-        "ends_seconds": median(of_ends[1:]),
-        "optimizer_seconds": median(of_optimizer[1:]),
-    }
+    return {"ends_seconds": median(of_ends[1:]), "optimizer_seconds": median(of_optimizer[1:])}

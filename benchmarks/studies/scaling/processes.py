@@ -14,6 +14,7 @@ fixed count, where all counts are equal: each step gets the deviations of each o
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -73,8 +74,8 @@ def train(rank: int, case: ProcessCase, ranks: int, folder: Path) -> None:
             optimizer.zero_grad()
             if step >= WARM_UP:
                 counts = [rows.k for rows in plan]
-                passes = {"forward": clock.forward, "backward": clock.backward}
-                records.append({"sampler": sampler, "counts": counts, "cpu": seconds, **passes})
+                taken = {"cpu": seconds, **clock.passes()}
+                records.append({"sampler": sampler, "counts": counts, **taken})
     dist.barrier()
     dist.destroy_process_group()
     (folder / f"records-{ranks}-{rank}.json").write_text(json.dumps(records))
@@ -168,13 +169,9 @@ def compare(records: Sequence[Sequence[dict[str, Any]]], table: Floats) -> dict[
     return outcomes
 
 
-def validate(
-    case: ProcessCase, numbers: Sequence[int], table: Floats, folder: Path
-) -> list[dict[str, Any]]:
-    """The outcome for each number of processes; on the CPU, wherever the branches are timed."""
-    outcomes = []
-    for ranks in numbers:
-        outcome = compare(launch(case, ranks, folder), table)
-        outcomes.append({"case": asdict(case), "ranks": ranks, "samplers": outcome})
-        print(f"trained: {ranks} processes", flush=True)
-    return outcomes
+def validate(case: ProcessCase, ranks: int, table: Floats) -> dict[str, Any]:
+    """The outcome on so many processes; on the CPU, wherever the branches are timed."""
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = compare(launch(case, ranks, Path(folder)), table)
+    print(f"trained: {ranks} processes", flush=True)
+    return {"case": asdict(case), "ranks": ranks, "samplers": outcome}

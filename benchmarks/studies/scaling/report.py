@@ -93,18 +93,11 @@ def steps_section(cases: list[Case]) -> list[str]:
         "between the two tables.",
     ]
     for sync in SYNCS:
-        rows = [
-            [
-                c.layers.batch,
-                c.name,
-                sampler,
-                *map(percent, over),
-                ratio(c.speedup[sampler, own], 2),
-            ]
-            for c in cases
-            for (sampler, own), over in c.over_ideal.items()
-            if own == sync
-        ]
+        rows = []
+        for case, sampler in product(cases, SAMPLERS):
+            if (key := (sampler, sync)) in case.over_ideal:
+                figures = [*map(percent, case.over_ideal[key]), ratio(case.speedup[key], 2)]
+                rows.append([case.layers.batch, case.name, sampler, *figures])
         sections += [f"Ranks that wait for each other {WHERE[sync]}:", markdown(head, rows)]
     return sections
 
@@ -149,10 +142,8 @@ def memory_section(cases: list[Case]) -> list[str]:
 def measured_section(results: dict[str, Any]) -> list[str]:
     shape, measured, rows = results["shape"], results["measured"], []
     for branch in (branch for each in measured.values() for branch in each["branches"]):
-        batch, seconds = (
-            branch["batch"],
-            dict(zip(branch["counts"], branch["seconds"], strict=True)),
-        )
+        batch = branch["batch"]
+        seconds = dict(zip(branch["counts"], branch["seconds"], strict=True))
         times = [branch["at_half"]["naive"], *(seconds[k] for k in (0, batch // 2, batch))]
         shown = [f"{1e3 * each:.1f} ms" for each in times]
         spread, saved = max(branch["spread"][1:]), branch["saved_bytes"][-1] / batch / 2**20

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
@@ -40,6 +41,8 @@ SMALL = 96  # height and width of images for models that take any
 UNSEEN = "it did not run on these inputs"
 UNUSED = "its forward does not call its drop path"
 FILE = Path(verified.__file__)
+# Images and videos of torchvision's models that do not take any.
+TORCHVISION_SHAPES = {"maxvit": (3, 224, 224), "mvit": (3, 16, 224, 224), "swin3d": (3, 4, 64, 64)}
 # Of transformers, what would not fit a machine's memory twice, or names a word that it lacks.
 OTHERWISE: dict[str, dict[str, Any]] = {
     "florence2": {"image_token_id": 4},
@@ -53,7 +56,7 @@ class Architecture(NamedTuple):
 
     name: str
     make: Callable[[], nn.Module]
-    inputs: Callable[[nn.Module], dict[str, Any] | tuple[Any, ...]]
+    inputs: Callable[[nn.Module], dict[str, Any] | Tensor]  # by name, where there are several
 
 
 # What was written, as class and mark, with the number of parameters of the smallest that has it.
@@ -63,11 +66,11 @@ Smallest = dict[tuple[type[nn.Module], str], tuple[int, Architecture]]
 def timm_architectures() -> Iterator[Architecture]:
     timm: Any = import_module("timm")
 
-    def image(model: Any, name: str) -> tuple[Any, ...]:
+    def image(model: Any, name: str) -> Tensor:
         channels, height, width = model.pretrained_cfg["input_size"]
         if not model.pretrained_cfg.get("fixed_input_size") and "vit" not in name:
             height = width = 256 if "halo" in name else SMALL  # in whole blocks of its attention
-        return (torch.randn(2, channels, height, width),)
+        return torch.randn(2, channels, height, width)
 
     for name in timm.list_models():
         make = partial(timm.create_model, name, drop_path_rate=RATE)
@@ -86,17 +89,13 @@ def torchvision_architectures() -> Iterator[Architecture]:
                 module.p = RATE  # type: ignore[assignment]
         return model
 
-    def inputs(model: nn.Module, name: str) -> tuple[Any, ...]:
-        if name.startswith("mvit"):
-            return (torch.randn(2, 3, 16, 224, 224),)
-        if name.startswith("swin3d"):
-            return (torch.randn(2, 3, 4, 64, 64),)
-        size = 224 if name.startswith("maxvit") else SMALL
-        return (torch.randn(2, 3, size, size),)
+    def image(model: nn.Module, name: str) -> Tensor:
+        own = (shape for prefix, shape in TORCHVISION_SHAPES.items() if name.startswith(prefix))
+        return torch.randn(2, *next(own, (3, SMALL, SMALL)))
 
     for name in models.list_models():
         if not name.startswith("quantized_"):
-            yield Architecture(name, partial(make, name), partial(inputs, name=name))
+            yield Architecture(name, partial(make, name), partial(image, name=name))
 
 
 def _with_drop_path(config: Any) -> bool:
@@ -106,12 +105,10 @@ def _with_drop_path(config: Any) -> bool:
         if hasattr(value, "to_dict"):
             found |= _with_drop_path(value)
         elif any(word in key for word in ("drop_path", "droppath", "stochastic_depth")):
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                vars(config)[key] = RATE
-                found = True
+            if type(value) in (int, float):
+                vars(config)[key], found = RATE, True
             elif isinstance(value, list) and value and isinstance(value[0], float):
-                vars(config)[key] = [RATE] * len(value)
-                found = True
+                vars(config)[key], found = [RATE] * len(value), True
     return found
 
 
@@ -122,11 +119,9 @@ def transformers_architectures() -> Iterator[Architecture]:
     def model_of(kind: Any) -> Any:
         """The class for a configuration; None where this version has none."""
         for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_BACKBONE_MAPPING):
-            try:
+            with suppress(KeyError, ValueError):  # not there, or not in this version
                 chosen = mapping[kind]
-            except (KeyError, ValueError):  # not there, or not in this version
-                continue
-            return chosen[0] if isinstance(chosen, (list, tuple)) else chosen
+                return chosen[0] if isinstance(chosen, (list, tuple)) else chosen
         return None
 
     def images(config: Any, *frames: int) -> Tensor:
@@ -151,9 +146,8 @@ def transformers_architectures() -> Iterator[Architecture]:
             return {"pixel_values": torch.randn(2, 3, 392, 392)}
         if kind == "seggpt":  # the upper half of what it joins
             height, width = config.image_size
-            half = partial(torch.randn, 2, 3, height // 2, width)
             names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
-            return {name: half() for name in names}
+            return {name: torch.randn(2, 3, height // 2, width) for name in names}
         if kind == "timesformer":
             return {"pixel_values": images(config, config.num_frames)}
         if kind == "vjepa2":
@@ -191,15 +185,9 @@ class Counted(NamedTuple):
 
 def count(name: str, model: nn.Module, report: sdkernels.models.PatchReport) -> Counted | None:
     """None where nothing drops."""
-    drops, left, unused, reached = set[int](), set[int](), set[int](), set[int]()
-    for module in model.modules():
-        if is_drop_path(module):
-            law = drop_law(module)
-            if law is None or law.p > 0:
-                drops.add(id(module))
-    reasons = set()
-    for entry in report.patched:
-        reached |= _drop_paths(entry.block, entry.branches)
+    drops = {id(m) for m in model.modules() if is_drop_path(m) and _may_drop(m)}
+    reached = set[int]().union(*(_drop_paths(e.block, e.branches) for e in report.patched))
+    left, unused, reasons = set[int](), set[int](), set[str]()
     for entry in report.left:
         block: Any = model.get_submodule(entry.name)
         own = {id(m) for m in block.children() if is_drop_path(m)}
@@ -215,6 +203,11 @@ def count(name: str, model: nn.Module, report: sdkernels.models.PatchReport) -> 
     if not counted:
         return None
     return Counted(name, len(counted), len((reached - left) & counted), sorted(reasons))
+
+
+def _may_drop(drop_path: nn.Module) -> bool:
+    law = drop_law(drop_path)
+    return law is None or law.p > 0
 
 
 def _drop_paths(block: nn.Module, branches: Sequence[Any]) -> set[int]:
@@ -263,7 +256,7 @@ def zoo(library: str) -> Smallest:
         if name.partition("-")[0] == library:
             model = net.model()
             sdkernels.patch(model, drop_probs=net.drop_probs)
-            each = Architecture(name, net.model, lambda model, net=net: (net.inputs(4),))
+            each = Architecture(name, net.model, lambda model, net=net: net.inputs(4))
             found.update(dict.fromkeys(written_for(model), (0, each)))
     return found
 
@@ -280,9 +273,8 @@ def check(smallest: Smallest) -> dict[Any, str]:
                 warnings.simplefilter("ignore")
                 model = each.make()
                 report = sdkernels.patch(model, check="always")
-                given = each.inputs(model)
-                by_name = isinstance(given, dict)
-                checked = report.check(**given) if by_name else report.check(*given)
+                x = each.inputs(model)
+                checked = report.check(**x) if isinstance(x, dict) else report.check(x)
         except Exception as error:  # too large for this machine's memory, too
             for key in keys:
                 found.setdefault(key, f"{name} did not run: {error!r}"[:200])
@@ -290,12 +282,10 @@ def check(smallest: Smallest) -> dict[Any, str]:
         for entry, result in zip(report.patched, checked, strict=True):
             rewriting = entry.block._sdkernels.rewriting
             key = (rewriting.original, rewriting.mark)
-            if result.holds and found.get(key, UNSEEN) == UNSEEN:
-                found[key] = ""
-            elif not result.holds and result.reason == UNSEEN:
-                found.setdefault(key, UNSEEN)
-            elif not result.holds:  # in one model is enough
-                found[key] = result.reason
+            reason = "" if result.holds else result.reason
+            # One model in which it differs is enough, and so is one in which it ran.
+            if found.get(key, UNSEEN) == UNSEEN or reason not in ("", UNSEEN):
+                found[key] = reason
         print(f"checked {name}", file=sys.stderr, flush=True)
     return found
 

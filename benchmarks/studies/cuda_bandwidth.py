@@ -10,7 +10,6 @@ compared with PyTorch's calls in float64.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,8 +25,8 @@ import torch
 from benchmarks.cases.kernels import KERNELS, KernelCase, takes_tokens
 from benchmarks.measure import command, correctness
 from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment, environment_line, serving
-from benchmarks.measure.store import write_json
+from benchmarks.measure.environment import environment, environment_line, last_cache_bytes, serving
+from benchmarks.measure.store import read_json, write_json
 from benchmarks.measure.workload import DTYPES
 from benchmarks.report.figures import merge
 from benchmarks.report.table import Table
@@ -103,9 +102,8 @@ def seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> 
 
 
 def batch_of(row: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
     row_bytes = torch.Size(row).numel() * dtype.itemsize
-    return max(16, -(-CACHES * cache // row_bytes) // 2 * 2)
+    return max(16, -(-CACHES * last_cache_bytes(device) // row_bytes) // 2 * 2)
 
 
 def cases(shape: str, dtype: str, batch: int, keep: float) -> list[GpuCase]:
@@ -155,27 +153,11 @@ def run_backend(backend: str, shapes: str, folder: Path) -> dict[str, Any]:
     print(f"== {backend}", flush=True)
     # Its exit code says whether targets were met, and so do the results.
     subprocess.run([*program, "--shapes", shapes, "--out", str(path)], cwd=ROOT, env=environ)
-    if not path.exists():
-        return {"environment": None, "results": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    return read_json(path) if path.exists() else {"environment": None, "results": []}
 
 
-def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
-    """One line a case, one column a backend; what missed its target is marked."""
-    found = {(result.case, result.backend): result for result in results}
-
-    def cell(case: str, backend: str) -> str:
-        result = found.get((case, backend))
-        return "-" if result is None else f"{result.share:.3f}{'' if result.is_met else ' missed'}"
-
-    cases = dict.fromkeys(result.case for result in results)
-    lines = [[case, *(cell(case, backend) for backend in backends)] for case in cases]
-    return Table("", ("", *backends), names=1, groups=[lines]).markdown()
-
-
-def measure_here(shapes: str) -> tuple[dict[str, Any], list[Result]]:
-    """The environment of this process and the results of its backend."""
+def run_here(shapes: str) -> dict[str, Any]:
+    """The same of this process and its backend."""
     device = torch.device("cuda", torch.cuda.current_device())
     env = environment(device)
     print(environment_line(env), flush=True)
@@ -185,7 +167,17 @@ def measure_here(shapes: str) -> tuple[dict[str, Any], list[Result]]:
             for rows, keep in BATCHES.get(shape, [(None, 0.5)]):
                 results += run_shape(shape, dtype, rows, keep, device)
                 torch.cuda.empty_cache()
-    return env, results
+    return {"environment": env, "results": [asdict(result) for result in results]}
+
+
+def side_by_side(results: Sequence[Result], backends: Sequence[str]) -> str:
+    """One line a case, one column a backend; what missed its target is marked."""
+    cells: dict[str, dict[str, str]] = {}
+    for result in results:
+        mark = "" if result.is_met else " missed"
+        cells.setdefault(result.case, {})[result.backend] = f"{result.share:.3f}{mark}"
+    lines = [[case, *(of.get(each, "-") for each in backends)] for case, of in cells.items()]
+    return Table("", ("", *backends), names=1, groups=[lines]).markdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,11 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--backends: expected some of {', '.join(BACKENDS)}, got {backends}")
         with tempfile.TemporaryDirectory() as folder:
             records = [run_backend(backend, options.shapes, Path(folder)) for backend in backends]
-        env = next((record["environment"] for record in records if record["results"]), None)
-        results = [Result(**fields) for record in records for fields in record["results"]]
     else:
-        env, results = measure_here(options.shapes)
-        backends = [serving("cuda")]
+        backends, records = [serving("cuda")], [run_here(options.shapes)]
+    env = next((record["environment"] for record in records if record["results"]), None)
+    results = [Result(**fields) for record in records for fields in record["results"]]
     print("\nshare of the copy's bandwidth")
     print(side_by_side(results, backends))
     missed = [result for result in results if not result.is_met]

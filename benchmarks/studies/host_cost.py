@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -169,14 +170,15 @@ def table(runs: dict[str, dict[str, float]]) -> str:
         **{name: text for name, (text, _) in PARTS.items()},
     }
 
-    def extra(run: str) -> Callable[[str], str]:
-        of = runs[run]
-        naive = of["naive"] - of["plain"]
-        return lambda name: (
-            f"{1e6 * (of[name] - of['plain']):.1f} us, {(of[name] - of['plain']) / naive:.2f}"
-        )
+    def shown(seconds: dict[str, float], name: str) -> str:
+        extra, of_naive = (seconds[each] - seconds["plain"] for each in (name, "naive"))
+        return f"{1e6 * extra:.1f} us, {extra / of_naive:.2f}"
 
-    columns = {"": texts.get, "extension": extra("extension"), "without it": extra("without")}
+    columns = {
+        "": texts.get,
+        "extension": partial(shown, runs["extension"]),
+        "without it": partial(shown, runs["without"]),
+    }
     return Table.of("", columns, [texts], names=1).markdown()
 
 
@@ -192,18 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out_folder(options.out)
     described = environment(torch.device("cpu"))
+    program = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
+    program.append(f"--turns={options.turns}")
     runs = {}
     for name, extension in (("extension", "auto"), ("without", "off")):
-        program = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
         environ = os.environ | {"SDKERNELS_EXTENSION": extension}
-        output = subprocess.run(
-            [*program, f"--turns={options.turns}"],
-            env=environ,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        runs[name] = json.loads(output.stdout)
+        runs[name] = json.loads(subprocess.check_output(program, env=environ, text=True))
     record = {
         "command": command.command_line("host-cost", arguments),
         "environment": described,

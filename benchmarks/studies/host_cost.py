@@ -23,10 +23,9 @@ from torch import Tensor
 
 from benchmarks.cases.host import HOST_PROVIDERS, HostCase
 from benchmarks.measure import command
-from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment, environment_line
-from benchmarks.measure.store import write_json
+from benchmarks.measure.environment import environment_line
 from benchmarks.report.table import Table
+from benchmarks.studies.study import Study
 from sdkernels import KeptRows, functional
 from sdkernels.backends import autograd, namespace
 
@@ -192,22 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         print(json.dumps(measure(options.turns)))
         return 0
-    out_folder(options.out)
-    described = environment(torch.device("cpu"))
+    study = Study("host-cost", arguments, options.out)
     program = [sys.executable, "-m", "benchmarks", "host-cost", "--here"]
     program.append(f"--turns={options.turns}")
     runs = {}
     for name, extension in (("extension", "auto"), ("without", "off")):
         environ = os.environ | {"SDKERNELS_EXTENSION": extension}
         runs[name] = json.loads(subprocess.check_output(program, env=environ, text=True))
-    record = {
-        "command": command.command_line("host-cost", arguments),
-        "environment": described,
-        "turns": options.turns,
-        "calls": CALLS,
-        "seconds": runs,
-    }
-    write_json(options.out / "host-cost.json", record)
-    print(environment_line(described))
+    record = study.write(turns=options.turns, calls=CALLS, seconds=runs)
+    print(environment_line(record["environment"]))
     print(table(runs))
     return 0

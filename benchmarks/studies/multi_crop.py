@@ -23,7 +23,6 @@ long as its calls do: its time is host time.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,14 +36,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import command
-from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment
 from benchmarks.measure.memory import keep_freed_memory, saved_activation_bytes
-from benchmarks.measure.store import write_json
 from benchmarks.providers.networks import seeded_module
 from benchmarks.providers.residuals import naive
 from benchmarks.providers.vit import Attention, Block
-from benchmarks.report.table import by_column, document, seconds
+from benchmarks.report.table import by_column, seconds
+from benchmarks.studies.study import Study
 from sdkernels import KeptRows, Packed, fused_stochastic_depth
 from sdkernels.measure.comparing import Differs, compare
 from sdkernels.measure.turns import quartiles, time_in_turns
@@ -312,26 +309,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=15, help="of the largest size (default 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    folder, start = out_folder(options.out), time.perf_counter()
     torch.set_num_threads(options.threads)
-    env = environment(torch.device("cpu")) | {"keeps_memory": keep_freed_memory()}
+    study = Study("multi-crop", arguments, options.out)
+    study.record["environment"]["keeps_memory"] = keep_freed_memory()
     # A call of the small ones is soon over.
     sizes = [measure(s, options.turns * (1 if s.global_tokens > 100 else 20)) for s in SIZES]
-    record = {
-        "schema": 1,
-        "drop": DROP,
-        "command": command.command_line("multi-crop", arguments),
-        "seconds": time.perf_counter() - start,
-        "environment": env,
-        "sizes": sizes,
-    }
     text = (
         f"One block, forward and backward, float32, drop rate {DROP}, five images, {GLOBAL} global "
         f"and {LOCAL} local crops of each."
     )
     table = by_column([(figures, name) for figures in sizes for name in figures["calls"]], COLUMNS)
-    page = document("Crops in one tensor", record, [text, table])
-    print(f"\n{page}", end="")
-    write_json(folder / "multi-crop.json", record)
-    (folder / "multi-crop.md").write_text(page)
+    study.publish("Crops in one tensor", [text, table], schema=1, drop=DROP, sizes=sizes)
     return 0

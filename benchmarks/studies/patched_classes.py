@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,16 +29,14 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.measure import command
-from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment
-from benchmarks.measure.store import write_json
 from benchmarks.measure.workload import Workload
 from benchmarks.providers.libraries import LIBRARIES, import_module, is_installed
 from benchmarks.providers.networks import in_place_of_the_op
 from benchmarks.providers.residuals import dinov3
 from benchmarks.providers.zoo import TINY, WIDE, Net, nets, output_of
 from benchmarks.report.figures import quartile_spread
-from benchmarks.report.table import by_column, document
+from benchmarks.report.table import by_column
+from benchmarks.studies.study import Study
 from sdkernels import KeptRows
 from sdkernels.measure import masking
 from sdkernels.measure.comparing import Differs, compare, without_batch_effects
@@ -273,32 +270,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    env, start = environment(device), time.perf_counter()
     missing = [library for library in LIBRARIES if not is_installed(library)]
     zoo = nets(WIDE if options.sizes == "wide" else TINY)
-    out_folder(options.out)
+    study = Study("patched-classes", arguments, options.out, device)
     lines = []
     for subject in subjects({n: zoo[n] for n in fnmatch.filter(zoo, options.filter)}):
         lines.append(measure(subject, options.turns, device))
         print("  ".join(cell(lines[-1]) for cell in COLUMNS.values()), flush=True)
     if not lines:
         parser.error(f"--filter: no model matches {options.filter!r}, there are {', '.join(zoo)}")
-    data = {
-        "schema": 1,
-        "drop": DROP,
-        "command": command.command_line("patched-classes", arguments),
-        "seconds": time.perf_counter() - start,
-        "environment": env,
-        "lines": lines,
-    }
     sections = [
         f"Training step, float32, batch {BATCH}, drop rate {DROP} in every block.",
         *([f"Not installed: {', '.join(missing)}."] if missing else []),
         by_column(lines, COLUMNS),
         verdict(lines),
     ]
-    text = document("Every class that patch() knows", data, sections)
-    print(f"\n{text}", end="")
-    write_json(options.out / "patched-classes.json", data)
-    (options.out / "patched-classes.md").write_text(text)
+    study.publish("Every class that patch() knows", sections, schema=1, drop=DROP, lines=lines)
     return 0

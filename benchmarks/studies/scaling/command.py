@@ -9,7 +9,6 @@ plot.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,16 +18,14 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from benchmarks.measure import command
-from benchmarks.measure.ending import out_folder
-from benchmarks.measure.environment import environment
-from benchmarks.measure.store import read_json, write_json
+from benchmarks.measure.store import read_json
 from benchmarks.report.table import printed, window
 from benchmarks.studies.scaling.network import Shape, measure_branches, measure_rest
 from benchmarks.studies.scaling.processes import ProcessCase, validate
 from benchmarks.studies.scaling.report import Costs, write
+from benchmarks.studies.study import CPU, Study
 
 SCHEMA = 1
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,20 +80,16 @@ def measure(shape: Shape, batch: int, turns: int, device: torch.device) -> dict[
 
 def run(preset: Preset, device: torch.device) -> dict[str, Any]:
     """Everything that is measured; ready for JSON."""
-    start, case = time.perf_counter(), preset.process_case
-    machine = environment(device)
+    case = preset.process_case
     alone = Costs(measure(case.shape, case.batch, preset.turns, CPU)).seconds
     validation = [validate(case, ranks, alone) for ranks in preset.processes]
     return {
-        "schema": SCHEMA,
-        "environment": machine,
         "shape": asdict(preset.shape),
         "measured": {
             str(batch): measure(preset.shape, batch, preset.turns, device)
             for batch in preset.batches
         },
         "validation": validation,
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -111,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("scaling", __doc__, out=Path("benchmarks/out/scaling"))
     parser.add_argument("--preset", choices=PRESETS, default="quick", help=listed)
     parser.add_argument("--device", default="cpu", help="where branches are timed (default cpu)")
-    parser.add_argument(
-        "--rebuild", action="store_true", help="report and plot of OUT/scaling.json; no run"
-    )
+    parser.add_argument("--rebuild", action="store_true", help="report and plot of a run, again")
     options = parser.parse_args(arguments)
     written = options.out / "scaling.json"
     if options.rebuild:
@@ -128,16 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, AssertionError) as error:
             message = f"expected a device at hand, got {options.device!r} ({error})"
             parser.error(f"--device: {message}")
-        out_folder(options.out)
         torch.set_num_threads(1)  # a rank's thread; its clock has to see all of the work
+        study = Study("scaling", arguments, options.out, device)
         try:
             results = run(PRESETS[options.preset], device)
         except (RuntimeError, ProcessExitedException, ProcessRaisedException) as error:
             print(f"python -m benchmarks scaling: {_sentence(error)}", file=sys.stderr)
             return 1
-        called = command.command_line("scaling", arguments)
-        results = {"preset": options.preset, "command": called, **results}
-        write_json(written, results)
+        results = study.write(schema=SCHEMA, preset=options.preset, **results)
     # A run of old does not say its command.
     results.setdefault("command", f"python -m benchmarks scaling --preset {results['preset']}")
     print(printed(write(results, options.out), window()))

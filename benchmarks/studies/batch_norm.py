@@ -109,11 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"batch {batch}: running mean differs by {gaps[0]:.3f} standard deviations, running "
             f"variance by {gaps[1]:.1%} (masking with other rows: {gaps[2]:.3f} and {gaps[3]:.1%})"
         )
-        for patch in (False, True):
-            found = [
-                train(data, batch, options.epochs, seed, patch) for seed in range(options.seeds)
-            ]
+        for name in ("masking", "patched"):
+            patch, seeds = name == "patched", range(options.seeds)
+            found = [train(data, batch, options.epochs, seed, patch) for seed in seeds]
             values = ", ".join(f"{accuracy:.1%}" for accuracy in found)
-            name = "patched" if patch else "masking"
             print(f"  {name}: accuracy {mean(found):.1%} ({values})", flush=True)
     return 0

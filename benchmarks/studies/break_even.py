@@ -43,10 +43,8 @@ def ratios(cases: Sequence[dict[str, Any]]) -> dict[str, Points]:
         if case["kind"] != "break_even" or not {"compact", "whole"} <= providers.keys():
             continue
         # Of the turns, pair by pair: what else the machine does falls on both alike.
-        pairs = zip(
-            providers["compact"]["turn_medians"], providers["whole"]["turn_medians"], strict=True
-        )
-        ratio = statistics.median(compact / whole for compact, whole in pairs)
+        turns = (providers[name]["turn_medians"] for name in ("compact", "whole"))
+        ratio = statistics.median(compact / whole for compact, whole in zip(*turns, strict=True))
         name = f"{case['block']}-B{case['batch']}"
         found.setdefault(name, []).append((round(case["dropped"], 4), round(ratio, 4)))
     return {name: tuple(sorted(points)) for name, points in found.items()}

@@ -186,13 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit code is 3 if a target was missed, 1 if a backend came to no results.
     """
     parser = command.parser("cuda-bandwidth", __doc__)
-    parser.add_argument("--shapes", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
-    parser.add_argument(
-        "--backends", help=f"of {', '.join(BACKENDS)}; default: the one that serves CUDA tensors"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/out/cuda_bandwidth.json", help="JSON file"
-    )
+    add = parser.add_argument
+    add("--shapes", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
+    add("--backends", help=f"of {', '.join(BACKENDS)}; default: the one that serves CUDA tensors")
+    add("--out", type=Path, default=ROOT / "benchmarks/out/cuda_bandwidth.json", help="JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")

@@ -350,12 +350,12 @@ def main(arguments: list[str] | None = None) -> int:
             details.append(f"{library}:\n{reasons(found)}")
         if options.check or options.write:
             results = check(smallest)
-            bad = {key: reason for key, reason in results.items() if reason}
-            details.append(
-                f"{len(results) - len(bad)} of {len(results)} sources equal their originals"
-            )
-            details += [f"- {kind.__module__}.{kind.__name__}: {r}" for (kind, _), r in bad.items()]
-            equal += [key for key, reason in results.items() if not reason]
+            right = [key for key, reason in results.items() if not reason]
+            details.append(f"{len(right)} of {len(results)} sources equal their originals")
+            for (kind, _), reason in results.items():
+                if reason:
+                    details.append(f"- {kind.__module__}.{kind.__name__}: {reason}")
+            equal += right
     if options.write:
         write(equal)
     print("\n".join([table(surveyed), "", *details]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,11 +28,11 @@ def skipping(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def timm_vit(**options: Any) -> Callable[[], nn.Module]:
-    return skipping(zoo.timm_vit(TINY, **options))
+    return skipping(partial(zoo.timm_vit, TINY, **options))
 
 
 def maxxvit(**options: Any) -> Callable[[], nn.Module]:
-    return skipping(zoo.maxxvit(TINY, **options))
+    return skipping(partial(zoo.maxxvit, TINY, **options))
 
 
 NETS = {name: replace(net, make=skipping(net.make)) for name, net in zoo.nets(TINY).items()}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,6 @@ from benchmarks.providers.zoo.sizes import TINY
 __all__ = ["DROP", "Net", "output_of"]
 
 DROP = 0.5
-P = ParamSpec("P")
-
-
-def later(build: Callable[P, nn.Module]) -> Callable[P, Callable[[], nn.Module]]:
-    """With its arguments it is a function that builds: only then is the library imported."""
-
-    @functools.wraps(build)
-    def made(*args: P.args, **options: P.kwargs) -> Callable[[], nn.Module]:
-        return functools.partial(build, *args, **options)
-
-    return made
 
 
 @dataclass(frozen=True)

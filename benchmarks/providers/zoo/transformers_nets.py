@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.zoo.net import DROP, Net, later
+from benchmarks.providers.zoo.net import DROP, Net
 from benchmarks.providers.zoo.sizes import Sizes
 
 
-@later
-def hugging_face(model: str, config: str, name: str, **options: Any) -> nn.Module:
-    module = f"transformers.models.{model}"
-    config_class: Any = getattr(import_module(module), config)
-    return getattr(import_module(module), name)(config_class(**options))
+def hugging_face(module: str, prefix: str, **options: Any) -> nn.Module:
+    m: Any = import_module(f"transformers.models.{module}")
+    return getattr(m, f"{prefix}Model")(getattr(m, f"{prefix}Config")(**options))
 
 
 def transformers_nets(sizes: Sizes) -> dict[str, Net]:
-    common = {"image_size": sizes.image, "drop_path_rate": DROP}
-    vit = {
-        **common,
-        "num_hidden_layers": 2,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **sizes.hugging_face_vit,
-    }
-    swin = {**common, "depths": [2, 2], **sizes.hugging_face_swin}
-    stages = {
-        "depths": [2, 2],
-        "drop_path_rate": DROP,
-        "layer_scale_init_value": 0.5,
-        **sizes.hugging_face_stages,
-    }
-    convnext = {"num_stages": 2, **stages}
+    width, heads, inside = sizes.vit
+    vit = {"image_size": sizes.image, "patch_size": 8, "num_hidden_layers": 2}
+    vit |= {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": inside}
+    vit |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    patch, width, heads = sizes.swin
+    swin = {"image_size": sizes.image, "patch_size": patch, "window_size": sizes.windows[1]}
+    swin |= {"embed_dim": width, "depths": [2, 2], "num_heads": list(heads)}
+    stages = {"depths": [2, 2], "hidden_sizes": list(sizes.convnext_stages)}
+    stages |= {"layer_scale_init_value": 0.5}
 
     def net(module: str, prefix: str, memory: float = Net.memory, **options: Any) -> Net:
-        make = hugging_face(module, f"{prefix}Config", f"{prefix}Model", **options)
+        make = partial(hugging_face, module, prefix, drop_path_rate=DROP, **options)
         return Net(make, (f"{prefix}Layer",), memory=memory)
 
     return {
@@ -53,7 +45,7 @@ def transformers_nets(sizes: Sizes) -> dict[str, Net]:
         "transformers-swin": net("swin", "Swin", **swin, memory=0.7),
         "transformers-donut-swin": net("donut", "DonutSwin", **swin, memory=0.7),
         "transformers-swin-v2": net("swinv2", "Swinv2", **swin),
-        "transformers-convnext": net("convnext", "ConvNext", **convnext),
-        "transformers-convnext-v2": net("convnextv2", "ConvNextV2", **convnext),
+        "transformers-convnext": net("convnext", "ConvNext", **stages, num_stages=2),
+        "transformers-convnext-v2": net("convnextv2", "ConvNextV2", **stages, num_stages=2),
         "transformers-dinov3-convnext": net("dinov3_convnext", "DINOv3ConvNext", **stages),
     }

@@ -23,6 +23,7 @@ from benchmarks.measure import correctness, flops, memory, store, workload  # no
 from benchmarks.providers import networks, residuals  # noqa: E402
 from benchmarks.report import figures, targets  # noqa: E402
 from benchmarks.run import parse_arguments  # noqa: E402
+from sdkernels.backends import traceable  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -493,9 +494,9 @@ def test_another_backend_serves_only_its_turns():
         calls.append(args)
         return right(*args)
 
-    right = residuals.traceable.OPS["compact_rows"]
+    right = traceable.OPS["compact_rows"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(residuals.traceable.OPS, "compact_rows", counting)
+        patch.setitem(traceable.OPS, "compact_rows", counting)
         load = TINY_BLOCK.workloads(CPU)["fused-traceable"]
         x, rows = torch.ones(8, 2), workload.kept_rows(8, 0.5, CPU, 1)
         with load.context():

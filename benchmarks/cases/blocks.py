@@ -12,35 +12,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.workload import (
-    DTYPES,
-    Case,
-    Comparison,
-    Context,
-    Workload,
-    first_rows,
-    kept_rows,
-    nothing,
-    seeded,
-    step,
-    values,
-)
+from benchmarks.measure import workload
+from benchmarks.measure.workload import DTYPES, Case, Comparison, Context, Workload, first_rows
+from benchmarks.providers import residuals
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.networks import Ruled, frozen_statistics, seeded_module
-from benchmarks.providers.residuals import (
-    RULES,
-    Rule,
-    backend,
-    fused,
-    other_backends,
-    why_missing,
-)
+from benchmarks.providers.networks import Ruled, seeded_module
+from benchmarks.providers.residuals import RULES, Rule, fused, other_backends, why_missing
 from benchmarks.providers.vit import Block
 from sdkernels import KeptRows
+from sdkernels.measure.comparing import without_batch_effects
 
 Rows = Sequence[KeptRows | None]
 Values = dict[str, Tensor]
-Rules = dict[str, tuple[Rule, bool, Context]]
+# Of a provider: its rule, whether it is timed without rows, where it runs, why it cannot.
+Rules = dict[str, tuple[Rule, bool, Context, str | None]]
 
 
 @dataclass(frozen=True)
@@ -146,40 +131,30 @@ class BlockCase(Case):
         return KeptRows.sample(self.batch, 1 - self.keep, sampler="fixed").k
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "block": self.net.name,
-            "batch": self.batch,
-            "keep": self.keep,
-            "dtype": self.dtype,
-            "label": self.net.label,
-            "row_elements": math.prod(self.net.row),
-            "direction": "fwd+bwd",
-            "k": self.kept,
-        }
+        told = {"block": self.net.name, "batch": self.batch, "keep": self.keep, "dtype": self.dtype}
+        told |= {"label": self.net.label, "row_elements": math.prod(self.net.row)}
+        return told | {"direction": "fwd+bwd", "k": self.kept}
 
     def rules(self, device: torch.device) -> Rules:
-        """Of every provider that may run: its rule, whether it draws, and where it runs."""
-        rules: Rules = {name: (rule, draws, nullcontext) for name, (rule, draws) in RULES.items()}
-        if self.net.family != "vit":
-            del rules["fused-inplace"]  # patched blocks decide for themselves
-        for name in other_backends(device):
-            rules[f"fused-{name}"] = (fused(), False, partial(backend, name, device))
-        return rules
-
-    def providers(self, device: torch.device) -> dict[str, str | None]:
-        reasons: dict[str, str | None] = dict.fromkeys(self.rules(device))
-        reasons["xformers"] = why_missing("xformers", device)
+        reasons: dict[str, str | None] = {"xformers": why_missing("xformers", device)}
         if reasons["xformers"] is None and self.net.family != "vit":
             reasons["xformers"] = "takes rows of two dimensions only"
         if self.dtype == "mixed":
             reasons["dinov3"] = "index_add refuses a stream and a branch of two dtypes"
+        rules: Rules = {name: (*how, nullcontext, reasons.get(name)) for name, how in RULES.items()}
+        if self.net.family != "vit":
+            del rules["fused-inplace"]  # patched blocks decide for themselves
         for name, missing in other_backends(device).items():
-            reasons[f"fused-{name}"] = missing
-        return reasons
+            context = partial(residuals.backend, name, device)
+            rules[f"fused-{name}"] = (fused(), False, context, missing)
+        return rules
+
+    def providers(self, device: torch.device) -> dict[str, str | None]:
+        return {name: missing for name, (*_, missing) in self.rules(device).items()}
 
     def setting(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
         """The block, its input and the gradient of its output."""
-        generator = seeded()
+        generator = workload.seeded()
         block = self.net.module(1 - self.keep).to(device)
         dtype = DTYPES["fp32" if self.dtype == "mixed" else self.dtype]
         x = self.net.randn(self.batch, generator).to(device, dtype).requires_grad_()
@@ -189,14 +164,13 @@ class BlockCase(Case):
     def rows(self, device: torch.device) -> list[KeptRows]:
         """Another subset for every branch."""
         seeds = range(1, self.net.branches + 1)
-        return [kept_rows(self.batch, self.keep, device, seed) for seed in seeds]
+        return [workload.kept_rows(self.batch, self.keep, device, seed) for seed in seeds]
 
     def output(self, block: nn.Module, x: Tensor, rule: Rule, rows: Rows) -> Tensor:
         """One forward pass; branches without rows draw theirs."""
         mixed = self.dtype == "mixed"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if mixed else nullcontext():
-            y: Tensor = block(x, rule, [1 - self.keep] * self.net.branches, rows)
-        return y
+            return block(x, rule, [1 - self.keep] * self.net.branches, rows)
 
     def given(self, device: torch.device) -> Callable[[], Rows]:
         """What a provider that is given its rows gets in a step."""
@@ -209,38 +183,33 @@ class BlockCase(Case):
         given, none = self.given(device), [None] * self.net.branches
         parameters = tuple(block.parameters())
 
-        def workload(name: str, rule: Rule, draws: bool, context: Context) -> Workload:
-            # The floor has all of its k rows; rows of the batch would be refused.
+        def load(name: str, rule: Rule, draws: bool, context: Context, _: None) -> Workload:
             leaf, d_y = few if name == "dense" else (x, grad)
-            rows: Callable[[], Rows] = (lambda: none) if draws or name == "dense" else given
-            return step(
-                lambda: self.output(block, leaf, rule, rows()),
-                (leaf, *parameters),
-                d_y,
-                parameters,
-                context,
+            rows: Callable[[], Rows] = (lambda: none) if draws else given
+            wanted = (leaf, *parameters)
+            return workload.step(
+                lambda: self.output(block, leaf, rule, rows()), wanted, d_y, parameters, context
             )
 
         rules = self.rules(device)
-        return {name: workload(name, *rules[name]) for name in self.usable(device)}
+        return {name: load(name, *rules[name]) for name in self.usable(device)}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """Each provider against naive masking with the same kept rows; the floors, which compute
         something else, where they are the same."""
         block, x, grad = self.setting(device)
+        without_batch_effects(block)
         rows, count = self.rows(device), self.net.branches
-        inputs = {"x": x, **dict(block.named_parameters())}
         arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
 
         def evaluate(rule: Rule, rows: Rows, x: Tensor = x, grad: Tensor = grad) -> Values:
-            with frozen_statistics(block):
-                y = self.output(block, x, rule, rows)
-            return values(y, inputs | {"x": x}, grad)
+            inputs = {"x": x, **dict(block.named_parameters())}
+            return workload.values(self.output(block, x, rule, rows), inputs, grad)
 
         naive, rules = RULES["naive"][0], self.rules(device)
         expected = evaluate(naive, rows)
         for name in self.usable(device):
-            rule, _, context = rules[name]
+            rule, _, context, _ = rules[name]
             if name not in ("naive", "dense", "beside"):
                 with context():
                     yield Comparison(name, evaluate(rule, rows), expected, arithmetic)
@@ -248,7 +217,7 @@ class BlockCase(Case):
         if "beside" in rules:
             # Its branches reach nothing but their own parameters: it passes the stream.
             got = {"output": evaluate(RULES["beside"][0], rows)["output"]}
-            stream = evaluate(naive, [nothing(self.batch, device)] * count)["output"]
+            stream = evaluate(naive, [workload.nothing(self.batch, device)] * count)["output"]
             yield Comparison("beside", got, {"output": stream}, arithmetic)
 
         # All branches keep the same rows, at scale 1. Those outside are left out of the loss, so
@@ -286,7 +255,4 @@ class BreakEvenCase(BlockCase):
 
     def rules(self, device: torch.device) -> Rules:
         """With compaction, with the branch on every row, and naive masking."""
-        return {name: (rule, False, nullcontext) for name, rule in BREAK_EVEN.items()}
-
-    def providers(self, device: torch.device) -> dict[str, str | None]:
-        return dict.fromkeys(BREAK_EVEN)
+        return {name: (rule, False, nullcontext, None) for name, rule in BREAK_EVEN.items()}

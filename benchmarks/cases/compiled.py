@@ -55,39 +55,26 @@ def _index_add(draw: Callable[[Tensor, float], tuple[Tensor, float]], flat: bool
     return rule
 
 
-@dataclass(frozen=True)
-class Provider:
-    """How a block is compiled: the rule, and torch.compile's options (None: eager)."""
-
-    rule: Rule
-    options: dict[str, Any] | None
-    seeded: bool = False  # draws the rows that KeptRows.sample draws from the same seed
-
-
 _fused = sdkernels.fused_stochastic_depth
-_GIVEN = {
-    "naive": Provider(naive, {}),
-    "dinov3": Provider(_index_add(_fixed), {}),
-    "eager": Provider(_fused, None),
-    "fused": Provider(_fused, {}),
+# How a block is compiled: the rule, and torch.compile's options (None: eager).
+_GIVEN: dict[str, tuple[Rule, dict[str, Any] | None]] = {
+    "naive": (naive, {}),
+    "dinov3": (_index_add(_fixed), {}),
+    "eager": (_fused, None),
+    "fused": (_fused, {}),
 }
-PROVIDERS: dict[str, dict[str, Provider]] = {
-    STATIC: {**_GIVEN, "dinov2": Provider(dinov2, {}), "dense": Provider(dense, {})},
-    DYNAMIC: {**_GIVEN, "dinov2": Provider(_index_add(_fixed, flat=True), {})},
+PROVIDERS = {
+    STATIC: {**_GIVEN, "dinov2": (dinov2, {}), "dense": (dense, {})},
+    DYNAMIC: {**_GIVEN, "dinov2": (_index_add(_fixed, flat=True), {})},
     BERNOULLI: {
-        "naive": Provider(naive, {}),
-        "dinov3": Provider(_index_add(_independent), {}),
-        "dinov3-fullgraph": Provider(_index_add(_independent), {"fullgraph": True}),
-        "eager": Provider(_fused, None, seeded=True),
-        "fused": Provider(_fused, {}, seeded=True),
-        "fused-fullgraph": Provider(_fused, {"fullgraph": True}, seeded=True),
+        "naive": (naive, {}),
+        "dinov3": (_index_add(_independent), {}),
+        "dinov3-fullgraph": (_index_add(_independent), {"fullgraph": True}),
+        "eager": (_fused, None),
+        "fused": (_fused, {}),
+        "fused-fullgraph": (_fused, {"fullgraph": True}),
     },
 }
-
-
-def _why_no_compiler() -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"Inductor needs a C++ compiler; {compiler} is none"
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,9 @@ class CompileCase(BlockCase):
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
         """All need the compiler of Inductor's back end."""
-        reason = None if device.type == "cuda" else _why_no_compiler()
+        compiler = os.environ.get("CXX", "g++")
+        missing = device.type != "cuda" and shutil.which(compiler) is None
+        reason = f"Inductor needs a C++ compiler; {compiler} is none" if missing else None
         return dict.fromkeys(PROVIDERS[self.counts], reason)
 
     def rows_of_steps(self, device: torch.device | str = "cpu") -> list[list[KeptRows]]:
@@ -128,18 +117,17 @@ class CompileCase(BlockCase):
         ]
 
     def _compiled(self, name: str, block: nn.Module) -> Callable[[Tensor, Rows], Tensor]:
-        provider = PROVIDERS[self.counts][name]
+        rule, options = PROVIDERS[self.counts][name]
 
         def forward(x: Tensor, rows: Rows) -> Tensor:
-            y: Tensor = block(x, provider.rule, [1 - self.keep] * self.net.branches, rows)
-            return y
+            return block(x, rule, [1 - self.keep] * self.net.branches, rows)
 
-        if provider.options is None:
+        if options is None:
             return forward
         # The providers are copies of one function, and share its limit.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        return torch.compile(forward, **provider.options)
+        return torch.compile(forward, **options)
 
     def workloads(self, device: torch.device) -> dict[str, Workload]:
         """Compiled for everything that they will meet."""
@@ -150,15 +138,13 @@ class CompileCase(BlockCase):
         def workload(name: str) -> Workload:
             forward = self._compiled(name, block)
             leaf, d_y = first_rows(self.kept, x, grad) if name == "dense" else (x, grad)
-            draws = self.counts == BERNOULLI or (
-                self.counts == STATIC and name in ("dinov2", "dinov3")
-            )
+            draws = self.counts == BERNOULLI or (self.counts == STATIC and name.startswith("dino"))
             steps: Iterator[Rows] = cycle([[None] * self.net.branches] if draws else rows)
 
             def run() -> None:
                 torch.autograd.grad(forward(leaf, next(steps)), (leaf, *wanted), d_y)
 
-            for _ in range(2 * len(rows) if not draws else 6):
+            for _ in range(6 if draws else 2 * len(rows)):
                 run()
             return Workload(run)
 
@@ -173,13 +159,11 @@ class CompileCase(BlockCase):
         block, x, grad = self.setting(device)
         inputs = {"x": x, **dict(block.named_parameters())}
         p, count = 1 - self.keep, self.net.branches
-        for name in self.usable(device):
-            if name == "dense":
-                continue
+        for name in (name for name in self.usable(device) if name != "dense"):
             forward = self._compiled(name, block)
             for seed, rows in enumerate(self.rows_of_steps(device)):
                 given: Rows = rows
-                if PROVIDERS[self.counts][name].seeded:
+                if self.counts == BERNOULLI and PROVIDERS[BERNOULLI][name][0] is _fused:
                     torch.manual_seed(seed)
                     rows = [KeptRows.sample(self.batch, p, device=device) for _ in range(count)]
                     torch.manual_seed(seed)

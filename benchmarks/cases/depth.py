@@ -15,10 +15,7 @@ from benchmarks.providers.networks import seeded_module
 from benchmarks.providers.residuals import RULES, Rule
 from sdkernels import DepthPlan
 
-PROVIDERS = (
-    *("naive", "dinov2", "fused", "fused-inplace"),
-    *("fused-fixed", "fused-bernoulli", "dense"),
-)
+PROVIDERS = ("naive", "dinov2", "fused", "fused-inplace", "fused-fixed", "fused-bernoulli", "dense")
 
 
 class Stack(nn.Module):
@@ -73,10 +70,7 @@ class DepthCase(BlockCase):
         return told | {"branches": net.branches, "tokens": net.size, "width": net.width}
 
     def rules(self, device: torch.device) -> Rules:
-        return {name: (*RULES[name], nullcontext) for name in PROVIDERS}
-
-    def providers(self, device: torch.device) -> dict[str, str | None]:
-        return dict.fromkeys(PROVIDERS)
+        return {name: (*RULES[name], nullcontext, None) for name in PROVIDERS}
 
     def given(self, device: torch.device) -> Callable[[], Rows]:
         drop = [1 - self.keep] * self.net.branches

@@ -15,25 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure.workload import (
-    Case,
-    Comparison,
-    Workload,
-    everything,
-    nothing,
-    seeded,
-    values,
-)
+from benchmarks.measure import workload
+from benchmarks.measure.workload import Case, Comparison, Workload, seeded
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.networks import (
-    Ruled,
-    frozen_statistics,
-    seeded_module,
-    timm_model,
-    torchvision_model,
-)
+from benchmarks.providers.networks import Ruled, seeded_module, timm_model, torchvision_model
 from benchmarks.providers.residuals import Rule, beside, dense, dinov2, fused, naive, skipped
 from sdkernels import DepthPlan, KeptRows
+from sdkernels.measure.comparing import without_batch_effects
 from sdkernels.measure.masking import give_drop_paths
 
 CLASSES = 10
@@ -104,15 +92,13 @@ class ModelCase(Case):
 
     def make(self) -> nn.Module:
         """The model as its library makes it, in training, without dropout."""
-        options: dict[str, Any] = {"num_classes": CLASSES}
-        if self.library == "timm":
-            family = self.model.partition("_")[0]
-            options |= {
-                "vit": {"init_values": 1.0, "img_size": self.image},
-                "convnext": {"ls_init_value": 1.0},
-            }.get(family, {})
-            options |= {"depth": self.depth} if self.depth else {}
         build = timm_model if self.library == "timm" else torchvision_model
+        options: dict[str, Any] = {"num_classes": CLASSES}
+        if self.library == "timm" and self.model.startswith("vit"):
+            options |= {"init_values": 1.0, "img_size": self.image}
+            options |= {"depth": self.depth} if self.depth else {}
+        elif self.library == "timm" and self.model.startswith("convnext"):
+            options["ls_init_value"] = 1.0
         model = seeded_module(lambda: build(self.model, **options)).train()
         return model.to(memory_format=torch.channels_last)
 
@@ -126,8 +112,7 @@ class ModelCase(Case):
             path = import_module("torchvision.ops").StochasticDepth(self.drop, "row")
         else:
             path = import_module("timm.layers.drop").DropPath(self.drop)
-        model = give_drop_paths(self.make(), entries, lambda number: copy.deepcopy(path))
-        return model.to(device)
+        return give_drop_paths(self.make(), entries, lambda _: copy.deepcopy(path)).to(device)
 
     def _inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         generator = seeded()
@@ -149,7 +134,7 @@ class ModelCase(Case):
         plan = self._plan(patched.branches, device)
         own = self._with_drop_path(patched, device)
 
-        def workload(name: str, rule: Rule | None, from_plan: bool) -> Workload:
+        def load(name: str, rule: Rule | None, from_plan: bool) -> Workload:
             model: nn.Module = patched if own is None or rule is not None else own
             parameters = tuple(model.parameters())
             given = (rule or naive, (), plan if from_plan else [None]) if model is patched else ()
@@ -163,7 +148,7 @@ class ModelCase(Case):
 
             return Workload(run, forward, parameters)
 
-        return {name: workload(name, *how) for name, how in PROVIDERS.items()}
+        return {name: load(name, *how) for name, how in PROVIDERS.items()}
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """The patched model under every rule against naive masking with the same rows, and the
@@ -179,23 +164,24 @@ class ModelCase(Case):
         small = replace(self, batch=min(self.batch, 3), image=image)
         images, labels = small._inputs(device)
         images = images.double()
-        patched = Ruled(self.make(), self.drop).to(device).double()
+        patched = without_batch_effects(Ruled(self.make(), self.drop).to(device).double())
         plan = small._plan(patched.branches, device)
         inputs = dict(patched.named_parameters())
 
         def evaluate(rule: Rule, rows: list[Any]) -> dict[str, Tensor]:
-            with frozen_statistics(patched):
-                logits = patched(images, rule, rows=rows)
-                loss = F.cross_entropy(logits, labels)
-            found = values(loss, inputs, torch.ones_like(loss))
+            logits = patched(images, rule, rows=rows)
+            loss = F.cross_entropy(logits, labels)
+            found = workload.values(loss, inputs, torch.ones_like(loss))
             return found | {"output": logits.detach()}
 
         expected = evaluate(naive, plan)
         yield Comparison("dinov2", evaluate(dinov2, plan), expected)
         yield Comparison("fused", evaluate(fused(), plan), expected)
-        expected = evaluate(naive, [everything(small.batch, device)] * patched.branches)
+        kept = workload.everything(small.batch, device)
+        expected = evaluate(naive, [kept] * patched.branches)
         yield Comparison("undropped", evaluate(dense, [None]), expected)
-        expected = evaluate(naive, [nothing(small.batch, device)] * patched.branches)
+        kept = workload.nothing(small.batch, device)
+        expected = evaluate(naive, [kept] * patched.branches)
         yield Comparison("skeleton", evaluate(skipped, [None]), expected)
         output = evaluate(beside, plan)["output"]
         yield Comparison("beside", {"output": output}, {"output": expected["output"]})

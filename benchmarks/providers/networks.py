@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import sdkernels
 from benchmarks.providers.libraries import import_module, is_installed
@@ -64,33 +63,16 @@ class Ruled(nn.Module):
         return y
 
 
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm with its running statistics, so that rows do not depend on each other: for the
-    comparison of values. (What it computes from the batch is another number for fewer rows.)"""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
-
-
-def unit_layer_scale(module: nn.Module) -> nn.Module:
-    """Layer scale at 1: at the 1e-5 that models start from, a comparison would not see a branch."""
-    for name, parameter in module.named_parameters():
-        if name.rpartition(".")[2] in ("gamma", "layer_scale"):
-            nn.init.ones_(parameter)
-    return module
-
-
 def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """The same weights for the same seed, and the generator left as it was."""
+    """The same weights for the same seed, and the generator left as it was. Layer scale is 1: at
+    the 1e-5 that models start from, a comparison would not see a branch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return unit_layer_scale(make())
+        module = make()
+        for name, parameter in module.named_parameters():
+            if name.rpartition(".")[2] in ("gamma", "layer_scale"):
+                nn.init.ones_(parameter)
+        return module
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from sdkernels import KeptRows, reference
-from sdkernels.backends import choice, traceable
+from sdkernels.backends import choice
 
 Rule = Callable[..., Tensor]
 
@@ -215,13 +215,9 @@ def other_backends(device: torch.device) -> dict[str, str | None]:
 @contextmanager
 def backend(name: str, device: torch.device) -> Iterator[None]:
     """Every op of the package served by another backend on this device type."""
-    functions = (
-        importlib.import_module("sdkernels.backends.triton").OPS
-        if name == "triton"
-        else traceable.OPS
-    )
+    served = importlib.import_module(f"sdkernels.backends.{name}")
     library = torch.library.Library("sdkernels", "IMPL")
-    for op, function in functions.items():
+    for op, function in served.OPS.items():
         choice.override(library, op, function, device.type)
     try:
         yield
@@ -229,7 +225,7 @@ def backend(name: str, device: torch.device) -> Iterator[None]:
         library._destroy()
 
 
-# name: (rule, whether it draws for itself while it is timed)
+# name: (rule, whether it is timed without rows: it draws for itself, or has no use for them)
 RULES: dict[str, tuple[Rule, bool]] = {
     "naive": (naive, True),
     "dinov2": (dinov2, True),
@@ -240,6 +236,6 @@ RULES: dict[str, tuple[Rule, bool]] = {
     "fused-fixed": (fused(sampler="fixed"), True),
     "fused-bernoulli": (fused(), True),
     "fused-auto": (fused(sampler="fixed", min_saving="auto"), True),
-    "dense": (dense, False),
+    "dense": (dense, True),
     "beside": (beside, False),
 }

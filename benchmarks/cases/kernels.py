@@ -33,45 +33,18 @@ ELEMENTS_IN_CACHE = 2**17
 class Tensors(RowTensors):
     """Also what ops need besides, made in their first call, which is not timed."""
 
-    @cached_property
-    def kept(self) -> Tensor:
-        """Rows of the stream, in its order of elements, which index_select may leave."""
-        return torch.empty_like(self.x[: len(self.out)]).copy_(_select(self))
-
-    @cached_property
-    def stream(self) -> Tensor:
-        """To be written into."""
-        return self.x.clone()
-
-    @cached_property
-    def kept_part(self) -> Tensor:
-        """A crop's part of a packed tensor of the stream's dtype,"""
-        return torch.empty_like(self.kept)
-
-    @cached_property
-    def out_part(self) -> Tensor:
-        """and of the branch's."""
-        return torch.empty_like(self.out)
-
-    @cached_property
-    def others(self) -> Tensor:
-        """Rows that replace those of the stream."""
-        return self.kept.neg()
-
-    @cached_property
-    def positive(self) -> Tensor:
-        """What the ReLU's backward needs,"""
-        return _scatter_add_relu(self)[1]
-
-    @cached_property
-    def activated(self) -> Tensor:
-        """and PyTorch's."""
-        return _index_add(self, self.out).relu_()
-
-    @cached_property
-    def normed(self) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
-        """Kept rows, mean and rstd for the backward of LayerNorm and (True) of RMSNorm."""
-        return {rms: _compact_norm(self, rms)[1:] for rms in (False, True)}
+    # Rows of the stream, in its order of elements, which index_select may leave.
+    kept = cached_property(lambda t: torch.empty_like(t.x[: len(t.out)]).copy_(_select(t)))
+    others = cached_property(lambda t: t.kept.neg())  # rows that replace those of the stream
+    stream = cached_property(lambda t: t.x.clone())  # to be written into
+    # A crop's part of a packed tensor: of the stream's dtype, and of the branch's.
+    kept_part = cached_property(lambda t: torch.empty_like(t.kept))
+    out_part = cached_property(lambda t: torch.empty_like(t.out))
+    # What the ReLU's backward needs, and PyTorch's.
+    positive = cached_property(lambda t: _scatter_add_relu(t)[1])
+    activated = cached_property(lambda t: _index_add(t, t.out).relu_())
+    # Kept rows, mean and rstd for the backward of LayerNorm and (True) of RMSNorm.
+    normed = cached_property(lambda t: {rms: _compact_norm(t, rms)[1:] for rms in (False, True)})
 
     @cached_property
     def normed_by_torch(self) -> list[Tensor]:
@@ -203,14 +176,11 @@ class Kernel:
         fused, torch: what is timed; both give the same outputs.
         traffic: rows of the batch, kept rows of the stream's dtype and of the branch's that have
             to be read and written.
-        norm: whether it normalizes over the last dimension; the others do nothing but move rows
-            and add them, so that memory bounds them.
     """
 
     fused: Callable[[Tensors], Outputs]
     torch: Callable[[Tensors], Outputs]
     traffic: tuple[int, int, int]
-    norm: bool = False
 
     def op(self, t: Tensors) -> Callable[[], Outputs]:
         """The op on these tensors, ready to be timed."""
@@ -276,7 +246,7 @@ KERNELS: dict[str, Kernel] = {
     # Of packed crops, each a part of one tensor.
     "compact_into": Kernel(_compact_into, lambda t: _copied(t.kept_part, _select(t)), (0, 2, 0)),
     "compact_layer_norm_into": Kernel(
-        _compact_norm_into, lambda t: _copied(t.out_part, *_layer_norm(t)), (0, 2, 1), norm=True
+        _compact_norm_into, lambda t: _copied(t.out_part, *_layer_norm(t)), (0, 2, 1)
     ),
     "scatter_add_layer_scale_backward_into": Kernel(
         _scatter_add_backward_into,
@@ -287,23 +257,18 @@ KERNELS: dict[str, Kernel] = {
         lambda t: _scatter_add_relu(t)[0], lambda t: _index_add(t, t.out).relu_(), (2, 0, 1)
     ),
     "scatter_add_relu_backward": Kernel(_scatter_add_relu_backward, _relu_backward, (2, 0, 1)),
-    "compact_layer_norm": Kernel(
-        lambda t: _compact_norm(t, False)[:2], _layer_norm, (0, 2, 1), norm=True
-    ),
-    "compact_rms_norm": Kernel(
-        lambda t: _compact_norm(t, True)[:2], _rms_norm, (0, 2, 1), norm=True
-    ),
+    "compact_layer_norm": Kernel(lambda t: _compact_norm(t, False)[:2], _layer_norm, (0, 2, 1)),
+    "compact_rms_norm": Kernel(lambda t: _compact_norm(t, True)[:2], _rms_norm, (0, 2, 1)),
     "compact_layer_norm_backward": Kernel(
-        lambda t: _compact_norm_backward(t, False, None), _layer_norm_backward, (1, 1, 1), norm=True
+        lambda t: _compact_norm_backward(t, False, None), _layer_norm_backward, (1, 1, 1)
     ),
     "compact_rms_norm_backward": Kernel(
-        lambda t: _compact_norm_backward(t, True, None), _rms_norm_backward, (1, 1, 1), norm=True
+        lambda t: _compact_norm_backward(t, True, None), _rms_norm_backward, (1, 1, 1)
     ),
     "compact_layer_norm_backward_stream": Kernel(
         lambda t: _compact_norm_backward(t, False, t.x),
         lambda t: _layer_norm_backward(t, t.x),
         (2, 1, 1),
-        norm=True,
     ),
 }
 
@@ -318,9 +283,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def normalizes(op: str) -> bool:
+    """Over the last dimension; the others do nothing but move rows and add them, so that memory
+    bounds them."""
+    return "_norm" in op
+
+
 def takes_tokens(op: str) -> bool:
     """Whether channels are the last dimension; images are [B, H, W, C] then."""
-    return KERNELS[op].norm or op.endswith("_into")
+    return normalizes(op) or op.endswith("_into")
 
 
 @dataclass(frozen=True)
@@ -358,9 +329,9 @@ class KernelCase(RowCase):
         return math.prod(self.shape) < ELEMENTS_IN_CACHE
 
     def describe(self) -> dict[str, Any]:
-        kernel = KERNELS[self.op]
-        flags = {"norm": kernel.norm, "copies": not kernel.norm, "in_cache": self.in_cache}
-        return asdict(self) | {"k": self.k, **flags} | self.bytes_of(kernel.traffic)
+        norm = normalizes(self.op)
+        flags = {"norm": norm, "copies": not norm, "in_cache": self.in_cache}
+        return asdict(self) | {"k": self.k, **flags} | self.bytes_of(KERNELS[self.op].traffic)
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
         several = device.type == "cuda" and self.threads > 1

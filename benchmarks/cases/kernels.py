@@ -26,6 +26,7 @@ from benchmarks.measure.workload import Comparison, Workload, copies_past_the_ca
 aten, own = torch.ops.aten, torch.ops.sdkernels
 EPS, SCALE = 1e-5, 2.0
 Outputs = Any  # a tensor or several
+Function = Callable[["Tensors"], Outputs]
 # Below it a tensor is still in the cache when the next op of a model comes to it.
 ELEMENTS_IN_CACHE = 2**17
 
@@ -178,8 +179,8 @@ class Kernel:
             to be read and written.
     """
 
-    fused: Callable[[Tensors], Outputs]
-    torch: Callable[[Tensors], Outputs]
+    fused: Function
+    torch: Function
     traffic: tuple[int, int, int]
 
     def op(self, t: Tensors) -> Callable[[], Outputs]:
@@ -187,7 +188,7 @@ class Kernel:
         return prepared(self.fused, t)
 
 
-def prepared(function: Callable[[Tensors], Outputs], t: Tensors) -> Callable[[], Outputs]:
+def prepared(function: Function, t: Tensors) -> Callable[[], Outputs]:
     """Called once, so that what it needs is there."""
     function(t)
     return partial(function, t)
@@ -321,7 +322,7 @@ class KernelCase(RowCase):
         return f"kernel-{self.op}-{self.dtype}-{self.shape_name}-t{self.threads}"
 
     @property
-    def k(self) -> int:  # type: ignore[override]
+    def k(self) -> int:
         return self.shape[0] // 2
 
     @property
@@ -339,7 +340,7 @@ class KernelCase(RowCase):
         return dict.fromkeys(("fused", "torch", "copy"), reason)
 
     @property
-    def tokens_last(self) -> bool:  # type: ignore[override]
+    def tokens_last(self) -> bool:
         return takes_tokens(self.op)
 
     def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensors:
@@ -352,7 +353,7 @@ class KernelCase(RowCase):
         sets = [first, *(first.copy() for _ in range(copies - 1))]
         kernel = KERNELS[self.op]
 
-        def workload(function: Callable[[Tensors], Outputs]) -> Workload:
+        def workload(function: Function) -> Workload:
             with torch.no_grad():
                 turn = itertools.cycle([prepared(function, t) for t in sets])
             # Without it an allocator gives out what was freed last, which a cache still holds: a
@@ -374,12 +375,12 @@ class KernelCase(RowCase):
 
     def comparisons(self, device: torch.device) -> Iterator[Comparison]:
         """The op against PyTorch's calls in float64."""
-        kernel, of_op, expected = KERNELS[self.op], {}, {}
+        kernel, got, expected = KERNELS[self.op], {}, {}
         with torch.no_grad(), threads(self.threads):
             outputs = kernel.fused(self.tensors(device))
             exact = kernel.torch(self.tensors(device, torch.float64))
         if isinstance(outputs, Tensor):
             outputs, exact = (outputs,), (exact,)
         for i, (found, wanted) in enumerate(zip(outputs, exact, strict=True)):
-            of_op[f"output {i}"], expected[f"output {i}"] = found, wanted.to(found.dtype)
-        yield Comparison("fused", of_op, expected, self.arithmetic)
+            got[f"output {i}"], expected[f"output {i}"] = found, wanted.to(found.dtype)
+        yield Comparison("fused", got, expected, self.arithmetic)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from benchmarks.cases import blocks
 from benchmarks.cases.blocks import BlockCase, BreakEvenCase, Net
@@ -41,6 +44,11 @@ _QUICK_ROUNDS = {
     "compile": Rounds(6, 5),
     "break_even": Rounds(7, 2),
 }
+
+
+def _rounds(**other: tuple[int, ...]) -> dict[str, Rounds]:
+    """Those of the preset `quick`, but for these kinds."""
+    return _QUICK_ROUNDS | {kind: Rounds(*counts) for kind, counts in other.items()}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,6 @@ KERNEL_SHAPES: tuple[tuple[int, ...], ...] = (
 
 
 def _kernel_cases(
-    names: Iterable[str] = tuple(KERNELS),
     dtypes: Iterable[str] = ("fp32", "bf16", "fp16"),
     shapes: Iterable[tuple[int, ...]] = KERNEL_SHAPES,
     threads: Iterable[int] = (1, 2),
@@ -107,30 +114,29 @@ def _kernel_cases(
 ) -> tuple[KernelCase, ...]:
     return tuple(
         KernelCase(name, dtype, shape, count, whole_cache)
-        for name in names
+        for name in KERNELS
         for shape in shapes
         for count in threads
         for dtype in dtypes
     )
 
 
-def _blocks(
-    nets: Iterable[Net], batches: Iterable[int], keeps: Iterable[float], dtype: str = "fp32"
-) -> tuple[BlockCase, ...]:
-    return tuple(
-        BlockCase(net, batch, keep, dtype) for net in nets for batch in batches for keep in keeps
-    )
+def _grid(case: Callable[..., Case], *choices: Iterable[Any]) -> tuple[Case, ...]:
+    """A case for every combination of its arguments; the last one changes first."""
+    return tuple(case(*chosen) for chosen in itertools.product(*choices))
+
+
+_blocks = partial(_grid, BlockCase)
 
 
 def _break_even(nets: Iterable[Net], batches: Iterable[int]) -> tuple[BreakEvenCase, ...]:
     shares = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
     return tuple(
-        BreakEvenCase(net, batch, 1 - round(share * batch) / batch)
+        BreakEvenCase(net, batch, 1 - share)
         for net in nets
         for batch in batches
         for share in shares
-        # Of few rows no share so small can be dropped.
-        if abs(round(share * batch) / batch - share) < 1e-9
+        if (share * batch).is_integer()  # of few rows no share so small can be dropped
     )
 
 
@@ -165,6 +171,7 @@ TINY_NETS = (
 )
 TINY_VIT = ModelCase("timm", "vit_tiny_patch16_224", "tiny", image=32, batch=8, depth=2)
 SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", batch=10, depth=3)
+VITS = (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
 LATE_STAGES = (blocks.CONVNEXT_LATE, blocks.SWIN_LATE, blocks.RESNET_LATE)
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = (*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
@@ -204,7 +211,7 @@ _ALL = (
             stack(48),
             HostCase(),
         ),
-        rounds=_QUICK_ROUNDS | {"op": Rounds(5, 6), "kernel": Rounds(5, 6), "block": Rounds(3, 1)},
+        rounds=_rounds(op=(5, 6), kernel=(5, 6), block=(3, 1)),
         training=TrainingCase(epochs=5),
     ),
     Preset(
@@ -226,10 +233,10 @@ _ALL = (
             *_blocks((blocks.VIT_TINY_ROWS,), (*BATCHES, 32), (0.5,)),
             *(_model("ViT-S"), _model("ResNet-50", image=128), _model("ConvNeXt-T", image=128)),
             _model("Swin-T", batch=10),
-            *(stack(branches) for branches in (12, 48, 200, 1000)),
+            *map(stack, (12, 48, 200, 1000)),
             HostCase(),
         ),
-        rounds=_QUICK_ROUNDS | {"block": Rounds(5, 1), "model": Rounds(4, 1), "op": Rounds(8, 10)},
+        rounds=_rounds(block=(5, 1), model=(4, 1), op=(8, 10)),
         training=TrainingCase(),
     ),
     Preset(
@@ -241,17 +248,19 @@ _ALL = (
             *_blocks((blocks.VIT_S,), (32,), MIDDLE),
             *_blocks((blocks.VIT_B, blocks.VIT_L), (16,), KEEPS),
             *_blocks((blocks.VIT_7B,), (4,), MIDDLE),
-            *_blocks((blocks.VIT_S, blocks.VIT_B), (32,), MIDDLE, "mixed"),
-            *_blocks((blocks.CONVNEXT, blocks.SWIN, blocks.RESNET, *LATE_STAGES), (32,), KEEPS),
+            *_blocks((blocks.VIT_S, blocks.VIT_B), (32,), MIDDLE, ("mixed",)),
+            *_grid(
+                BlockCase, (blocks.CONVNEXT, blocks.SWIN, blocks.RESNET, *LATE_STAGES), (32,), KEEPS
+            ),
             *_blocks((blocks.VIT_TI,), (20,), KEEPS),
             *_blocks((blocks.VIT_TINY_ROWS, blocks.VIT_TI), BATCHES, (0.5, 0.9)),
             *(_model(label) for label in ("ViT-S", "ConvNeXt-T", "ResNet-50")),
             *(_model(label, 10) for label in ("ViT-B", "ConvNeXt-B", "ResNet-152", "Swin-T")),
             _model("ViT-L", batch=5),
-            *(stack(branches) for branches in (12, 24, 48, 100, 200, 500, 1000)),
+            *map(stack, (12, 24, 48, 100, 200, 500, 1000)),
             HostCase(),
         ),
-        rounds=_QUICK_ROUNDS | {"block": Rounds(9, 2), "model": Rounds(9, 1), "op": Rounds(12, 12)},
+        rounds=_rounds(block=(9, 2), model=(9, 1), op=(12, 12)),
         training=TrainingCase(epochs=40),
     ),
     Preset(
@@ -264,37 +273,26 @@ _ALL = (
                 case
                 for dtype in ("bf16", "mixed")
                 for nets, batch, keeps in (
-                    ((blocks.VIT_S, blocks.VIT_B, blocks.VIT_L), 64, KEEPS),
+                    (VITS, 64, KEEPS),
                     ((blocks.VIT_7B,), 32, (0.5, 0.75, 0.9)),
                     ((blocks.CONVNEXT, blocks.SWIN, blocks.RESNET), 128, (0.5, 0.75, 0.9)),
                 )
-                for case in _blocks(nets, (batch,), keeps, dtype)
+                for case in _blocks(nets, (batch,), keeps, (dtype,))
             ),
-            *_blocks((blocks.VIT_TI,), BATCHES, (0.5,), "bf16"),
-            *(
-                CompileCase(net, 64, 0.5, "bf16", counts)
-                for net in (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
-                for counts in COUNTS
-            ),
+            *_blocks((blocks.VIT_TI,), BATCHES, (0.5,), ("bf16",)),
+            *_grid(CompileCase, VITS, (64,), (0.5,), ("bf16",), COUNTS),
             _model("ViT-S", 32, dtype="amp"),
             *(
                 _model(label, 250, dtype="amp")
                 for label in ("ViT-S", "ViT-B", "ConvNeXt-T", "ResNet-50", "Swin-T")
             ),
             *(_model(label, 100, dtype="amp") for label in ("ViT-L", "ConvNeXt-B", "ResNet-152")),
-            *(stack(branches) for branches in (12, 48, 200, 1000)),
+            *map(stack, (12, 48, 200, 1000)),
             HostCase(),
             *_break_even(BREAK_EVEN_NETS, (32, 128)),
         ),
-        rounds={
-            "op": Rounds(10, 30),
-            "block": Rounds(8, 10),
-            "model": Rounds(6, 5),
-            "host": Rounds(10, 3, 200),
-            "depth": Rounds(6, 5),
-            "compile": Rounds(6, 20),
-            "break_even": Rounds(9, 10),
-        },
+        rounds=_rounds(op=(10, 30), block=(8, 10), model=(6, 5), depth=(6, 5), compile=(6, 20))
+        | {"break_even": Rounds(9, 10)},
         training=TrainingCase(),
     ),
     Preset(
@@ -303,18 +301,12 @@ _ALL = (
         duration="about 8 minutes on one GPU (an estimate, not yet run)",
         cases=(
             *(c for rows in ("ViT-S", "ViT-B", "ViT-H") for c in _op_cases(rows, dtypes=("bf16",))),
-            *_blocks((blocks.VIT_B,), (64,), (0.5, 0.75, 0.9), "bf16"),
+            *_blocks((blocks.VIT_B,), (64,), (0.5, 0.75, 0.9), ("bf16",)),
             *(_model("ViT-S", 32, dtype="amp"), _model("ViT-B", 128, dtype="amp")),
             CompileCase(blocks.VIT_B, 64, 0.5, "bf16", STATIC),
             HostCase(),
         ),
-        rounds={
-            "op": Rounds(6, 20),
-            "block": Rounds(6, 10),
-            "model": Rounds(5, 4),
-            "host": Rounds(6, 3, 200),
-            "compile": Rounds(5, 20),
-        },
+        rounds=_rounds(op=(6, 20), block=(6, 10), model=(5, 4), host=(6, 3, 200), compile=(5, 20)),
     ),
     Preset(
         name="kernels",
@@ -326,7 +318,7 @@ _ALL = (
         name="compile",
         summary="a block under torch.compile, against the code that DINOv3 compiles",
         duration="about 8 minutes on 2 cores, most of it compilation",
-        cases=tuple(CompileCase(blocks.VIT_S, 32, 0.5, counts=counts) for counts in COUNTS),
+        cases=_grid(CompileCase, (blocks.VIT_S,), (32,), (0.5,), ("fp32",), COUNTS),
     ),
     Preset(
         name="break-even",

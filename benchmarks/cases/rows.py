@@ -26,23 +26,15 @@ class Tensors:
     rows: KeptRows
     next_rows: KeptRows  # of the branch that follows
 
-    @property
-    def index(self) -> Tensor:
-        return self.rows.index
-
-    @property
-    def slot(self) -> Tensor:
-        return self.rows.slot
-
-    @property
-    def width(self) -> list[int]:
-        return [self.x.shape[-1]]
+    index = property(lambda self: self.rows.index)
+    slot = property(lambda self: self.rows.slot)
+    width = property(lambda self: [self.x.shape[-1]])
 
     @cached_property
     def norm(self) -> nn.LayerNorm:
         """Of parameters, see ``trained``."""
         norm = nn.LayerNorm(self.width, device="meta")
-        norm.weight, norm.bias = self.weight, self.bias  # type: ignore[assignment]
+        norm.weight, norm.bias = self.weight, self.bias
         return norm
 
     def _each(self, change: Any) -> Any:
@@ -124,8 +116,6 @@ class RowCase(Case):
         weight, bias, layer_scale = vectors.to(device, dtype or stream)
         if self.is_image and not self.tokens_last:
             layer_scale = layer_scale.view(-1, 1, 1)
-        return Tensors(
-            *(x.to(device, dtype or stream), out.to(device, dtype or branch)),
-            *(weight, bias, layer_scale),
-            *(kept_rows(batch, self.k / batch, device, seed) for seed in (1, 2)),
-        )
+        x, out = x.to(device, dtype or stream), out.to(device, dtype or branch)
+        rows = (kept_rows(batch, self.k / batch, device, seed) for seed in (1, 2))
+        return Tensors(x, out, weight, bias, layer_scale, *rows)

@@ -23,7 +23,6 @@ from sdkernels import KeptRows
 from sdkernels.measure.comparing import without_batch_effects
 
 Rows = Sequence[KeptRows | None]
-Values = dict[str, Tensor]
 # Of a provider: its rule, whether it is timed without rows, where it runs, why it cannot.
 Rules = dict[str, tuple[Rule, bool, Context, str | None]]
 
@@ -59,10 +58,6 @@ class Net:
         return (self.width, self.size, self.size)
 
     @property
-    def channels_last(self) -> bool:
-        return self.family in ("convnext", "resnet")
-
-    @property
     def branches(self) -> int:
         return 2 if self.family in ("vit", "swin") else 1
 
@@ -74,10 +69,11 @@ class Net:
         module = seeded_module(self._of_library).train()
         return Ruled(module.to(memory_format=torch.channels_last), drop)
 
-    def _of_library(self) -> Any:
+    def _of_library(self) -> nn.Module:
         if self.family == "convnext":
-            timm: Any = import_module("timm.models.convnext")
-            return timm.ConvNeXtBlock(self.width, ls_init_value=1.0)
+            return import_module("timm.models.convnext").ConvNeXtBlock(
+                self.width, ls_init_value=1.0
+            )
         if self.family == "swin":
             timm = import_module("timm.models.swin_transformer")
             heads, shift = max(self.width // 32, 1), 3 if self.size > 7 else 0
@@ -85,20 +81,17 @@ class Net:
                 self.width, (self.size, self.size), heads, window_size=7, shift_size=shift
             )
         # A quarter of the channels inside.
-        torchvision: Any = import_module("torchvision.models.resnet")
-        return torchvision.Bottleneck(self.width, self.width // 4)
+        return import_module("torchvision.models.resnet").Bottleneck(self.width, self.width // 4)
 
     def randn(self, batch: int, generator: torch.Generator) -> Tensor:
         x = torch.randn(batch, *self.row, generator=generator)
-        return x.to(memory_format=torch.channels_last) if self.channels_last else x
+        is_image = self.family in ("convnext", "resnet")
+        return x.to(memory_format=torch.channels_last) if is_image else x
 
 
-VIT_S, VIT_B, VIT_L = (
-    Net("vit", 384, 197, "ViT-S"),
-    Net("vit", 768, 197, "ViT-B"),
-    Net("vit", 1024, 197, "ViT-L"),
-)
 VIT_TI, VIT_7B = Net("vit", 192, 197, "ViT-Ti"), Net("vit", 4096, 197, "ViT-7B")
+VIT_S, VIT_B = Net("vit", 384, 197, "ViT-S"), Net("vit", 768, 197, "ViT-B")
+VIT_L = Net("vit", 1024, 197, "ViT-L")
 VIT_TINY_ROWS = Net("vit", 192, 50, "ViT-Ti/32")
 CONVNEXT = Net("convnext", 96, 56, "ConvNeXt-T, stage 1")
 CONVNEXT_LATE = Net("convnext", 384, 14, "ConvNeXt-T, stage 3")
@@ -202,7 +195,9 @@ class BlockCase(Case):
         rows, count = self.rows(device), self.net.branches
         arithmetic = torch.bfloat16 if self.dtype == "mixed" else None
 
-        def evaluate(rule: Rule, rows: Rows, x: Tensor = x, grad: Tensor = grad) -> Values:
+        def evaluate(
+            rule: Rule, rows: Rows, x: Tensor = x, grad: Tensor = grad
+        ) -> dict[str, Tensor]:
             inputs = {"x": x, **dict(block.named_parameters())}
             return workload.values(self.output(block, x, rule, rows), inputs, grad)
 

@@ -33,11 +33,8 @@ HOST_PROVIDERS: dict[str, HostFunction] = {
 
 @dataclass(frozen=True)
 class HostCase(Case):
-    """Forward and backward on a tensor so small that only the cost of the calls is left.
-
-    What counts is the extra over ``plain``, which is ``x + branch(x)`` with the identity for a
-    branch.
-    """
+    """Forward and backward. What counts is the extra over ``plain``, which is ``x + branch(x)``
+    with the identity for a branch."""
 
     shape: tuple[int, ...] = (8, 4, 16)
     keep: float = 0.5
@@ -86,6 +83,5 @@ class HostCase(Case):
                 mask = (output != x).flatten(1).any(1)
                 kept = KeptRows.from_mask(mask, scale=1 / self.keep)
             expected = reference.naive_masking(x, _identity, p, rows=kept)
-            yield Comparison(
-                provider, values(output, {"x": x}, grad), values(expected, {"x": x}, grad)
-            )
+            got, expected = (values(y, {"x": x}, grad) for y in (output, expected))
+            yield Comparison(provider, got, expected)

@@ -71,16 +71,14 @@ class Preset:
         return [case.name for case in self.cases] + training
 
 
+VITS = (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
+VIT_H = Net("vit", 1280, 257, "ViT-H")
+CONVNEXT_B = Net("convnext", 128, 56, "ConvNeXt-B, stage 1")
+
 # label: shape of a batch of rows, k = half of it
-ROWS: dict[str, tuple[int, ...]] = {
-    "ViT-S": (64, 197, 384),
-    "ViT-B": (64, 197, 768),
-    "ViT-L": (64, 197, 1024),
-    "ViT-H": (64, 257, 1280),
-    "ConvNeXt-T, stage 1": (64, 96, 56, 56),
-    "ConvNeXt-B, stage 1": (64, 128, 56, 56),
-    "ResNet-50, stage 1": (64, 256, 56, 56),
-    "ResNet-50, stage 3": (64, 1024, 14, 14),
+ROWS = {
+    net.label: (64, *net.row)
+    for net in (*VITS, VIT_H, blocks.CONVNEXT, CONVNEXT_B, blocks.RESNET, blocks.RESNET_LATE)
 }
 
 
@@ -171,7 +169,6 @@ TINY_NETS = (
 )
 TINY_VIT = ModelCase("timm", "vit_tiny_patch16_224", "tiny", image=32, batch=8, depth=2)
 SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", batch=10, depth=3)
-VITS = (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
 LATE_STAGES = (blocks.CONVNEXT_LATE, blocks.SWIN_LATE, blocks.RESNET_LATE)
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = (*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)

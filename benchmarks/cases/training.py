@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure.workload import seeded
 from benchmarks.providers import digits
+from benchmarks.providers.networks import seeded_module
 from benchmarks.providers.residuals import Rule, dense, fused, naive
 from benchmarks.providers.vit import DigitsViT
 from sdkernels import DepthPlan, linear_decay
@@ -39,6 +41,8 @@ VARIANTS: dict[str, tuple[str, Rule, float]] = {
     "fused-fixed": ("fixed", fused(), 0.0),
     "naive-perturbed": ("bernoulli", naive, 1e-7),
 }
+
+RECORDED = ("sampler", "losses", "step_seconds", "validation_accuracy")  # of a variant
 
 # Pairs whose loss curves have to agree.
 PAIRS = {"fused": "naive", "fused-fixed": "naive-fixed", "naive-perturbed": "naive"}
@@ -62,11 +66,6 @@ class TrainingCase:
     kind: ClassVar[str] = "train"
     name: ClassVar[str] = "train-digits"
 
-    @property
-    def drop_probabilities(self) -> list[float]:
-        """One per residual branch, two branches a block."""
-        return linear_decay(2 * self.depth, self.p_last)
-
 
 @dataclass
 class Variant:
@@ -78,7 +77,19 @@ class Variant:
     rule: Rule
     losses: list[float] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)  # per epoch
-    accuracies: list[float] = field(default_factory=list)  # on the validation split, per epoch
+    validation_accuracy: list[float] = field(default_factory=list)  # per epoch
+
+    def step(self, images: Tensor, labels: Tensor, drop: list[float], plan: DepthPlan) -> float:
+        loss = F.cross_entropy(self.model(images, self.rule, drop, list(plan)), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        correct = self.model(images, dense).argmax(1) == labels
+        return correct.double().mean().item()
 
 
 def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
@@ -94,13 +105,15 @@ def load_digits_split(device: torch.device, seed: int = 0) -> tuple[Tensor, ...]
 
 def _start(case: TrainingCase, name: str, device: torch.device) -> Variant:
     sampler, rule, perturbation = VARIANTS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
+
+    def make() -> DigitsViT:
         model = DigitsViT(case.width, case.depth, case.heads, case.layer_scale)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + perturbation * torch.randn_like(parameter))
-    model.to(device)
+        return model
+
+    model = seeded_module(make, case.seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=case.weight_decay)
     return Variant(model, optimizer, sampler, rule)
 
@@ -125,22 +138,6 @@ def _stopwatch(seconds: list[float], device: torch.device) -> Iterator[None]:
     seconds.append(time.perf_counter() - start)
 
 
-def _step(
-    variant: Variant, images: Tensor, labels: Tensor, drop: list[float], plan: DepthPlan
-) -> float:
-    loss = F.cross_entropy(variant.model(images, variant.rule, drop, list(plan)), labels)
-    variant.optimizer.zero_grad()
-    loss.backward()
-    variant.optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def _accuracy(model: DigitsViT, images: Tensor, labels: Tensor) -> float:
-    correct = model(images, dense).argmax(1) == labels
-    return correct.double().mean().item()
-
-
 def train(
     case: TrainingCase, device: torch.device, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -150,9 +147,8 @@ def train(
     """
     train_x, train_y, val_x, val_y = load_digits_split(device, case.seed)
     variants = {name: _start(case, name, device) for name in VARIANTS}
-    drop = case.drop_probabilities
-    order = torch.Generator().manual_seed(case.seed)
-    rows_generator = torch.Generator().manual_seed(case.seed + 1)
+    drop = linear_decay(2 * case.depth, case.p_last)  # two branches a block
+    order, rows_generator = seeded(case.seed), seeded(case.seed + 1)
     plan_seconds: dict[str, list[float]] = {sampler: [] for sampler in SAMPLERS}
     kept_rows = dict.fromkeys(SAMPLERS, 0)
     per_epoch = len(train_x) // case.batch  # what is left over waits for the next shuffle
@@ -181,11 +177,11 @@ def train(
             for group in variant.optimizer.param_groups:
                 group["lr"] = _learning_rate(case, step, steps)
             with _stopwatch(variant.step_seconds[-1], device):
-                loss = _step(variant, train_x[batch], train_y[batch], drop, plans[variant.sampler])
+                loss = variant.step(train_x[batch], train_y[batch], drop, plans[variant.sampler])
             variant.losses.append(loss)
         if position == per_epoch - 1:
             for variant in variants.values():
-                variant.accuracies.append(_accuracy(variant.model, val_x, val_y))
+                variant.validation_accuracy.append(variant.accuracy(val_x, val_y))
         advance()
 
     def difference(name: str, other: str) -> float:
@@ -201,12 +197,7 @@ def train(
         "plan_seconds": plan_seconds,
         "kept_share": {s: kept_rows[s] / (steps * len(drop) * case.batch) for s in SAMPLERS},
         "variants": {
-            name: {
-                "sampler": variant.sampler,
-                "losses": variant.losses,
-                "step_seconds": variant.step_seconds,
-                "validation_accuracy": variant.accuracies,
-            }
+            name: {key: getattr(variant, key) for key in RECORDED}
             for name, variant in variants.items()
         },
         "largest_loss_difference": {name: difference(name, other) for name, other in PAIRS.items()},

@@ -43,8 +43,9 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.scale1 = nn.Parameter(torch.full((width,), layer_scale))
         self.norm2 = nn.LayerNorm(width)
-        inside = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(*inside)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(
@@ -85,8 +86,6 @@ class DigitsViT(nn.Module):
         """
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position
         for i, block in enumerate(self.blocks):
-            if rows:
-                x = block(x, rule, p[2 * i : 2 * i + 2], rows[2 * i : 2 * i + 2])
-            else:
-                x = block(x, rule)
+            both = slice(2 * i, 2 * i + 2)
+            x = block(x, rule, p[both], rows[both]) if rows else block(x, rule)
         return self.head(self.norm(x).mean(1))

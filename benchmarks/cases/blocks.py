@@ -201,7 +201,7 @@ class BlockCase(Case):
             inputs = {"x": x, **dict(block.named_parameters())}
             return workload.values(self.output(block, x, rule, rows), inputs, grad)
 
-        naive, rules = RULES["naive"][0], self.rules(device)
+        naive, rules = residuals.naive, self.rules(device)
         expected = evaluate(naive, rows)
         for name in self.usable(device):
             rule, _, context, _ = rules[name]
@@ -211,7 +211,7 @@ class BlockCase(Case):
 
         if "beside" in rules:
             # Its branches reach nothing but their own parameters: it passes the stream.
-            got = {"output": evaluate(RULES["beside"][0], rows)["output"]}
+            got = {"output": evaluate(residuals.beside, rows)["output"]}
             stream = evaluate(naive, [workload.nothing(self.batch, device)] * count)["output"]
             yield Comparison("beside", got, {"output": stream}, arithmetic)
 
@@ -223,15 +223,8 @@ class BlockCase(Case):
         for tensor in ("output", "gradient of x"):
             expected[tensor] = expected[tensor][shared.index]
         kept_x = x.detach()[shared.index].requires_grad_()
-        got = evaluate(RULES["dense"][0], [None] * count, kept_x, grad[shared.index])
+        got = evaluate(residuals.dense, [None] * count, kept_x, grad[shared.index])
         yield Comparison("dense", got, expected, arithmetic)
-
-
-BREAK_EVEN: dict[str, Rule] = {
-    "naive": RULES["naive"][0],
-    "whole": fused(min_saving=1.0),
-    "compact": fused(min_saving=0.0),
-}
 
 
 @dataclass(frozen=True)
@@ -250,4 +243,6 @@ class BreakEvenCase(BlockCase):
 
     def rules(self, device: torch.device) -> Rules:
         """With compaction, with the branch on every row, and naive masking."""
-        return {name: (rule, False, nullcontext, None) for name, rule in BREAK_EVEN.items()}
+        rules = {"naive": residuals.naive}
+        rules |= {"whole": fused(min_saving=1.0), "compact": fused(min_saving=0.0)}
+        return {name: (rule, False, nullcontext, None) for name, rule in rules.items()}

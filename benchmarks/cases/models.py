@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.measure import workload
 from benchmarks.measure.workload import Case, Comparison, Workload, seeded
 from benchmarks.providers.libraries import import_module
-from benchmarks.providers.networks import Ruled, seeded_module, timm_model, torchvision_model
+from benchmarks.providers.networks import Ruled, seeded_module, torchvision_model
 from benchmarks.providers.residuals import Rule, beside, dense, dinov2, fused, naive, skipped
 from sdkernels import DepthPlan, KeptRows
 from sdkernels.measure.comparing import without_batch_effects
@@ -77,30 +78,26 @@ class ModelCase(Case):
             f"-{self.dtype}"
         )
 
-    @property
-    def kept(self) -> int:
-        """Rows that every branch keeps with the fixed count."""
-        return KeptRows.sample(self.batch, self.drop, sampler="fixed").k
-
     def providers(self, device: torch.device) -> dict[str, str | None]:
         return dict.fromkeys(PROVIDERS)
 
     def describe(self) -> dict[str, Any]:
         told = asdict(self) | {"model": f"{self.library}-{self.model}"}
         del told["library"]
-        return told | {"k": self.kept, "direction": "fwd+bwd"}
+        k = KeptRows.sample(self.batch, self.drop, sampler="fixed").k  # of every branch
+        return told | {"k": k, "direction": "fwd+bwd"}
 
     def make(self) -> nn.Module:
         """The model as its library makes it, in training, without dropout."""
-        build = timm_model if self.library == "timm" else torchvision_model
-        options: dict[str, Any] = {"num_classes": CLASSES}
+        options: dict[str, Any] = {}
         if self.library == "timm" and self.model.startswith("vit"):
-            options |= {"init_values": 1.0, "img_size": self.image}
+            options = {"init_values": 1.0, "img_size": self.image}
             options |= {"depth": self.depth} if self.depth else {}
         elif self.library == "timm" and self.model.startswith("convnext"):
-            options["ls_init_value"] = 1.0
-        model = seeded_module(lambda: build(self.model, **options)).train()
-        return model.to(memory_format=torch.channels_last)
+            options = {"ls_init_value": 1.0}
+        build = import_module("timm").create_model if self.library == "timm" else torchvision_model
+        model = seeded_module(partial(build, self.model, num_classes=CLASSES, **options))
+        return model.train().to(memory_format=torch.channels_last)
 
     def _with_drop_path(self, patched: Ruled, device: torch.device) -> nn.Module | None:
         """The library's own model with its drop path at the case's rate; None if it has none, as

@@ -27,7 +27,7 @@ HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
 def in_place_of_the_op(rule: Rule) -> Iterator[None]:
     """Patched blocks add by this rule."""
     op = adding.fused_stochastic_depth
-    adding.fused_stochastic_depth = rule  # type: ignore[assignment]
+    adding.fused_stochastic_depth = rule
     try:
         yield
     finally:
@@ -59,8 +59,7 @@ class Ruled(nn.Module):
         """``p`` was given to the constructor; ``rows`` are all given, or all drawn by the rule."""
         given = None not in rows
         with in_place_of_the_op(rule), self.report.use(rows) if given else nullcontext():
-            y: Tensor = self.module(x)
-        return y
+            return self.module(x)
 
 
 def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -75,10 +74,5 @@ def seeded_module(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         return module
 
 
-def timm_model(name: str, **options: Any) -> nn.Module:
-    return import_module("timm").create_model(name, **options)  # type: ignore[no-any-return]
-
-
 def torchvision_model(name: str, **options: Any) -> nn.Module:
-    models = import_module("torchvision.models")
-    return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
+    return import_module("torchvision.models").get_model(name, weights=None, **options)

@@ -122,8 +122,7 @@ def xformers(a: Addition) -> Tensor:
     out = a.run(kept=kept).to(a.x.dtype)
     # A leaf can't be written into; in a model the stream of the first block is none.
     stream = a.x.clone() if a.x.is_leaf else a.x
-    total: Tensor = operators.scaled_index_add(stream, index, out, scaling=scaling, alpha=alpha)
-    return total
+    return operators.scaled_index_add(stream, index, out, scaling=scaling, alpha=alpha)
 
 
 @rule
@@ -169,9 +168,7 @@ def beside(a: Addition) -> Tensor:
     assert a.rows is not None
     if a.rows.k == 0:
         return a.stream.clone()
-    out = a.run(kept=_FirstRows.apply(a.x, a.rows.k))
-    stream: Tensor = _Beside.apply(a.stream, out)
-    return stream
+    return _Beside.apply(a.stream, a.run(kept=_FirstRows.apply(a.x, a.rows.k)))
 
 
 @rule

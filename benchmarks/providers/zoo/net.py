@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from benchmarks.providers.zoo.sizes import TINY
 
-__all__ = ["DROP", "Net", "output_of"]
-
 DROP = 0.5
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-__all__ = ["TINY", "WIDE", "Sizes"]
-
 
 class Sizes(SimpleNamespace):
     """Widths and resolutions of all the models."""

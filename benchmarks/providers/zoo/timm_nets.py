@@ -68,7 +68,14 @@ def timm_nets(sizes: Sizes) -> dict[str, Net]:
         path = "vision_transformer_relpos:VisionTransformerRelPos"
         return net(path, block, **vit_options(sizes), block=block, **options)
 
-    def mixed(*classes: str, batch_norm: bool = True, **options: Any) -> Net:
+    def swin(path: str, **options: Any) -> Net:
+        patch, width, heads = sizes.swin
+        options |= {"img_size": sizes.image, "patch_size": patch, "window_size": sizes.windows[0]}
+        options |= {"embed_dim": width, "depths": (2, 2), "num_heads": heads}
+        return net(path, path.partition(":")[2] + "Block", **options)
+
+    def mixed(attention: str, convolution: str = "MbConvBlock", **options: Any) -> Net:
+        batch_norm, classes = convolution == "MbConvBlock", (convolution, attention)
         return Net(partial(maxxvit, sizes, **options), classes, batch_norm=batch_norm)
 
     def mobile(stages: list[list[str]], *classes: str) -> Net:
@@ -81,10 +88,6 @@ def timm_nets(sizes: Sizes) -> dict[str, Net]:
 
     eva = partial(net, "eva:Eva", **vit_options(sizes), use_rot_pos_emb=True)
     beit = partial(net, "beit:Beit", "Block", **vit_options(sizes))
-    patch, width, heads = sizes.swin
-    swin_options = {"patch_size": patch, "embed_dim": width, "depths": (2, 2), "num_heads": heads}
-    swin_options |= {"img_size": sizes.image, "window_size": sizes.windows[0]}
-    swin = partial(net, **swin_options)
     patch, dims = sizes.convnext
     path, block = "convnext:ConvNeXt", "ConvNeXtBlock"
     convnext = partial(net, path, block, depths=(1, 2, 1, 1), dims=dims, patch_size=patch)
@@ -110,31 +113,22 @@ def timm_nets(sizes: Sizes) -> dict[str, Net]:
         "timm-cait": net(
             "cait:Cait", "LayerScaleBlock", "LayerScaleBlockClassAttn", **vit_options(sizes)
         ),
-        "timm-swin": swin("swin_transformer:SwinTransformer", "SwinTransformerBlock"),
-        "timm-swin-v2": swin("swin_transformer_v2:SwinTransformerV2", "SwinTransformerV2Block"),
-        "timm-swin-v2-cr": swin(
-            "swin_transformer_v2_cr:SwinTransformerV2Cr",
-            "SwinTransformerV2CrBlock",
-            extra_norm_period=2,
-        ),
+        "timm-swin": swin("swin_transformer:SwinTransformer"),
+        "timm-swin-v2": swin("swin_transformer_v2:SwinTransformerV2"),
+        "timm-swin-v2-cr": swin("swin_transformer_v2_cr:SwinTransformerV2Cr", extra_norm_period=2),
         "timm-convnext": convnext(),
         "timm-convnext-v2": convnext(use_grn=True, conv_mlp=True, ls_init_value=None),
-        "timm-maxvit": mixed("MbConvBlock", "PartitionAttentionCl"),
+        "timm-maxvit": mixed("PartitionAttentionCl"),
         "timm-maxvit-2d": mixed(
-            "MbConvBlock",
-            "PartitionAttention2d",
-            transformer={"use_nchw_attn": True, "init_values": 0.1},
+            "PartitionAttention2d", transformer={"use_nchw_attn": True, "init_values": 0.1}
         ),
-        "timm-maxvit-parallel": mixed(
-            "MbConvBlock", "ParallelPartitionAttention", kinds=("PM", "PM")
-        ),
+        "timm-maxvit-parallel": mixed("ParallelPartitionAttention", kinds=("PM", "PM")),
         "timm-coatnet": mixed(
-            "MbConvBlock", "TransformerBlock2d", kinds=("C", "T"), transformer={"init_values": 0.1}
+            "TransformerBlock2d", kinds=("C", "T"), transformer={"init_values": 0.1}
         ),
         "timm-maxxvit": mixed(
-            "ConvNeXtBlock",
             "PartitionAttentionCl",
-            batch_norm=False,
+            "ConvNeXtBlock",
             conv={"block_type": "convnext", "init_values": 0.1},
         ),
         "timm-resnet": resnet("BasicBlock", sizes.resnet),

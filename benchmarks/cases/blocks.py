@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,11 @@ from benchmarks.measure.workload import DTYPES, Case, Comparison, Context, Workl
 from benchmarks.providers import residuals
 from benchmarks.providers.libraries import import_module
 from benchmarks.providers.networks import Ruled, seeded_module
-from benchmarks.providers.residuals import RULES, Rule, fused, other_backends, why_missing
+from benchmarks.providers.residuals import RULES, Rows, Rule, fused, other_backends, why_missing
 from benchmarks.providers.vit import Block
 from sdkernels import KeptRows
 from sdkernels.measure.comparing import without_batch_effects
 
-Rows = Sequence[KeptRows | None]
 # Of a provider: its rule, whether it is timed without rows, where it runs, why it cannot.
 Rules = dict[str, tuple[Rule, bool, Context, str | None]]
 

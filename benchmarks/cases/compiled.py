@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
-from benchmarks.cases.blocks import BlockCase, Rows
+from benchmarks.cases.blocks import BlockCase
 from benchmarks.measure.workload import Comparison, Workload, first_rows, kept_rows, values
-from benchmarks.providers.residuals import Rule, dense, dinov2, naive
+from benchmarks.providers.residuals import Rows, Rule, dense, dinov2, naive
 from sdkernels import KeptRows
 
-STATIC, DYNAMIC, BERNOULLI = "static", "dynamic", "bernoulli"
+COUNTS = STATIC, DYNAMIC, BERNOULLI = "static", "dynamic", "bernoulli"
 
 
 def _fixed(x: Tensor, p: float) -> tuple[Tensor, float]:

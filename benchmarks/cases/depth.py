@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.blocks import BlockCase, Net, Rows, Rules
+from benchmarks.cases.blocks import BlockCase, Net, Rules
 from benchmarks.providers.networks import seeded_module
-from benchmarks.providers.residuals import RULES, Rule
+from benchmarks.providers.residuals import RULES, Rows, Rule
 from sdkernels import DepthPlan
 
 PROVIDERS = ("naive", "dinov2", "fused", "fused-inplace", "fused-fixed", "fused-bernoulli", "dense")

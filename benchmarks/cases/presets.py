@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.cases import blocks
 from benchmarks.cases.blocks import BlockCase, BreakEvenCase, Net
-from benchmarks.cases.compiled import BERNOULLI, DYNAMIC, STATIC, CompileCase
+from benchmarks.cases.compiled import COUNTS, STATIC, CompileCase
 from benchmarks.cases.depth import stack
 from benchmarks.cases.host import HostCase
 from benchmarks.cases.kernels import KERNELS, KernelCase
@@ -67,8 +67,8 @@ class Preset:
 
     def names(self) -> list[str]:
         """Names of all cases, training included: what a filter is matched against."""
-        training = [] if self.training is None else [self.training.name]
-        return [case.name for case in self.cases] + training
+        training = [] if self.training is None else [self.training]
+        return [case.name for case in (*self.cases, *training)]
 
 
 VITS = (blocks.VIT_S, blocks.VIT_B, blocks.VIT_L)
@@ -172,7 +172,6 @@ SHORT_VIT = ModelCase("timm", "vit_small_patch16_224", "ViT-S, 3 blocks", batch=
 LATE_STAGES = (blocks.CONVNEXT_LATE, blocks.SWIN_LATE, blocks.RESNET_LATE)
 SMALL_ROWS = (TINY, blocks.VIT_TINY_ROWS)
 BREAK_EVEN_NETS = (*SMALL_ROWS, blocks.VIT_TI, blocks.CONVNEXT_LATE)
-COUNTS = (STATIC, DYNAMIC, BERNOULLI)
 
 _ALL = (
     Preset(
@@ -357,9 +356,7 @@ def select(preset: Preset, expression: str | None) -> list[str]:
         SelectionError: nothing matches; the message lists the names.
     """
     names = preset.names()
-    if expression is None:
-        return names
-    selected = [name for name in names if matches(name, expression)]
+    selected = [name for name in names if expression is None or matches(name, expression)]
     if not selected:
         valid = "\n".join(f"  {name}" for name in names)
         raise SelectionError(

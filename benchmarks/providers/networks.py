@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from benchmarks.providers.libraries import import_module, is_installed
-from benchmarks.providers.residuals import Rule
-from sdkernels import KeptRows
+from benchmarks.providers.residuals import Rows, Rule
 from sdkernels.models import adding
 
 HAS_LIBRARIES = is_installed("timm") and is_installed("torchvision")
@@ -50,11 +49,7 @@ class Ruled(nn.Module):
         self.branches = count
 
     def forward(
-        self,
-        x: Tensor,
-        rule: Rule,
-        p: Sequence[float] = (),
-        rows: Sequence[KeptRows | None] = (None,),
+        self, x: Tensor, rule: Rule, p: Sequence[float] = (), rows: Rows = (None,)
     ) -> Tensor:
         """``p`` was given to the constructor; ``rows`` are all given, or all drawn by the rule."""
         given = None not in rows

@@ -22,6 +22,7 @@ from sdkernels import KeptRows, reference
 from sdkernels.backends import choice
 
 Rule = Callable[..., Tensor]
+Rows = Sequence[KeptRows | None]  # of the branches, which draw theirs where there are none
 
 
 class Addition:

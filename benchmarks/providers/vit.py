@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.providers.residuals import Rule
-from sdkernels import KeptRows
+from benchmarks.providers.residuals import Rows, Rule
 
 
 class Attention(nn.Module):
@@ -49,11 +48,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(
-        self,
-        x: Tensor,
-        rule: Rule,
-        p: Sequence[float] = (0.0, 0.0),
-        rows: Sequence[KeptRows | None] = (None, None),
+        self, x: Tensor, rule: Rule, p: Sequence[float] = (0.0, 0.0), rows: Rows = (None, None)
     ) -> Tensor:
         """``p`` and ``rows`` hold one entry for attention and one for the MLP."""
         x = rule(x, self.attention, p[0], norm=self.norm1, layer_scale=self.scale1, rows=rows[0])
@@ -74,11 +69,7 @@ class DigitsViT(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(
-        self,
-        images: Tensor,
-        rule: Rule,
-        p: Sequence[float] = (),
-        rows: Sequence[KeptRows | None] = (),
+        self, images: Tensor, rule: Rule, p: Sequence[float] = (), rows: Rows = ()
     ) -> Tensor:
         """Images [B, 1, 8, 8] to logits [B, 10].
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,7 @@ class BlockCase(Case):
     keep: float
     dtype: str = "fp32"  # "mixed": weights and stream in fp32, branches in bf16 under autocast
 
-    kind: ClassVar[str] = "block"
-    baseline: ClassVar[str] = "naive"
-    floor: ClassVar[str | None] = "dense"
+    kind, baseline, floor = "block", "naive", "dense"
 
     @property
     def name(self) -> str:
@@ -230,8 +228,7 @@ class BlockCase(Case):
 class BreakEvenCase(BlockCase):
     """A block of which few rows are dropped, all of them given."""
 
-    kind: ClassVar[str] = "break_even"
-    floor: ClassVar[str | None] = None
+    kind, floor = "break_even", None
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,7 @@ class CompileCase(BlockCase):
 
     counts: str = STATIC
 
-    kind: ClassVar[str] = "compile"
-    baseline: ClassVar[str] = "dinov3"
+    kind, baseline = "compile", "dinov3"
 
     @property
     def name(self) -> str:

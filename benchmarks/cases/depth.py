@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class DepthCase(BlockCase):
     """A stack on rows of a few tokens. Where rows are given they are those of a plan, one a step,
     its drawing in the step's time."""
 
-    kind: ClassVar[str] = "depth"
+    kind = "depth"
 
     @property
     def name(self) -> str:

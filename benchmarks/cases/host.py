@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ class HostCase(Case):
     shape: tuple[int, ...] = (8, 4, 16)
     keep: float = 0.5
 
-    kind: ClassVar[str] = "host"
-    baseline: ClassVar[str] = "naive"
-    floor: ClassVar[str | None] = "plain"
+    kind, baseline, floor = "host", "naive", "plain"
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -313,9 +313,7 @@ class KernelCase(RowCase):
     threads: int = 1
     whole_cache: bool = False
 
-    kind: ClassVar[str] = "kernel"
-    baseline: ClassVar[str] = "torch"
-    floor: ClassVar[str | None] = "copy"
+    kind, baseline, floor = "kernel", "torch", "copy"
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,7 @@ class ModelCase(Case):
     dtype: str = "fp32"  # or "amp": autocast to bf16
     depth: int | None = None
 
-    kind: ClassVar[str] = "model"
-    baseline: ClassVar[str] = "naive"
-    floor: ClassVar[str | None] = "beside"
+    kind, baseline, floor = "model", "naive", "beside"
 
     @property
     def name(self) -> str:

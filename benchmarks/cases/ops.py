@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,9 +171,7 @@ class OpCase(RowCase):
     shape: tuple[int, ...] = (64, 197, 384)
     k: int = 32
 
-    kind: ClassVar[str] = "op"
-    baseline: ClassVar[str] = "torch"
-    floor: ClassVar[str | None] = "copy"
+    kind, baseline, floor = "op", "torch", "copy"
 
     @property
     def name(self) -> str:
@@ -181,7 +179,7 @@ class OpCase(RowCase):
 
     def describe(self) -> dict[str, Any]:
         traffic = getattr(OPS[self.op], self.direction)
-        return asdict(self) | {"channels_last": self.channels_last} | self.bytes_of(traffic)
+        return asdict(self) | {"channels_last": self.is_image} | self.bytes_of(traffic)
 
     def providers(self, device: torch.device) -> dict[str, str | None]:
         reasons = dict.fromkeys([*PROVIDERS[self.op], "copy"])

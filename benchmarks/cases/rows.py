@@ -57,14 +57,11 @@ class RowCase(Case):
     shape: tuple[int, ...]
     k: int
     tokens_last = False  # images are [B, H, W, C], for ops that take rows of tokens
+    channels_last = True  # else images lie in memory as their shape says
 
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 4
-
-    @property
-    def channels_last(self) -> bool:
-        return self.is_image
 
     @property
     def shape_name(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,7 @@ class TrainingCase:
     weight_decay: float = 0.05
     seed: int = 0
 
-    kind: ClassVar[str] = "train"
-    name: ClassVar[str] = "train-digits"
+    kind, name = "train", "train-digits"
 
 
 @dataclass

@@ -44,9 +44,8 @@ class Ruled(nn.Module):
     def __init__(self, module: nn.Module, drop: float) -> None:
         super().__init__()
         self.module = module
-        count = len(sdkernels.patch(module, drop_probs=0.0).drop_probs)
-        self.report = sdkernels.patch(module, drop_probs=[drop] * count)
-        self.branches = count
+        self.branches = len(sdkernels.patch(module, drop_probs=0.0).drop_probs)
+        self.report = sdkernels.patch(module, drop_probs=[drop] * self.branches)
 
     def forward(
         self, x: Tensor, rule: Rule, p: Sequence[float] = (), rows: Rows = (None,)

@@ -63,10 +63,8 @@ class DepthCase(BlockCase):
         return f"depth-L{self.net.branches}-{shape}-keep{self.keep:g}"
 
     def describe(self) -> dict[str, Any]:
-        told = super().describe()
-        for key in ("block", "label", "row_elements"):
-            del told[key]
-        net = self.net
+        told, net = super().describe(), self.net
+        told = {key: told[key] for key in ("batch", "keep", "dtype", "direction", "k")}
         return told | {"branches": net.branches, "tokens": net.size, "width": net.width}
 
     def rules(self, device: torch.device) -> Rules:

@@ -42,9 +42,8 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.scale1 = nn.Parameter(torch.full((width,), layer_scale))
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        inside = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(*inside)
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(

@@ -5,13 +5,13 @@ The tests go through them in a tiny size, the benchmark of patched classes in a 
 
 from dataclasses import replace
 
-from benchmarks.providers.zoo.net import DROP, Net, output_of
+from benchmarks.providers.zoo.net import Net, output_of
 from benchmarks.providers.zoo.sizes import TINY, WIDE, Sizes
 from benchmarks.providers.zoo.timm_nets import maxxvit, timm_nets, timm_vit
 from benchmarks.providers.zoo.torchvision_nets import torchvision_nets
 from benchmarks.providers.zoo.transformers_nets import transformers_nets
 
-__all__ = ["DROP", "TINY", "WIDE", "Net", "Sizes", "maxxvit", "nets", "output_of", "timm_vit"]
+__all__ = ["TINY", "WIDE", "Net", "Sizes", "maxxvit", "nets", "output_of", "timm_vit"]
 
 
 def nets(sizes: Sizes) -> dict[str, Net]:

@@ -41,17 +41,8 @@ def _normalized(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
     return [((x.float() - mean) / deviation, y) for x, y in parts]
 
 
-def load_cifar(name: str, directory: Path | None, seed: int = 0) -> Data:
-    """CIFAR-10 or CIFAR-100: 45,000 images to train, 5,000 to validate, 10,000 to test.
-
-    Args:
-        name: "cifar10" or "cifar100".
-        directory: the folder that torchvision keeps data sets in.
-        seed: of the split.
-
-    Raises:
-        ValueError: torchvision or a file is missing, or a file is not what its checksum says.
-    """
+def _cifar(name: str, directory: Path | None, seed: int) -> Data:
+    """45,000 images to train, 5,000 to validate, 10,000 to test."""
     if not is_installed("torchvision"):
         raise ValueError(f"--dataset: {name} is read by torchvision, which is not installed")
     kind: Any = getattr(import_module("torchvision.datasets"), SETS[name])
@@ -72,7 +63,7 @@ def load_cifar(name: str, directory: Path | None, seed: int = 0) -> Data:
     return Data(name, len(parts[0].classes), True, *_normalized([*split, test]))
 
 
-def load_digits(seed: int = 0) -> Data:
+def _digits(seed: int) -> Data:
     """scikit-learn's 1797 handwritten digits, enlarged to 32x32; a tenth of the 1437 training
     images is held out to validate, 360 to test."""
     small, labels, rest, test = digits.load(seed)
@@ -83,8 +74,17 @@ def load_digits(seed: int = 0) -> Data:
 
 
 def load(name: str, directory: Path | None, seed: int = 0) -> Data:
-    """The data set called ``name``; digits need no folder."""
-    return load_digits(seed) if name == "digits" else load_cifar(name, directory, seed)
+    """A data set.
+
+    Args:
+        name: "digits", "cifar10" or "cifar100".
+        directory: the folder that torchvision keeps data sets in; digits need none.
+        seed: of the split.
+
+    Raises:
+        ValueError: torchvision or a file is missing, or a file is not what its checksum says.
+    """
+    return _digits(seed) if name == "digits" else _cifar(name, directory, seed)
 
 
 def augment(images: Tensor, flips: bool, generator: torch.Generator, shift: int = 4) -> Tensor:

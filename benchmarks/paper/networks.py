@@ -19,7 +19,8 @@ from benchmarks.providers.networks import torchvision_model
 from benchmarks.providers.residuals import beside
 from sdkernels import DepthPlan, KeptRows, StochasticDepth, linear_decay, reference, uniform
 
-IMPLEMENTATIONS = ("fused", "naive", "constant", "skeleton", "floor")
+# Ways to add a branch for given rows that others than the op have.
+ADDING = {"naive": reference.naive_masking, "floor": beside}
 
 
 def drop_probabilities(schedule: str, depth: int, p_last: float) -> list[float]:
@@ -43,12 +44,16 @@ def expected_depth(blocks: int) -> float:
     return (3 * blocks - 1) / 4
 
 
+def _min_saving(mode: str) -> float:
+    """Per mini-batch most steps keep every sample, and there is nothing to compact then."""
+    return 1e-6 if mode == "batch" else 0.0
+
+
 class Shortcut(nn.Module):
     """Option A: half the resolution by averaging, twice the channels by zeros; no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, channels))
+        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, x.shape[1]))
 
 
 class Block(nn.Module):
@@ -85,11 +90,8 @@ class Block(nn.Module):
             nn.Conv2d(width, width, 3, 1, 1, bias=False),
             nn.BatchNorm2d(width),
         )
-        # Per mini-batch most steps keep every sample, and there is nothing to compact then.
-        min_saving = 1e-6 if mode == "batch" else 0.0
-        self.residual = StochasticDepth(
-            branch, p, mode, rescale=rescale, min_saving=min_saving, activation="relu"
-        )
+        law = {"mode": mode, "rescale": rescale, "min_saving": _min_saving(mode)}
+        self.residual = StochasticDepth(branch, p, activation="relu", **law)
         self.implementation = implementation
         self.shortcut: nn.Module | None = None
         if stride > 1 and projection:
@@ -107,15 +109,12 @@ class Block(nn.Module):
             return F.relu(shortcut + branch(x), inplace=True)
         if self.implementation == "skeleton":
             return F.relu(shortcut)
-        if self.implementation == "naive" and rows is not None:
-            y = reference.naive_masking(x, branch, 0.0, residual=shortcut, rows=rows)
-        elif self.implementation == "floor" and rows is not None:
-            y = beside(x, branch, 0.0, residual=shortcut, rows=rows)
-        else:
-            # None where it is x itself: the op then adds the two gradients of x in one pass.
-            residual = None if self.shortcut is None else shortcut
-            return self.residual(x, residual=residual, rows=rows)  # type: ignore[no-any-return]
-        return F.relu(y, inplace=True)
+        if self.implementation in ADDING and rows is not None:
+            add = ADDING[self.implementation]
+            return F.relu(add(x, branch, 0.0, residual=shortcut, rows=rows), inplace=True)
+        # None where it is x itself: the op then adds the two gradients of x in one pass.
+        residual = None if self.shortcut is None else shortcut
+        return self.residual(x, residual=residual, rows=rows)  # type: ignore[no-any-return]
 
 
 class PaperResNet(nn.Module):
@@ -143,16 +142,9 @@ class PaperResNet(nn.Module):
         projection: bool = False,
     ) -> None:
         super().__init__()
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
-                f"got {implementation!r}"
-            )
-        if len(drop_probs) != 3 * n:
-            raise ValueError(f"drop_probs: expected {3 * n} entries, got {len(drop_probs)}")
         self.drop_probs = list(drop_probs)
         self.law = {"mode": mode, "rescale": rescale}
-        self.draws = implementation in ("fused", "naive", "floor")
+        self.draws = implementation == "fused" or implementation in ADDING
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
         )
@@ -190,7 +182,8 @@ class PaperResNet(nn.Module):
 
 
 class PaperResNet152(nn.Module):
-    """torchvision's ResNet-152 with the paper's drop probabilities in its 50 blocks."""
+    """torchvision's ResNet-152, by ``patch`` ("fused") with the paper's drop probabilities in its
+    50 blocks, or of constant depth."""
 
     def __init__(
         self,
@@ -202,15 +195,8 @@ class PaperResNet152(nn.Module):
         super().__init__()
         self.model = torchvision_model("resnet152", num_classes=classes)
         if implementation == "fused":
-            self.report = sdkernels.patch(
-                self.model,
-                drop_probs=list(drop_probs),
-                mode=mode,
-                rescale="eval",
-                min_saving=1e-6 if mode == "batch" else 0.0,
-            )
-        elif implementation != "constant":
-            raise ValueError(f"implementation: expected fused or constant, got {implementation!r}")
+            law = {"mode": mode, "rescale": "eval", "min_saving": _min_saving(mode)}
+            self.report = sdkernels.patch(self.model, drop_probs=list(drop_probs), **law)
 
     def forward(self, x: Tensor, plan: DepthPlan | None = None) -> Tensor:
         """``plan`` holds the rows of every block; without one each block draws its own."""

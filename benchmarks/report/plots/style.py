@@ -63,9 +63,10 @@ def look(provider: str) -> dict[str, str]:
     return {"color": colour, "label": text}
 
 
-def figure_of(case: Case, provider: str, key: str) -> Any:
-    """A figure of a provider; None where it has none."""
-    return case["providers"].get(provider, {}).get(key)
+def figure_of(case: Case, provider: str, key: str, factor: float = 1.0) -> float | None:
+    """A figure of a provider in some unit; None where it has none."""
+    figure = case["providers"].get(provider, {}).get(key)
+    return None if figure is None else factor * figure
 
 
 def save(plots: Mapping[str, Callable[[], Figure | None]], directory: Path) -> list[Path]:

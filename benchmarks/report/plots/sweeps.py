@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def _plot(cases: list[Case], over: str, value: Value, text: str, xlabel: str) ->
         at = [case[over] for case in sweep]
         ideal = [1 / case["keep"] for case in sweep]
         speedups.plot(at, ideal, "k--", linewidth=1, label="ideal, 1 / keep")
-        lines(speedups, sweep, over, PROVIDERS, lambda case, p: figure_of(case, p, "speedup"))
+        lines(speedups, sweep, over, PROVIDERS, partial(figure_of, key="speedup"))
         lines(others, sweep, over, PROVIDERS, value)
         if over == "keep":
             log_axis(speedups, [1, 2, 5, 10, 20], "y")
@@ -62,31 +63,21 @@ def _label(axes: Axes, sweep: list[Case], over: str, xlabel: str) -> None:
     axes.set_title(", ".join([str(rows), *known, first["dtype"]]), fontsize=10)
 
 
-def _time(over: str, unit: float) -> Value:
-    """Of one of ``case[over]``."""
-
-    def time(case: Case, provider: str) -> float | None:
-        median = figure_of(case, provider, "median")
-        return None if median is None else unit * median / case[over]
-
-    return time
-
-
-def _memory(case: Case, provider: str) -> float | None:
-    share = figure_of(case, provider, "memory_of_baseline")
-    return None if share is None else 100 * share
-
-
 def plot_keep(cases: list[Case]) -> Figure | None:
+    value = partial(figure_of, key="memory_of_baseline", factor=100)
     text = "memory (% of naive masking's)"
-    return _plot(cases, "keep", _memory, text, "keep (survival probability)")
+    return _plot(cases, "keep", value, text, "keep (survival probability)")
 
 
 def plot_batch(cases: list[Case]) -> Figure | None:
-    text = "time per sample (ms)"
-    return _plot(cases, "batch", _time("batch", 1e3), text, "batch (samples)")
+    def value(case: Case, provider: str) -> float | None:
+        return figure_of(case, provider, "median", 1e3 / case["batch"])
+
+    return _plot(cases, "batch", value, "time per sample (ms)", "batch (samples)")
 
 
 def plot_depth(cases: list[Case]) -> Figure | None:
-    text = "time per branch (us)"
-    return _plot(cases, "branches", _time("branches", 1e6), text, "branches")
+    def value(case: Case, provider: str) -> float | None:
+        return figure_of(case, provider, "median", 1e6 / case["branches"])
+
+    return _plot(cases, "branches", value, "time per branch (us)", "branches")

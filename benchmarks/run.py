@@ -24,7 +24,7 @@ from benchmarks.cases.training import train
 from benchmarks.measure import memory
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
-from benchmarks.measure.store import OtherRun, Store, write_json
+from benchmarks.measure.store import Store, write_json
 from benchmarks.report import figures, rebuild, targets
 
 HERE = Path(__file__).parent
@@ -37,8 +37,8 @@ class RunFailed(RuntimeError):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line arguments; ``--help`` documents the presets and the filter."""
     presets = "\n".join(f"  {p}, {len(p.names())} cases" for p in PRESETS.values())
-    commands = "\n".join(
-        f"  python -m benchmarks {name:17} {text}" for name, (text, _) in COMMANDS.items()
+    commands = "".join(
+        f"  python -m benchmarks {name:17} {COMMANDS[name][0]}\n" for name in COMMANDS
     )
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ),
         epilog=(
             "commands:\n"
-            f"  python -m benchmarks [options]         run a preset\n{commands}\n"
+            f"  python -m benchmarks [options]         run a preset\n{commands}"
             "  python -m benchmarks.paper COMMAND     the paper's claims\n"
             "  (each with --help)\n\n"
             f"presets:\n{presets}\n\n"
@@ -115,13 +115,14 @@ class RunProgress:
             return
         self.doing, number = doing, self.todo.index(doing)
         self.bars.update(self.task, completed=number, description=doing)
-        if not self.console.is_terminal:
-            try:
-                line = f"timing {number + 1}/{len(self.todo)}: {doing}"
-                print(line, file=self.console.file, flush=True)
-            except BrokenPipeError:
-                self.closed = True
-                raise KeyboardInterrupt from None
+        if self.console.is_terminal:
+            return
+        line = f"timing {number + 1}/{len(self.todo)}: {doing}"
+        try:
+            print(line, file=self.console.file, flush=True)
+        except BrokenPipeError:
+            self.closed = True
+            raise KeyboardInterrupt from None
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.say(nodeid.partition("[")[2].rpartition("-repeat")[0])
@@ -214,11 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(file=sys.stdout)
     env = environment(options.device) | {"keeps_memory": memory.keep_freed_memory()}
     settings = {"preset": preset.name, "filter": options.filter, "device": str(options.device)}
-    try:
-        store = Store.open(out_folder(options.out), settings, env, options.fresh)
-    except OtherRun as error:
-        print(f"python -m benchmarks: {error}", file=sys.stderr)
-        return 2
+    store = Store.open(out_folder(options.out), settings, env, options.fresh)
     todo = [name for name in options.selected if store.load(name) is None]
     done = len(options.selected) - len(todo)
     print(

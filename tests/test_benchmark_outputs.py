@@ -16,6 +16,7 @@ import benchmark_results  # noqa: E402
 
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import presets  # noqa: E402
+from benchmarks.measure import ending  # noqa: E402
 from benchmarks.report import compare, page, rebuild, summary, table, targets  # noqa: E402
 from sdkernels import info  # noqa: E402
 
@@ -174,7 +175,7 @@ def test_a_compressed_record_is_read(everything, tmp_path):
     (tmp_path / "results.json.gz").write_bytes(gzip.compress(json.dumps(few).encode()))
     assert main(["report", str(tmp_path)]) == 0
     assert "## Ops" in (tmp_path / "report.md").read_text()
-    with pytest.raises(page.BadResults):
+    with pytest.raises(ending.BadInput):
         page.read(tmp_path / "other.json")
 
 

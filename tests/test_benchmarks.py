@@ -19,7 +19,7 @@ for package in ("matplotlib", "pytest_benchmark", "rich", "sklearn"):
     pytest.importorskip(package)
 
 from benchmarks.cases import blocks, compiled, kernels, ops, presets  # noqa: E402
-from benchmarks.measure import correctness, flops, memory, store, workload  # noqa: E402
+from benchmarks.measure import correctness, ending, flops, memory, store, workload  # noqa: E402
 from benchmarks.providers import networks, residuals  # noqa: E402
 from benchmarks.report import figures, targets  # noqa: E402
 from benchmarks.run import parse_arguments  # noqa: E402
@@ -603,9 +603,9 @@ def test_a_run_goes_on_only_as_the_same(tmp_path):
     again = store.Store.open(tmp_path, {"preset": "quick"}, ENVIRONMENT)
     assert again.load("a case") == {"turns": 1}
     assert again.load("another") is None
-    with pytest.raises(store.OtherRun, match=r"preset \('quick', now 'full'\).* --fresh"):
+    with pytest.raises(ending.BadInput, match=r"preset \('quick', now 'full'\).* --fresh"):
         store.Store.open(tmp_path, {"preset": "full"}, ENVIRONMENT)
-    with pytest.raises(store.OtherRun, match="commit"):
+    with pytest.raises(ending.BadInput, match="commit"):
         store.Store.open(tmp_path, {"preset": "quick"}, ENVIRONMENT | {"commit": "other"})
     fresh = store.Store.open(tmp_path, {"preset": "full"}, ENVIRONMENT, fresh=True)
     assert fresh.load("a case") is None
@@ -615,7 +615,7 @@ def test_a_run_goes_on_only_as_the_same(tmp_path):
     "name",
     [
         *("report.figures", "report.table", "measure.command", "measure.workload"),
-        "measure.flops",
+        *("measure.flops", "measure.store"),
     ],
 )
 def test_examples(name):

@@ -343,7 +343,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(few, tmp_path):
     recipe = replace(TINY, epochs=1, batch=64)
     training.Trainer(recipe, few, CPU, tmp_path).run()
-    with pytest.raises(ValueError, match=r"is of another run: p_last 0\.5, now 0\.2;.*--out"):
+    with pytest.raises(ValueError, match=r"is of another run: p_last \(0\.5, now 0\.2\);.*--out"):
         training.Trainer(replace(recipe, p_last=0.2), few, CPU, tmp_path)
     record = training.Trainer(recipe, few, CPU, tmp_path).run()
     assert len(record["epochs"]) == 1  # finished before: nothing is run again

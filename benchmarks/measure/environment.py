@@ -15,6 +15,9 @@ import torch
 import sdkernels
 from sdkernels.backends import extension, ops
 
+# What figures depend on: runs that differ in it are not to be compared, nor continued.
+MACHINE = ("cpu", "instruction_set", "cores", "threads", "gpu", "driver", "torch", "cuda", "triton")
+
 
 def _read(path: Path) -> str | None:
     try:
@@ -60,10 +63,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return {"gpu": name, "driver": driver, "gpu_clocks": ", ".join(pairs)}
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _output(*command: str) -> str | None:
     """What a command prints, run in this folder; None where it fails."""
     told: dict[str, Any] = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL}
@@ -106,11 +105,12 @@ def serving(device_type: str) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures; ready for JSON."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     return {
         "cpu": _of_cpu("model name") or platform.processor() or platform.machine(),
         "instruction_set": instruction_set(),
         "backend": serving(device.type),
-        "cores": _cores(),
+        "cores": len(allowed) or os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # other work, when taken before the run
         "last_cache": f"{last_cache_bytes(device) / 2**20:g} MiB",
@@ -118,9 +118,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **_gpu(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
-        "torchvision": _version("torchvision"),
+        **{package: _version(package) for package in ("triton", "timm", "torchvision")},
         "python": platform.python_version(),
         "sdkernels": sdkernels.__version__,
         "commit": _commit(),

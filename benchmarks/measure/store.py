@@ -7,19 +7,16 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.ending import BadInput
+from benchmarks.measure.environment import MACHINE
+
 FOLDER = "unfinished"
-_SAME = (
-    *("cpu", "instruction_set", "cores", "threads", "gpu"),
-    *("torch", "cuda", "triton", "sdkernels", "commit"),
-)
-
-
-class OtherRun(RuntimeError):
-    """An unfinished run of other settings lies in the folder; the message says what differs."""
+_SAME = (*MACHINE, "sdkernels", "commit")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,6 +38,19 @@ def read_json(path: Path) -> Any:
         path = packed
     data = path.read_bytes()
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In what an unfinished run is another one; empty where it can go on.
+
+    >>> differences({"preset": "quick", "gpu": None}, {"preset": "full", "gpu": None})
+    "preset ('quick', now 'full')"
+    """
+    return ", ".join(
+        f"{name} ({there.get(name)!r}, now {value!r})"
+        for name, value in here.items()
+        if there.get(name) != value
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Store:
             fresh: start over, whatever lies there.
 
         Raises:
-            OtherRun: an unfinished run of something else is there, and ``fresh`` is not set.
+            BadInput: an unfinished run of something else is there, and ``fresh`` is not set.
         """
         store = cls(directory / FOLDER)
         header = settings | {name: environment[name] for name in _SAME}
@@ -74,11 +84,10 @@ class Store:
         store.folder.mkdir(parents=True, exist_ok=True)
         path = store.folder / "run.json"
         there = json.loads(path.read_text()) if path.exists() else header
-        if differing := [name for name in header if there.get(name) != header[name]]:
-            raise OtherRun(
-                f"{store.folder} holds an unfinished run with another "
-                + ", ".join(f"{n} ({there.get(n)!r}, now {header[n]!r})" for n in differing)
-                + "; finish it with the same arguments, or start over with --fresh"
+        if differing := differences(there, header):
+            raise BadInput(
+                f"{store.folder} holds an unfinished run with another {differing}; finish it with "
+                "the same arguments, or start over with --fresh"
             )
         write_json(path, header)
         return store

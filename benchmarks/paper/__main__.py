@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.paper import report
 from benchmarks.paper.claims import CLAIMS, EFFORTS, Lab
 from benchmarks.paper.data import SETS, load
 from benchmarks.paper.training import Recipe, Trainer
-from benchmarks.report.table import printed, window
+from benchmarks.report.table import percent, printed, window
 
 SCHEMA = 2
 OUT = Path(__file__).parent / "out"
@@ -50,15 +51,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     for each in fields(Recipe):
         option = {"implementation": "impl"}.get(each.name, each.name.replace("_", "-"))
-        how: dict[str, Any] = {"dest": each.name, "default": each.default, **each.metadata}
+        how: dict[str, Any] = {"choices": each.metadata["choices"]}
         if isinstance(each.default, bool):
-            how |= {"action": "store_true"}
-            del how["choices"]
+            how = {"action": "store_true"}
         elif isinstance(each.default, tuple):
-            how |= {"type": float, "nargs": "*"}
-        elif each.default is not None:
+            how = {"type": float, "nargs": "*"}
+        elif isinstance(each.default, (int, float)):
             how["type"] = type(each.default)
-        train.add_argument(f"--{option}", **how)
+        text = each.metadata["help"]
+        train.add_argument(f"--{option}", dest=each.name, default=each.default, help=text, **how)
     train.add_argument("--out", type=Path, default=OUT / "run", metavar="DIR")
     train.add_argument(
         "--checkpoint-every", type=int, default=0, metavar="STEPS", help="0: every epoch"
@@ -83,10 +84,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _train(options: argparse.Namespace, device: torch.device) -> int:
+def _train(options: argparse.Namespace) -> int:
     values = {each.name: getattr(options, each.name) for each in fields(Recipe)}
     recipe = Recipe(**values | {"milestones": tuple(options.milestones)})
     data = load(options.dataset, options.data, recipe.seed)
+    device = torch.device(options.device)
     trainer = Trainer(recipe, data, device, options.out, options.checkpoint_every)
     is_first = trainer.rank == 0
     with Progress(disable=not is_first) as bars:
@@ -95,21 +97,20 @@ def _train(options: argparse.Namespace, device: torch.device) -> int:
         def advance(loss: float) -> None:
             state = f"epoch {len(trainer.epochs) + 1}/{recipe.epochs}, loss {loss:.3f}"
             if trainer.epochs:
-                state += f", validation error {100 * trainer.epochs[-1]['validation_error']:.2f} %"
+                state += f", validation error {percent(trainer.epochs[-1]['validation_error'], 2)}"
             bars.update(task, completed=trainer.step, description=state)
 
         trainer.advance = advance
-        record = trainer.run()
+        error = percent(trainer.run()["test_error"], 2)
     if is_first:
-        print(
-            f"test error at the best validation epoch: {100 * record['test_error']:.2f} %; "
-            f"checkpoint and run.json in {options.out}"
-        )
+        where = f"checkpoint and run.json in {options.out}"
+        print(f"test error at the best validation epoch: {error}; {where}")
     return 0
 
 
-def _claim(options: argparse.Namespace, device: torch.device, command: str) -> int:
+def _claim(options: argparse.Namespace) -> int:
     names = list(CLAIMS) if "all" in options.names else list(dict.fromkeys(options.names))
+    device = torch.device(options.device)
     env = environment(device)
     data = load(options.dataset, options.data)
     start = time.perf_counter()
@@ -121,7 +122,7 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
     lab = Lab(EFFORTS[options.preset], data, device, options.out / "runs", advance)
     result = {
         "schema": SCHEMA,
-        "command": command,
+        "command": options.called,
         "preset": options.preset,
         "data": data.name,
         "environment": env,
@@ -138,13 +139,12 @@ def _claim(options: argparse.Namespace, device: torch.device, command: str) -> i
     return 0
 
 
-def _report(directory: Path) -> int:
-    path = directory / "claims.json"
+def _report(options: argparse.Namespace) -> int:
+    path = options.directory / "claims.json"
     result = read_json(path)
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {result.get('schema')!r}")
-    for written in report.write(result, directory):
-        print(written)
+    print(*report.write(result, options.directory), sep="\n")
     return 0
 
 
@@ -152,23 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns 0, 2 for bad input, 130 where it was interrupted, or 141 where nobody
     reads what it prints."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return in_one_sentence("python -m benchmarks.paper", lambda: _run(arguments))
-
-
-def _run(arguments: list[str]) -> int:
     options = parse(arguments)
+    options.called = shlex.join(["python", "-m", "benchmarks.paper", *arguments])
+    run = {"train": _train, "claim": _claim, "report": _report}[options.command]
     try:
-        if options.command == "report":
-            return _report(options.directory)
-        device = torch.device(options.device)
-        if options.command == "train":
-            return _train(options, device)
-        return _claim(options, device, shlex.join(["python", "-m", "benchmarks.paper", *arguments]))
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks.paper: {error}", file=sys.stderr)
-        return 2
+        return in_one_sentence(
+            "python -m benchmarks.paper", partial(run, options), ValueError, OSError
+        )
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

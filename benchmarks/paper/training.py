@@ -21,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure.store import write_json
+from benchmarks.measure.store import differences, write_json
 from benchmarks.paper.data import Data, augment
 from benchmarks.paper.networks import PaperResNet, drop_probabilities
 from benchmarks.providers.networks import seeded_module
 from sdkernels import DepthPlan
+
+# What a checkpoint keeps of the steps so far, besides weights and optimizer.
+HISTORY = ("losses", "gradients", "epochs")
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -66,15 +69,12 @@ class Recipe:
             raise ValueError(f"--depth: expected 6n + 2 with n >= 1, got {self.depth}")
         if not 0.0 < self.p_last <= 1.0:
             raise ValueError(f"--p-last: expected a probability above 0, got {self.p_last}")
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
         for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["choices"]
+            name, value, choices = each.name, getattr(self, each.name), each.metadata["choices"]
+            if name in ("epochs", "batch") and value < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {value}")
             if choices and value not in (each.default, *choices):
-                raise ValueError(
-                    f"{each.name}: expected one of {', '.join(choices)}, got {value!r}"
-                )
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
     @property
     def n(self) -> int:
@@ -97,9 +97,7 @@ class Recipe:
         """The network with the recipe's seed."""
         law = (self.mode, self.rescale, self.implementation, self.projection)
         sizes = (self.n, self.drop_probs, data.classes, data.channels)
-        model = seeded_module(lambda: PaperResNet(*sizes, *law), self.seed)
-        assert isinstance(model, PaperResNet)
-        return model
+        return seeded_module(lambda: PaperResNet(*sizes, *law), self.seed)  # type: ignore[return-value]
 
 
 def _join(device: torch.device) -> tuple[int, int]:
@@ -261,16 +259,17 @@ class Trainer:
 
     def _end_epoch(self, seconds: float) -> None:
         """Errors are those of one process' model; they are all the same."""
-        entry = {
-            "epoch": len(self.epochs),
-            "rate": self.recipe.rate(len(self.epochs)),
-            "validation_error": self.error(self.validation),
-            "test_error": self.error(self.test),
-            # Mean absolute gradient of the first block's first convolution, over the epoch's steps.
-            "gradient": sum(self.gradients) / len(self.gradients),
-            "seconds": seconds,  # of this run: less than the epoch took where it went on
-        }
-        self.epochs.append(entry)
+        self.epochs.append(
+            {
+                "epoch": len(self.epochs),
+                "rate": self.recipe.rate(len(self.epochs)),
+                "validation_error": self.error(self.validation),
+                "test_error": self.error(self.test),
+                # Mean absolute gradient of the first block's first convolution.
+                "gradient": sum(self.gradients) / len(self.gradients),
+                "seconds": seconds,  # of this run: less than the epoch took where it went on
+            }
+        )
         self.gradients = []
 
     def record(self) -> dict[str, Any]:
@@ -299,9 +298,7 @@ class Trainer:
         write_json(self.directory / "run.json", self.record())
         state = {
             "identity": self._identity(),
-            "losses": self.losses,
-            "gradients": self.gradients,
-            "epochs": self.epochs,
+            **{name: getattr(self, name) for name in HISTORY},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -314,24 +311,17 @@ class Trainer:
             return
         checkpoint = self.directory / "checkpoint.pt"
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        kept = ("identity", "losses", "gradients", "epochs", "model", "optimizer")
-        if missing := [name for name in kept if name not in state]:
+        kept = ("identity", *HISTORY, "model", "optimizer")
+        if missing := ", ".join(name for name in kept if name not in state):
             raise ValueError(
-                f"{checkpoint} is of an older version, without {', '.join(missing)}; give another "
-                "--out"
+                f"{checkpoint} is of an older version, without {missing}; give another --out"
             )
-        there = state["identity"]
-        differing = [
-            f"{name} {there.get(name)!r}, now {value!r}"
-            for name, value in self._identity().items()
-            if there.get(name) != value
-        ]
-        if differing:
+        if differing := differences(state["identity"], self._identity()):
             raise ValueError(
-                f"{checkpoint} is of another run: {', '.join(differing)}; continue it with the "
-                "same arguments, or give another --out"
+                f"{checkpoint} is of another run: {differing}; continue it with the same "
+                "arguments, or give another --out"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.gradients = state["losses"], state["gradients"]
-        self.epochs = state["epochs"]
+        for name in HISTORY:
+            setattr(self, name, state[name])

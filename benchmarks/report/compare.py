@@ -12,7 +12,6 @@ in A and could not run in B. One that B does not have at all is named, no more.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import command
+from benchmarks.measure.ending import BadInput
+from benchmarks.measure.environment import MACHINE
 from benchmarks.measure.workload import matches
-from benchmarks.report.page import BadResults, read
+from benchmarks.report.page import read
 from benchmarks.report.table import Table, ratio, spread, window
-
-_MACHINE = (
-    *("cpu", "instruction_set", "cores", "threads", "gpu", "driver"),
-    *("torch", "cuda", "triton"),
-)
 
 
 @dataclass(frozen=True)
@@ -100,18 +96,17 @@ def compare(
         new = after.get(old["name"])
         if new is None:
             continue
+        name, time = ("host extra", _extra) if old["kind"] == "host" else ("time", _time)
         for provider in old["providers"]:
             if provider not in new["providers"]:
-                reasons = new["skipped"]
-                why = reasons.get(provider) or reasons.get("*") or ""
+                why = new["skipped"].get(provider) or new["skipped"].get("*") or ""
                 changes.append(Change(old["name"], provider, "time", None, 0.0, threshold, why))
                 continue
-            own_baseline = relative and provider in (old["baseline"], new["baseline"])
-            same_baseline = not relative or old["baseline"] == new["baseline"]
-            time = _extra if old["kind"] == "host" else _time
-            name = "host extra" if old["kind"] == "host" else "time"
-            measures = {} if own_baseline or not same_baseline else {name: time}
-            for figure, of in {**measures, "memory": _memory}.items():
+            # Of the baseline itself, and of times relative to another one, nothing follows.
+            base = old["baseline"]
+            follows = not relative or (base == new["baseline"] and base != provider)
+            timed = {name: time} if follows else {}
+            for figure, of in (timed | {"memory": _memory}).items():
                 then, now = of(old, provider, relative), of(new, provider, relative)
                 if then and now:
                     ratio, noise = now[0] / then[0], math.hypot(now[1], then[1])
@@ -121,20 +116,15 @@ def compare(
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What makes the two runs hard to compare, in words."""
+    settings = ("preset", "filter", "device")
+    first, second = (run["environment"] | {key: run[key] for key in settings} for run in (a, b))
     found = [
-        f"{name}: {a['environment'].get(name)} and {b['environment'].get(name)}"
-        for name in _MACHINE
-        if a["environment"].get(name) != b["environment"].get(name)
+        f"{name}: {first.get(name)} and {second.get(name)}"
+        for name in (*MACHINE, *settings)
+        if first.get(name) != second.get(name)
     ]
-    found += [
-        f"{key}: {a[key]} and {b[key]}"
-        for key in ("preset", "filter", "device")
-        if a[key] != b[key]
-    ]
-    for result, name in ((a, "first"), (b, "second")):
-        if not result["complete"]:
-            found.append(f"the {name} run was stopped before its end")
-    return found
+    stopped = [name for run, name in ((a, "first"), (b, "second")) if not run["complete"]]
+    return found + [f"the {name} run was stopped before its end" for name in stopped]
 
 
 _COLUMNS: dict[str, Callable[[Change], object]] = {
@@ -148,7 +138,7 @@ _COLUMNS: dict[str, Callable[[Change], object]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the ratios; returns 0, 1 where something got worse, or 2 for bad input."""
+    """Prints the ratios; returns 0, or 1 where something got worse."""
     parser = command.parser("compare", __doc__)
     parser.add_argument("a", type=Path, metavar="A.json", help="the older run")
     parser.add_argument("b", type=Path, metavar="B.json", help="the newer run")
@@ -161,11 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.threshold >= 0:
         parser.error(f"--threshold: expected 0 or more, got {options.threshold}")
-    try:
-        a, b = read(options.a), read(options.b)
-    except BadResults as error:
-        print(f"python -m benchmarks compare: {error}", file=sys.stderr)
-        return 2
+    a, b = read(options.a), read(options.b)
     for difference in differences(a, b):
         print(f"The runs differ: {difference}")
     changes = [
@@ -180,8 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in [*alone[:5], *([f"{len(alone) - 5} more"] if alone[5:] else [])]:
             print(f"only in the {which} run: {name}")
     if not changes:
-        print("python -m benchmarks compare: the runs share no figure", file=sys.stderr)
-        return 2
+        raise BadInput("the runs share no figure")
     groups = [list(group) for _, group in groupby(changes, key=lambda change: change.case)]
     print(Table.of("B / A", _COLUMNS, groups, names=3).text(window()))
     worse = [change for change in changes if change.verdict == "regression"]

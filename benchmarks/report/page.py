@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.ending import BadInput
 from benchmarks.measure.memory import PEAK, SAVED
 from benchmarks.measure.store import read_json
 from benchmarks.report.figures import SCHEMA, disturbed
@@ -38,14 +39,12 @@ def _drops(provider: str) -> bool:
     return provider not in ("undropped", "skeleton", "dense", "naive")
 
 
-def _bytes(memory: dict[str, Any] | None) -> str:
-    return "-" if memory is None else f"{memory['bytes'] / 2**20:.1f} MiB"
+def _memory(case: Case, provider: str, f: Figures) -> str:
+    return f"{f['memory']['bytes'] / 2**20:.1f} MiB" if f["memory"] else "-"
 
 
-def _model_floor(case: Case, provider: str, f: Figures) -> str:
-    # Runs of old had another floor.
-    shown = _drops(provider) and case["floor"] == "beside"
-    return ratio(f.get("over_floor") if shown else None)
+def _over_floor(case: Case, provider: str, f: Figures) -> str:
+    return ratio(f.get("over_floor") if _drops(provider) else None)
 
 
 def _of_ideal(case: Case, provider: str, f: Figures) -> str:
@@ -78,11 +77,11 @@ CELLS: dict[str, Callable[[Case, str, Figures], object]] = {
     "naive / this": _speedup,
     "dinov3 / this": _speedup,
     "this / dense": lambda case, provider, f: ratio(f.get("over_floor")),
-    "this / floor": _model_floor,
+    "this / floor": _over_floor,
     "compact / whole": _of_whole,
     "ideal / this": _of_ideal,
     "of copy": lambda case, provider, f: percent(f.get("of_copy_bandwidth")),
-    "memory": lambda case, provider, f: _bytes(f["memory"]),
+    "memory": _memory,
     "of naive's": lambda case, provider, f: percent(f.get("memory_of_baseline")),
     "operations": _operations,
     "extra": lambda case, provider, f: seconds(f.get("extra")),
@@ -311,34 +310,22 @@ def markdown(result: dict[str, Any], plots: Sequence[Path]) -> str:
     return document(f"Benchmarks, preset {result['preset']}", result, sections)
 
 
-class BadResults(ValueError):
-    """A file that is no results.json of this schema; the message says what it is."""
-
-
-_KEYS = {
-    *("preset", "filter", "device", "command", "complete", "environment", "seconds", "cases"),
-    *("training", "reach"),
-}
-
-
 def read(path: Path) -> dict[str, Any]:
     """The results of a run.
 
     Raises:
-        BadResults: the file cannot be read, is no JSON, has another schema, or is not whole.
+        BadInput: the file cannot be read, is no JSON, or has another schema.
     """
     try:
         result = read_json(path)
     except OSError as error:
-        raise BadResults(f"{path}: cannot be read ({error.strerror})") from None
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise BadResults(f"{path}: expected JSON, {error}") from None
+        raise BadInput(f"{path}: expected JSON, {error}") from None
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
-        raise BadResults(
+        raise BadInput(
             f"{path}: expected results.json of schema {SCHEMA} (benchmarks/SCHEMA.md), got "
             + (f"schema {schema}" if schema else "something else")
         )
-    if missing := _KEYS - result.keys():
-        raise BadResults(f"{path}: not whole, without {', '.join(sorted(missing))}")
     return result  # type: ignore[no-any-return]

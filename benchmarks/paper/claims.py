@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -82,27 +82,18 @@ EFFORTS = {
 
 @dataclass
 class Lab:
-    """What an experiment has at hand.
-
-    Args:
-        directory: keeps a checkpoint of every training run, so that claims share runs and a
-            stopped claim goes on; None keeps nothing.
-        advance: told what is being done.
-    """
+    """What an experiment has at hand."""
 
     effort: Effort
     data: Data
     device: torch.device
-    directory: Path | None = None
-    advance: Callable[[str], None] = field(default=lambda doing: None)
+    directory: Path  # of the checkpoints: claims share runs, and a stopped claim goes on
+    advance: Callable[[str], None] = lambda doing: None  # told what is being done
 
     def train(self, recipe: Recipe) -> Record:
         """The record of a run, which is trained unless it already was."""
-        folder = None
-        if self.directory is not None:
-            key = f"{recipe} {self.data.name}"
-            folder = self.directory / hashlib.sha256(key.encode()).hexdigest()[:16]
-        return Trainer(recipe, self.data, self.device, folder).run()
+        key = hashlib.sha256(f"{recipe} {self.data.name}".encode()).hexdigest()[:16]
+        return Trainer(recipe, self.data, self.device, self.directory / key).run()
 
     def train_all(self, variants: dict[str, Recipe], seeds: int) -> dict[str, list[Record]]:
         """The records of every variant, one a seed."""
@@ -289,15 +280,14 @@ def budget(lab: Lab) -> Record:
     images = torch.randn(batch, 3, pixels, pixels, generator=generator)
     labels = torch.randint(1000, (batch,), generator=generator).to(lab.device)
 
-    def timed(mode: str, implementation: str) -> Timed:
-        net = seeded_module(lambda: PaperResNet152(drop, 1000, mode, implementation))
-        dropped = [] if implementation == CONSTANT else drop
+    def timed(mode: str, dropped: list[float]) -> Timed:
+        net = seeded_module(lambda: PaperResNet152(dropped, mode))
         return Timed(net.to(lab.device).to(memory_format=torch.channels_last), dropped, mode)
 
     networks = {
-        CONSTANT: timed("row", "constant"),
-        "per sample, fused": timed("row", "fused"),
-        "per mini-batch, fused": timed("batch", "fused"),
+        CONSTANT: timed("row", []),
+        "per sample, fused": timed("row", drop),
+        "per mini-batch, fused": timed("batch", drop),
     }
     images = images.to(lab.device, memory_format=torch.channels_last)
     rows = table(networks, in_turns(networks, images, labels, repeats))

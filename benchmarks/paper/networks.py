@@ -182,19 +182,13 @@ class PaperResNet(nn.Module):
 
 
 class PaperResNet152(nn.Module):
-    """torchvision's ResNet-152, by ``patch`` ("fused") with the paper's drop probabilities in its
-    50 blocks, or of constant depth."""
+    """torchvision's ResNet-152 with the paper's drop probabilities in its 50 blocks; of constant
+    depth without any."""
 
-    def __init__(
-        self,
-        drop_probs: Sequence[float],
-        classes: int = 1000,
-        mode: str = "batch",
-        implementation: str = "fused",
-    ) -> None:
+    def __init__(self, drop_probs: Sequence[float], mode: str = "batch") -> None:
         super().__init__()
-        self.model = torchvision_model("resnet152", num_classes=classes)
-        if implementation == "fused":
+        self.model = torchvision_model("resnet152", num_classes=1000)
+        if drop_probs:
             law = {"mode": mode, "rescale": "eval", "min_saving": _min_saving(mode)}
             self.report = sdkernels.patch(self.model, drop_probs=list(drop_probs), **law)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,20 +21,13 @@ CONSTANT, SKELETON, FLOOR = "constant", "skeleton", "floor"
 
 @dataclass
 class Timed:
-    """A network's training step, and the law of its blocks.
-
-    Args:
-        drop_probs: of every block; empty where none is dropped.
-        mode: "row" or "batch".
-        masked: every sample runs every block, and what is dropped is multiplied by zero.
-        floor: name of the network that does this one's necessary work, and nothing else.
-    """
+    """A network's training step, and the law of its blocks."""
 
     model: nn.Module
-    drop_probs: list[float]
-    mode: str = "row"
-    masked: bool = False
-    floor: str | None = None
+    drop_probs: list[float]  # of every block; empty where none is dropped
+    mode: str = "row"  # or "batch"
+    masked: bool = False  # every sample runs every block; what is dropped is multiplied by zero
+    floor: str | None = None  # name of the network that does this one's necessary work alone
 
     @property
     def keep(self) -> float:
@@ -102,30 +96,25 @@ def table(networks: dict[str, Timed], samples: dict[str, list[Sample]]) -> list[
     is measured instead: what stands around the blocks, and their branches for as many rows.
     """
     rows = []
-    around = [s.seconds for s in samples.get(SKELETON, [])] or [0.0] * len(samples[CONSTANT])
-    constants = [s.seconds for s in samples[CONSTANT]]
-    constant, rest = median(constants), median(around)
+    seconds = {name: np.array([s.seconds for s in each]) for name, each in samples.items()}
+    whole = seconds[CONSTANT]
+    around = seconds.get(SKELETON, np.zeros_like(whole))
+    constant, rest = float(np.median(whole)), float(np.median(around))
     for name, timed in networks.items():
         if name == SKELETON:
             continue
-        over_ideal = [
-            own.seconds / (outside + (whole - outside) * own.kept)
-            for own, whole, outside in zip(samples[name], constants, around, strict=True)
-        ]
+        kept = np.array([s.kept for s in samples[name]])
+        spread = merge([(seconds[name] / (around + (whole - around) * kept)).tolist()])
         ideal = (rest + (constant - rest) * timed.keep) / constant
         computed = 1.0 if timed.masked else ideal
-        spread = merge([over_ideal])
-        over_floor = None
-        if timed.floor is not None:
-            pairs = zip(samples[name], samples[timed.floor], strict=True)
-            over_floor = median(own.seconds / least.seconds for own, least in pairs)
+        over_floor = seconds[name] / seconds[timed.floor] if timed.floor is not None else None
         rows.append(
             {
                 "variant": name,
-                "seconds": median(s.seconds for s in samples[name]),
+                "seconds": float(np.median(seconds[name])),
                 "kept": timed.keep,
                 "over_ideal": spread.median * computed / ideal,
-                "over_floor": over_floor,
+                "over_floor": None if over_floor is None else float(np.median(over_floor)),
                 "ideal": ideal,
                 "of_constant": spread.median * computed,
                 "low": spread.p20 * computed,

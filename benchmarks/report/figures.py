@@ -74,23 +74,24 @@ def collect(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     results = []
     for record in records:
-        providers: dict[str, dict[str, Any]] = {}
-        for provider, turns in record["turns"].items():
-            if turns:
-                clocks = {clock: _median(turns, clock) for clock in ("host", "device")}
-                extras = record["extras"].get(provider) or {"memory": None, "flops": None}
-                providers[provider] = (
-                    asdict(merge(turn["wall"] for turn in turns)) | clocks | extras
-                )
+        providers = {
+            name: _figures(turns) | (record["extras"].get(name) or {"memory": None, "flops": None})
+            for name, turns in record["turns"].items()
+            if turns
+        }
         case = record["case"] | {"skipped": record["skipped"], "providers": providers}
         _add_ratios(case, providers)
         results.append(case)
     return results
 
 
-def _median(turns: list[dict[str, list[float]]], clock: str) -> float | None:
-    samples = [sample for turn in turns for sample in turn[clock]]
-    return median(samples) if samples else None
+def _figures(turns: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Of the three clocks."""
+    figures = asdict(merge(turn["wall"] for turn in turns))
+    for clock in ("host", "device"):
+        samples = [sample for turn in turns for sample in turn[clock]]
+        figures[clock] = median(samples) if samples else None
+    return figures
 
 
 def _add_ratios(case: dict[str, Any], providers: dict[str, dict[str, Any]]) -> None:
@@ -121,14 +122,12 @@ def _add_ratios(case: dict[str, Any], providers: dict[str, dict[str, Any]]) -> N
         else:
             if floor is not None:
                 figures["over_floor"] = own / floor
-                pairs = zip(
-                    figures["turn_medians"], providers[case["floor"]]["turn_medians"], strict=True
-                )
-                ratios = [a / b for a, b in pairs]
+                floors = providers[case["floor"]]["turn_medians"]
+                ratios = [a / b for a, b in zip(figures["turn_medians"], floors, strict=True)]
                 figures["over_floor_turns"] = min(ratios), max(ratios)
             if case.get("ideal_seconds"):
                 figures["of_ideal"] = case["ideal_seconds"] / own
-            of_baseline = providers.get(case["baseline"], {}).get("memory")
+            of_baseline = providers[case["baseline"]]["memory"] if baseline is not None else None
             if figures["memory"] and of_baseline:
                 figures["memory_of_baseline"] = figures["memory"]["bytes"] / of_baseline["bytes"]
 

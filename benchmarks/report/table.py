@@ -53,16 +53,12 @@ def spread(value: float) -> str:
 
 @dataclass
 class Table:
-    """Rows in groups, divided by lines; a title above and notes below.
-
-    Args:
-        names: so many columns at the left are words, the others figures.
-    """
+    """Rows in groups, divided by lines; a title above and notes below."""
 
     title: str
     columns: Sequence[object]
     notes: Sequence[str] = ()
-    names: int = 2
+    names: int = 2  # so many columns at the left are words, the others figures
     groups: list[list[Sequence[object]]] = field(default_factory=list)
 
     @classmethod

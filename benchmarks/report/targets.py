@@ -61,24 +61,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure of every case that ``when`` is true of.
-
-    Args:
-        figure: from a case and the times of its providers. A KeyError: one was skipped; a
-            ZeroDivisionError: nothing is left to divide by.
-        floor: the same figure of a floor.
-        repeats: whether it is another one in every repeat.
-    """
+    """A bound on a figure of every case that ``when`` is true of."""
 
     name: str
     when: Callable[[Case], bool]
+    # From a case and the times of its providers. A KeyError: one was skipped; a ZeroDivisionError:
+    # nothing is left to divide by.
     figure: Figure
     bound: float | Callable[[Case], float]
     at_most: bool = False
     unit: str = "x"
     noise: bool = False
-    floor: Figure | None = None
-    repeats: bool = True
+    floor: Figure | None = None  # the same figure of a floor
+    repeats: bool = True  # whether it is another one in every repeat
 
     def outcome(self, case: Case) -> Outcome:
         providers = case["providers"]

@@ -42,11 +42,10 @@ def _share(row: Record) -> str:
 
 def _share_of_paper(record: Record, row: Record) -> str:
     """What the paper says of a variant: its gate is one for a mini-batch."""
-    found = [
-        share for p, share in record["paper"].items() if f"p_L = {float(p):g}," in row["variant"]
-    ]
-    is_paper = found and "mini-batch" in row["variant"] and "fused" in row["variant"]
-    return f"about {percent(found[0], 0)}" if is_paper else "-"
+    for p, share in record["paper"].items():
+        if row["variant"] == f"p_L = {float(p):g}, per mini-batch, fused":
+            return f"about {percent(share, 0)}"
+    return "-"
 
 
 def _memory(row: Record) -> str:
@@ -134,8 +133,8 @@ def _budget_table(record: Record) -> list[str]:
     return [by_column(record["rows"], STEP | columns), text]
 
 
-def _curves(record: Record, factor: float, ylabel: str) -> tuple[Figure, Axes]:
-    """The mean over the seeds, and every seed as a faint line."""
+def _plot_curves(record: Record, ylabel: str, factor: float = 1.0) -> Figure:
+    """The mean over the seeds, and every seed as a faint line; dashed, where the rate drops."""
     figure, axes = plt.subplots(figsize=(8.4, 4.8))
     for row in record["rows"]:
         colour = COLOURS[row["variant"]]
@@ -144,9 +143,13 @@ def _curves(record: Record, factor: float, ylabel: str) -> tuple[Figure, Axes]:
             axes.plot(epochs, [factor * y for y in curve], color=colour, alpha=0.25, linewidth=1)
         middle = [factor * mean(values) for values in zip(*row["curves"], strict=True)]
         axes.plot(epochs, middle, color=colour, linewidth=2, label=row["variant"])
+    for i, epoch in enumerate(record.get("drops_after", [])):
+        label = None if i else "rate divided by 10"
+        axes.axvline(epoch + 0.5, color="black", linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
     axes.set_title(record["title"], fontsize=10)
-    return figure, axes
+    axes.legend()
+    return figure
 
 
 def _plain_percents(axes: Axes) -> None:
@@ -157,18 +160,8 @@ def _plain_percents(axes: Axes) -> None:
 
 
 def _plot_error(record: Record) -> Figure:
-    figure, axes = _curves(record, 100, "test error (%)")
-    _plain_percents(axes)
-    axes.legend()
-    return figure
-
-
-def _plot_gradient(record: Record) -> Figure:
-    figure, axes = _curves(record, 1, "mean absolute gradient")
-    for epoch in record["drops_after"]:
-        axes.axvline(epoch + 0.5, color="black", linestyle="--", linewidth=1)
-    axes.plot([], color="black", linestyle="--", linewidth=1, label="rate divided by 10")
-    axes.legend()
+    figure = _plot_curves(record, "test error (%)", factor=100)
+    _plain_percents(figure.axes[0])
     return figure
 
 
@@ -207,7 +200,7 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
 # Curves; what the other claims found is in their tables.
 PLOTS: dict[str, Callable[[Record], Figure]] = {
     "error": _plot_error,
-    "gradient": _plot_gradient,
+    "gradient": partial(_plot_curves, ylabel="mean absolute gradient"),
     "decay": _plot_decay,
 }
 

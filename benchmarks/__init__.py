@@ -1,17 +1,6 @@
-"""Benchmarks of sdkernels: ``python -m benchmarks --help``; ``README.md`` says what is measured.
-
-A house of six floors; a file imports only from its own floor and from those that the first file of
-the floor names:
-
-    run.py, conftest.py, test_speed.py      a run of a preset, on top of everything
-    studies    paper                        questions of their own
-    report                                  figures, tables, plots
-    cases                                   what is timed
-    providers                               what is compared
-    measure                                 how
-
-``results/`` holds recorded runs.
-"""
+"""Benchmarks of sdkernels: ``python -m benchmarks --help``; ``README.md`` says what is measured and
+what is where. A file imports only from its own folder and from those that the folder's first file
+names."""
 
 # python -m benchmarks NAME: what it is for, and where it is, which is imported when it is called
 # for: some need neither pytest nor plots.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 from dataclasses import dataclass
@@ -33,35 +34,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("sdkernels benchmarks").addoption
     add("--bench-preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
     add("--bench-filter", help="comma-separated patterns; see python -m benchmarks --help")
-    add("--bench-device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--bench-store", help="folder of finished cases, which are not run again")
+    text = "cpu or cuda (default: cpu)"
+    add("--bench-device", type=torch.device, default=torch.device("cpu"), help=text)
+    text = "folder of finished cases, which are not run again"
+    add("--bench-store", type=lambda folder: Store(Path(folder)), help=text)
 
 
-def _store(config: pytest.Config) -> Store | None:
-    folder = config.getoption("--bench-store")
-    return Store(Path(folder)) if folder else None
-
-
-def _turns(config: pytest.Config) -> list[Turn]:
+def _turns(options: argparse.Namespace) -> list[Turn]:
     """Case, then repeat, then provider: what disturbs the machine meets every provider alike."""
     try:
-        preset = get_preset(config.getoption("--bench-preset"))
-        names = set(select(preset, config.getoption("--bench-filter")))
+        preset = get_preset(options.bench_preset)
+        names = set(select(preset, options.bench_filter))
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
-    device, store = torch.device(config.getoption("--bench-device")), _store(config)
-    turns = []
+    store, turns = options.bench_store, []
     for case in preset.cases:
         if case.name in names and (store is None or store.load(case.name) is None):
             rounds = preset.rounds[case.kind]
-            order = list(itertools.product(range(rounds.repeats), case.usable(device)))
+            usable = case.usable(options.bench_device)
+            order = list(itertools.product(range(rounds.repeats), usable))
             turns += [Turn(case, *each, rounds, last=each == order[-1]) for each in order]
     return turns
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "turn" in metafunc.fixturenames:
-        turns = _turns(metafunc.config)
+        turns = _turns(metafunc.config.option)
         ids = [f"{turn.case.name}-repeat{turn.repeat}-{turn.provider}" for turn in turns]
         metafunc.parametrize("turn", turns, ids=ids)
 
@@ -79,7 +77,6 @@ class Runner:
         """One turn, timed by pytest-benchmark."""
         if self._case != turn.case:
             self._begin(turn.case)
-        skipped = self._record["skipped"]
         if turn.provider in self._workloads:
             try:
                 self._time(turn, benchmark)
@@ -87,6 +84,7 @@ class Runner:
                 self._skip(turn.provider, error)
         if turn.last and self.store is not None:
             self.store.save(turn.case.name, self._record)
+        skipped = self._record["skipped"]
         if reason := skipped.get(turn.provider) or skipped.get("*"):
             pytest.skip(reason)
 
@@ -147,5 +145,4 @@ class Runner:
 
 @pytest.fixture(scope="session")
 def runner(pytestconfig: pytest.Config) -> Runner:
-    device = torch.device(pytestconfig.getoption("--bench-device"))
-    return Runner(device, _store(pytestconfig))
+    return Runner(pytestconfig.option.bench_device, pytestconfig.option.bench_store)

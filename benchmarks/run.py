@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from benchmarks import COMMANDS
 from benchmarks.cases.presets import PRESETS, SelectionError, get_preset, select
 from benchmarks.cases.training import train
 from benchmarks.measure import memory
+from benchmarks.measure.command import command_line
 from benchmarks.measure.ending import out_folder
 from benchmarks.measure.environment import environment
 from benchmarks.measure.store import Store, write_json
@@ -34,37 +34,41 @@ class RunFailed(RuntimeError):
     """The timed part did not finish; the message says why."""
 
 
+EPILOG = """\
+commands:
+  python -m benchmarks [options]         run a preset
+{commands}
+  python -m benchmarks.paper COMMAND     the paper's claims
+  (each with --help)
+
+presets:
+{presets}
+
+filter:
+  comma-separated shell patterns, matched anywhere in a case's name (see --list)
+  block             all blocks                 op-*-bwd         backward passes
+  scatter_add,host  two kinds                  train            the training alone
+
+A run that was stopped goes on where it was when it is started again with the same
+arguments, versions and commit on the same machine.
+
+exit code:
+  0    everything ran
+  1    a provider computes something else, or a case failed
+  2    a bad argument
+  3    with --targets: one was missed
+  130  interrupted; what was measured is reported and kept"""
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line arguments; ``--help`` documents the presets and the filter."""
-    presets = "\n".join(f"  {p}, {len(p.names())} cases" for p in PRESETS.values())
-    commands = "".join(
-        f"  python -m benchmarks {name:17} {COMMANDS[name][0]}\n" for name in COMMANDS
-    )
+    commands = [f"  python -m benchmarks {name:17} {text}" for name, (text, _) in COMMANDS.items()]
+    presets = [f"  {preset}, {len(preset.names())} cases" for preset in PRESETS.values()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=(
-            "Checks that all providers compute the same, times them in turns, trains on digits, "
-            "and reports."
-        ),
-        epilog=(
-            "commands:\n"
-            f"  python -m benchmarks [options]         run a preset\n{commands}"
-            "  python -m benchmarks.paper COMMAND     the paper's claims\n"
-            "  (each with --help)\n\n"
-            f"presets:\n{presets}\n\n"
-            "filter:\n"
-            "  comma-separated shell patterns, matched anywhere in a case's name (see --list)\n"
-            "  block             all blocks                 op-*-bwd         backward passes\n"
-            "  scatter_add,host  two kinds                  train            the training alone\n\n"
-            "A run that was stopped goes on where it was when it is started again with the same\n"
-            "arguments, versions and commit on the same machine.\n\n"
-            "exit code:\n"
-            "  0    everything ran\n"
-            "  1    a provider computes something else, or a case failed\n"
-            "  2    a bad argument\n"
-            "  3    with --targets: one was missed\n"
-            "  130  interrupted; what was measured is reported and kept"
-        ),
+        description="Checks that all providers compute the same, times them in turns, trains on "
+        "digits, and reports.",
+        epilog=EPILOG.format(commands="\n".join(commands), presets="\n".join(presets)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, names = parser.add_argument, ", ".join(PRESETS)
@@ -107,7 +111,7 @@ class RunProgress:
             disable=not console.is_terminal,
         )
         self.task = self.bars.add_task("", total=len(self.todo))
-        self.doing, self.closed = "", False
+        self.doing = ""
 
     def say(self, doing: str) -> None:
         """Names what is being done, once."""
@@ -121,8 +125,7 @@ class RunProgress:
         try:
             print(line, file=self.console.file, flush=True)
         except BrokenPipeError:
-            self.closed = True
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt from None  # what was measured is kept; see main
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.say(nodeid.partition("[")[2].rpartition("-repeat")[0])
@@ -176,29 +179,19 @@ def measure(options: argparse.Namespace, store: Store, progress: RunProgress) ->
             store.save(training.name, train(training, options.device, say))
 
 
-def assemble(
-    options: argparse.Namespace, store: Store, env: dict[str, Any], complete: bool, seconds: float
-) -> dict[str, Any]:
+def assemble(options: argparse.Namespace, store: Store, **about: Any) -> dict[str, Any]:
     """The results of what the store holds, as ``SCHEMA.md`` describes them."""
     preset = options.preset
     records = (store.load(case.name) for case in preset.cases if case.name in options.selected)
     cases = figures.collect(record for record in records if record is not None)
     training = None if preset.training is None else store.load(preset.training.name)
-    outcomes = targets.outcomes(cases)
+    reach = [asdict(each) | {"met": each.met, "gap": each.gap} for each in targets.outcomes(cases)]
     return {
         "schema": figures.SCHEMA,
-        "preset": preset.name,
-        "filter": options.filter,
-        "device": str(options.device),
-        "command": options.command,
-        "complete": complete,
-        "environment": env,
-        "seconds": seconds,
+        **about,
         "cases": cases,
         "training": None if training is None else figures.merge_training(training),
-        "reach": [
-            asdict(outcome) | {"met": outcome.met, "gap": outcome.gap} for outcome in outcomes
-        ],
+        "reach": reach,
     }
 
 
@@ -206,7 +199,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a preset, reports, and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
-    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
     preset = options.preset
     if options.list:
         print("\n".join(options.selected))
@@ -238,15 +230,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     seconds = time.perf_counter() - start
     store.save("seconds", seconds)
-    result = assemble(options, store, env, complete, seconds)
-    measured = result["cases"] or result["training"]
-    if measured:
+    about = settings | {"command": command_line("", arguments), "complete": complete}
+    result = assemble(options, store, **about, environment=env, seconds=seconds)
+    if result["cases"] or result["training"]:
         write_json(options.out / "results.json", result)
-    if progress.closed:
-        raise BrokenPipeError
-    if measured:
         if not complete:
-            print("\nInterrupted; what was measured until then:")
+            # Where nobody reads what is printed, this is the end.
+            print("\nInterrupted; what was measured until then:", flush=True)
         rebuild.write(result, options.out)
     if not complete:
         return 130

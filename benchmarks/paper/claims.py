@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from benchmarks.measure.memory import measure as measure_memory
 from benchmarks.measure.workload import Workload
 from benchmarks.paper.data import Data
-from benchmarks.paper.networks import (
-    PaperResNet,
-    PaperResNet152,
-    drop_probabilities,
-    expected_depth,
-)
+from benchmarks.paper.networks import PaperResNet, PaperResNet152, drop_probabilities
 from benchmarks.paper.timing import CONSTANT, FLOOR, SKELETON, Timed, in_turns, table
 from benchmarks.paper.training import Recipe, Trainer
 from benchmarks.providers.networks import seeded_module
@@ -165,17 +160,18 @@ def time_saved(lab: Lab) -> Record:
     survivals = {f"p_L = {p:g}, ": p for p in (0.5, 0.2)}
     networks = _networks(lab, n, survivals, ("naive", "fused", FLOOR))
     samples = in_turns(networks, *lab.batch(batch), repeats)
-    draws, drop = 1000, drop_probabilities("linear", 3 * n, 0.5)
+    draws, blocks = 1000, 3 * n
+    drop = drop_probabilities("linear", blocks, 0.5)
     depth = mean(sum(rows.k > 0 for rows in DepthPlan.sample(1, drop)) for _ in range(draws))
     return {
         "title": f"Training time, ResNet-{layers}, batch {batch}",
         "paper": {0.5: 0.75, 0.2: 0.6},
         "rows": table(networks, samples),
         "expected_depth": {
-            "formula": expected_depth(3 * n),
+            "formula": (3 * blocks - 1) / 4,  # section 3
             "plan": depth,
             "draws": draws,
-            "blocks": 3 * n,
+            "blocks": blocks,
         },
     }
 

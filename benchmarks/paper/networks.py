@@ -35,15 +35,6 @@ def drop_probabilities(schedule: str, depth: int, p_last: float) -> list[float]:
     return {"linear": linear_decay, "uniform": uniform}[schedule](depth, 1 - p_last)
 
 
-def expected_depth(blocks: int) -> float:
-    """Blocks that are there on average at p_last = 0.5 and linear decay: (3L - 1) / 4, section 3.
-
-    >>> expected_depth(54)
-    40.25
-    """
-    return (3 * blocks - 1) / 4
-
-
 def _min_saving(mode: str) -> float:
     """Per mini-batch most steps keep every sample, and there is nothing to compact then."""
     return 1e-6 if mode == "batch" else 0.0
@@ -142,9 +133,6 @@ class PaperResNet(nn.Module):
         projection: bool = False,
     ) -> None:
         super().__init__()
-        self.drop_probs = list(drop_probs)
-        self.law = {"mode": mode, "rescale": rescale}
-        self.draws = implementation == "fused" or implementation in ADDING
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
         )
@@ -169,15 +157,11 @@ class PaperResNet(nn.Module):
     def forward(self, x: Tensor, plan: DepthPlan | None = None) -> Tensor:
         """Images [B, channels, 32, 32] to logits [B, classes].
 
-        ``plan`` holds the rows of every block; without one, training draws it: one draw and one
-        copy to the device a step.
+        ``plan`` holds the rows of every block: in training, unless the depth is constant.
         """
-        if self.draws and self.training and plan is None:
-            plan = DepthPlan.sample(x.shape[0], self.drop_probs, device=x.device, **self.law)
-        rows = plan if plan is not None and self.training else [None] * len(self.blocks)
         x = self.stem(x)
-        for block, kept in zip(self.blocks, rows, strict=True):
-            x = block(x, kept)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if plan is None else plan[number])
         return self.head(x.mean((2, 3)))
 
 

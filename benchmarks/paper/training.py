@@ -93,12 +93,6 @@ class Recipe:
         passed = sum(epoch >= share * self.epochs for share in self.milestones)
         return float(self.learning_rate * 0.1**passed)
 
-    def model(self, data: Data) -> PaperResNet:
-        """The network with the recipe's seed."""
-        law = (self.mode, self.rescale, self.implementation, self.projection)
-        sizes = (self.n, self.drop_probs, data.classes, data.channels)
-        return seeded_module(lambda: PaperResNet(*sizes, *law), self.seed)  # type: ignore[return-value]
-
 
 def _join(device: torch.device) -> tuple[int, int]:
     """Rank among the processes that torchrun has started, and how many; alone where there are
@@ -155,7 +149,9 @@ class Trainer:
             for images, labels in (data.train, data.validation, data.test)
         )
         self.steps_per_epoch = max(len(data.train[1]) // recipe.batch, 1)
-        self.model = recipe.model(data).to(device)
+        sizes = (recipe.n, recipe.drop_probs, data.classes, data.channels)
+        law = (recipe.mode, recipe.rescale, recipe.implementation, recipe.projection)
+        self.model = seeded_module(lambda: PaperResNet(*sizes, *law), recipe.seed).to(device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.replica: nn.Module = self.model

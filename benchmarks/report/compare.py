@@ -49,35 +49,27 @@ class Change:
         return "improvement" if self.ratio < 1 / (1 + allowed) else "same"
 
 
-Figure = tuple[float, float]
-
-
-def _time(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
-    """A provider's time, or its share of the baseline's, and the spread of that."""
+def _figures(case: dict[str, Any], provider: str, relative: bool) -> dict[str, tuple[float, float]]:
+    """What can be compared of a provider, with what its spread explains. Relative times have the
+    baseline for their unit, of which nothing follows."""
     own, baseline = case["providers"][provider], case["providers"].get(case["baseline"])
-    if not relative:
-        return own["median"], own["spread"]
-    if baseline is None:
-        return None
-    # Independent: spreads of a quotient add up as squares.
-    return own["median"] / baseline["median"], math.hypot(own["spread"], baseline["spread"])
-
-
-def _extra(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
-    """What a call costs over ``x + branch(x)``, or its share of naive masking's."""
-    own = case["providers"][provider]
-    value = own.get("extra_of_baseline" if relative else "extra")
-    if not value or value < 0:
-        return None
-    # The extra is a difference of two times: the error of a time weighs more in it.
-    return value, own["spread"] * own["median"] / own["extra"]
-
-
-def _memory(case: dict[str, Any], provider: str, relative: bool) -> Figure | None:
-    used = case["providers"][provider].get("memory")
+    is_unit, found = relative and own is baseline, {}
+    if case["kind"] == "host":
+        extra = own.get("extra_of_baseline" if relative else "extra")
+        if extra and extra > 0 and not is_unit:
+            # A difference of two times: the error of a time weighs more in it.
+            found["host extra"] = extra, own["spread"] * own["median"] / own["extra"]
+    elif not relative:
+        found["time"] = own["median"], own["spread"]
+    elif baseline is not None and not is_unit:
+        # Independent: spreads of a quotient add up as squares.
+        noise = math.hypot(own["spread"], baseline["spread"])
+        found["time"] = own["median"] / baseline["median"], noise
+    memory = own.get("memory")
     # What draws its rows independently needs another amount in every call.
-    drawn = provider.endswith("bernoulli")
-    return (used["bytes"], 0.0) if used and used["bytes"] and not drawn else None
+    if memory and memory["bytes"] and not provider.endswith("bernoulli"):
+        found["memory"] = memory["bytes"], 0.0
+    return found
 
 
 def compare(
@@ -92,25 +84,21 @@ def compare(
     """
     after = {case["name"]: case for case in b["cases"]}
     changes = []
-    for old in a["cases"]:
-        new = after.get(old["name"])
-        if new is None:
-            continue
-        name, time = ("host extra", _extra) if old["kind"] == "host" else ("time", _time)
+    for old in (case for case in a["cases"] if case["name"] in after):
+        new = after[old["name"]]
         for provider in old["providers"]:
+            about = old["name"], provider
             if provider not in new["providers"]:
                 why = new["skipped"].get(provider) or new["skipped"].get("*") or ""
-                changes.append(Change(old["name"], provider, "time", None, 0.0, threshold, why))
+                changes.append(Change(*about, "time", None, 0.0, threshold, why))
                 continue
-            # Of the baseline itself, and of times relative to another one, nothing follows.
-            base = old["baseline"]
-            follows = not relative or (base == new["baseline"] and base != provider)
-            timed = {name: time} if follows else {}
-            for figure, of in (timed | {"memory": _memory}).items():
-                then, now = of(old, provider, relative), of(new, provider, relative)
-                if then and now:
-                    ratio, noise = now[0] / then[0], math.hypot(now[1], then[1])
-                    changes.append(Change(old["name"], provider, figure, ratio, noise, threshold))
+            then, now = (_figures(case, provider, relative) for case in (old, new))
+            if relative and old["baseline"] != new["baseline"]:
+                then = {"memory": then["memory"]} if "memory" in then else {}
+            for figure in (figure for figure in then if figure in now):
+                (before, noise), (value, noise_now) = then[figure], now[figure]
+                both = math.hypot(noise, noise_now)
+                changes.append(Change(*about, figure, value / before, both, threshold))
     return changes
 
 

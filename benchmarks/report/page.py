@@ -32,31 +32,20 @@ MEMORY_NOTES = {
 
 Case = dict[str, Any]
 Figures = dict[str, Any]
+Cell = Callable[[Case, str, Figures], str]  # from a case, a provider and its figures
 
 
-def _drops(provider: str) -> bool:
-    """Whether it leaves out what a model drops."""
-    return provider not in ("undropped", "skeleton", "dense", "naive")
+def _shown(key: str, write: Callable[[Any], str], *, hidden: Sequence[str] = ()) -> Cell:
+    """A figure as ``write`` writes it, but for providers that it says nothing about."""
+    return lambda case, provider, f: write(None if provider in hidden else f.get(key))
 
 
-def _memory(case: Case, provider: str, f: Figures) -> str:
-    return f"{f['memory']['bytes'] / 2**20:.1f} MiB" if f["memory"] else "-"
+def _mebibytes(memory: dict[str, Any] | None) -> str:
+    return "-" if memory is None else f"{memory['bytes'] / 2**20:.1f} MiB"
 
 
-def _over_floor(case: Case, provider: str, f: Figures) -> str:
-    return ratio(f.get("over_floor") if _drops(provider) else None)
-
-
-def _of_ideal(case: Case, provider: str, f: Figures) -> str:
-    return percent(f.get("of_ideal") if _drops(provider) else None)
-
-
-def _operations(case: Case, provider: str, f: Figures) -> str:
-    return f"{f['flops'] / 1e9:.3g} GFLOP" if f.get("flops") else "-"
-
-
-def _speedup(case: Case, provider: str, f: Figures) -> str:
-    return ratio(None if provider in ("copy", "empty") else f.get("speedup"))
+def _operations(count: int | None) -> str:
+    return f"{count / 1e9:.3g} GFLOP" if count else "-"
 
 
 def _of_whole(case: Case, provider: str, f: Figures) -> str:
@@ -65,27 +54,29 @@ def _of_whole(case: Case, provider: str, f: Figures) -> str:
     return ratio(f["median"] / whole["median"] if whole else None)
 
 
-CELLS: dict[str, Callable[[Case, str, Figures], object]] = {
+SPEEDUP = _shown("speedup", ratio, hidden=("copy", "empty"))
+DROP_NOTHING = ("undropped", "skeleton", "dense", "naive")  # or leave out more than a model drops
+CELLS: dict[str, Cell] = {
     "case": lambda case, provider, f: case["name"].removeprefix(f"{case['kind']}-"),
     "provider": lambda case, provider, f: SHORT_NAMES.get(provider, provider),
-    "median": lambda case, provider, f: seconds(f["median"]),
-    "device": lambda case, provider, f: seconds(f["device"]),
-    "host": lambda case, provider, f: seconds(f["host"]),
+    "median": _shown("median", seconds),
+    "device": _shown("device", seconds),
+    "host": _shown("host", seconds),
     "p20 to p80": lambda case, provider, f: f"{seconds(f['p20'])} to {seconds(f['p80'])}",
-    "spread": lambda case, provider, f: spread(f["spread"]),
-    "PyTorch / this": _speedup,
-    "naive / this": _speedup,
-    "dinov3 / this": _speedup,
-    "this / dense": lambda case, provider, f: ratio(f.get("over_floor")),
-    "this / floor": _over_floor,
+    "spread": _shown("spread", spread),
+    "PyTorch / this": SPEEDUP,
+    "naive / this": SPEEDUP,
+    "dinov3 / this": SPEEDUP,
+    "this / dense": _shown("over_floor", ratio),
+    "this / floor": _shown("over_floor", ratio, hidden=DROP_NOTHING),
     "compact / whole": _of_whole,
-    "ideal / this": _of_ideal,
-    "of copy": lambda case, provider, f: percent(f.get("of_copy_bandwidth")),
-    "memory": _memory,
-    "of naive's": lambda case, provider, f: percent(f.get("memory_of_baseline")),
-    "operations": _operations,
-    "extra": lambda case, provider, f: seconds(f.get("extra")),
-    "extra / naive's": lambda case, provider, f: ratio(f.get("extra_of_baseline")),
+    "ideal / this": _shown("of_ideal", percent, hidden=DROP_NOTHING),
+    "of copy": _shown("of_copy_bandwidth", percent),
+    "memory": _shown("memory", _mebibytes),
+    "of naive's": _shown("memory_of_baseline", percent),
+    "operations": _shown("flops", _operations),
+    "extra": _shown("extra", seconds),
+    "extra / naive's": _shown("extra_of_baseline", ratio),
 }
 
 

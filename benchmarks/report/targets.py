@@ -175,24 +175,18 @@ def _inplace(case: Case) -> bool:
     return (_middle(case) or DEEP(case)) and "fused-inplace" in case["providers"]
 
 
-def _large_norm(case: Case) -> bool:
-    return case["kind"] == "kernel" and case["norm"] and not case["in_cache"]
-
-
 def _other_kernel(case: Case) -> bool:
-    return case["kind"] == "kernel" and not _large_norm(case)
+    return case["kind"] == "kernel" and not LARGE_NORM(case)
 
 
 def _index_add(case: Case) -> bool:
-    forward = case["kind"] == "op" and (case["op"], case["direction"]) == ("scatter_add", "fwd")
-    return forward and case["dtype"] in ("fp32", "bf16")
+    return FORWARD_ADD(case) and case["dtype"] in ("fp32", "bf16")
 
 
 def _moves(case: Case) -> bool:
     """Whether memory bounds it."""
-    if case["kind"] == "kernel":
-        return not case["norm"] and not case["in_cache"]
-    return case["kind"] == "op" and case["op"] in ("compact", "scatter_add")
+    is_op = case["kind"] == "op" and case["op"] in ("compact", "scatter_add")
+    return is_op or LARGE_WITHOUT_NORM(case)
 
 
 def _apart(case: Case, times: Times) -> float:
@@ -214,9 +208,11 @@ def _memory_bound(case: Case) -> float:
     return case["k"] / case["batch"] + 0.05
 
 
-DEEP = _all("depth", branches=48)
-STATIC, DYNAMIC = (_all("compile", counts=counts) for counts in ("static", "dynamic"))
-MODEL = _all("model")
+DEEP, MODEL = _all("depth", branches=48), _all("model")
+STATIC, DYNAMIC = _all("compile", counts="static"), _all("compile", counts="dynamic")
+FORWARD_ADD = _all("op", op="scatter_add", direction="fwd")
+LARGE_NORM = _all("kernel", norm=True, in_cache=False)
+LARGE_WITHOUT_NORM = _all("kernel", norm=False, in_cache=False)
 OVER_DENSE = ratio("fused", "dense")
 OVER_NAIVE, OVER_TORCH, OVER_DINOV3 = (ratio(of, "fused") for of in ("naive", "torch", "dinov3"))
 at_least, at_most = Target, partial(Target, at_most=True)
@@ -234,7 +230,7 @@ TARGETS = (
     at_most("fused / branches on k beside the stream", _beside, ratio("fused", "beside"), 1.03),
     never_slower("fused / fused in place", _inplace, ratio("fused", "fused-inplace")),
     never_slower("PyTorch's calls / kernel", _other_kernel, OVER_TORCH),
-    at_least("PyTorch's calls / norm kernel", _large_norm, OVER_TORCH, 1.2),
+    at_least("PyTorch's calls / norm kernel", LARGE_NORM, OVER_TORCH, 1.2),
     at_most("slower / faster of bf16 and fp16", _all("halves"), _apart, 1.15, repeats=False),
     at_least("index_add / scatter-add", _index_add, OVER_TORCH, 1.5),
     at_least("bandwidth / copy's", _moves, _of_copy, 0.9, unit="%"),

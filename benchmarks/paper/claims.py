@@ -131,10 +131,8 @@ def _networks(
     """
 
     def network(drop: list[float], mode: str, implementation: str) -> nn.Module:
-        options = {"mode": mode, "implementation": implementation}
-        return seeded_module(
-            lambda: PaperResNet(n, drop, lab.data.classes, lab.data.channels, **options)
-        )
+        sizes, how = lab.data.sizes, {"mode": mode, "implementation": implementation}
+        return seeded_module(lambda: PaperResNet(n, drop, **sizes, **how))
 
     made = {name: Timed(network([0.0] * 3 * n, "row", name), []) for name in (SKELETON, CONSTANT)}
     for law, p_last in survivals.items():

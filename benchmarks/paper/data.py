@@ -29,8 +29,9 @@ class Data:
     test: tuple[Tensor, Tensor]
 
     @property
-    def channels(self) -> int:
-        return self.train[0].shape[1]
+    def sizes(self) -> dict[str, int]:
+        """Of a network for it."""
+        return {"classes": self.classes, "channels": self.train[0].shape[1]}
 
 
 def _normalized(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ convolutions have biases, which batch norm takes out again; ours have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +55,9 @@ class Block(nn.Module):
         planes: channels of the input.
         stride: 1, or 2 for the first block of a stage, which doubles the channels.
         p: drop probability.
-        mode, rescale: as in :class:`sdkernels.StochasticDepth`.
+        mode: "batch", the paper's gate for a mini-batch, or "row", one for each sample.
+        rescale: "eval", the paper's rule (equation 5: evaluation multiplies by the survival
+            probability), or "train".
         implementation: "fused" computes f for the kept rows; "naive" for all rows, and multiplies
             by a mask; "constant" never drops. Two are for timing only, and learn nothing:
             "skeleton" leaves f out, "floor" computes f beside the stream, for as many samples as
@@ -67,9 +70,9 @@ class Block(nn.Module):
         planes: int,
         stride: int,
         p: float,
-        mode: str,
-        rescale: str,
-        implementation: str,
+        mode: str = "row",
+        rescale: str = "eval",
+        implementation: str = "fused",
         projection: bool = False,
     ) -> None:
         super().__init__()
@@ -115,22 +118,11 @@ class PaperResNet(nn.Module):
         n: blocks in each of the three stages of 16, 32 and 64 channels.
         drop_probs: one a block, 3n of them.
         classes, channels: of the data.
-        mode: "batch", the paper's gate for a mini-batch, or "row", one for each sample.
-        rescale: "eval", the paper's rule (equation 5: evaluation multiplies by the survival
-            probability), or "train".
-        implementation, projection: see :class:`Block`.
+        how: mode, rescale, implementation and projection of every :class:`Block`.
     """
 
     def __init__(
-        self,
-        n: int,
-        drop_probs: Sequence[float],
-        classes: int = 10,
-        channels: int = 3,
-        mode: str = "row",
-        rescale: str = "eval",
-        implementation: str = "fused",
-        projection: bool = False,
+        self, n: int, drop_probs: Sequence[float], classes: int = 10, channels: int = 3, **how: Any
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -140,8 +132,7 @@ class PaperResNet(nn.Module):
         for number, p in enumerate(drop_probs):
             stage, first = divmod(number, n)
             stride = 2 if stage and not first else 1
-            planes = 16 * 2**stage // stride
-            blocks.append(Block(planes, stride, p, mode, rescale, implementation, projection))
+            blocks.append(Block(16 * 2**stage // stride, stride, p, **how))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(64, classes)
         for module in self.modules():

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,10 @@ class Trainer:
             for images, labels in (data.train, data.validation, data.test)
         )
         self.steps_per_epoch = max(len(data.train[1]) // recipe.batch, 1)
-        sizes = (recipe.n, recipe.drop_probs, data.classes, data.channels)
-        law = (recipe.mode, recipe.rescale, recipe.implementation, recipe.projection)
-        self.model = seeded_module(lambda: PaperResNet(*sizes, *law), recipe.seed).to(device)
+        how = ("mode", "rescale", "implementation", "projection")
+        options = data.sizes | {name: getattr(recipe, name) for name in how}
+        make = partial(PaperResNet, recipe.n, recipe.drop_probs, **options)
+        self.model = seeded_module(make, recipe.seed).to(device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.replica: nn.Module = self.model

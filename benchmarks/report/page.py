@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -285,10 +285,9 @@ def warnings(result: dict[str, Any]) -> list[str]:
 
 def outcomes_of(result: dict[str, Any]) -> list[Outcome]:
     """The targets as the run has recorded them."""
-    names = [field.name for field in fields(Outcome)]
-    return [
-        Outcome(**{name: each[name] for name in names if name in each}) for each in result["reach"]
-    ]
+    derived = ("met", "gap")
+    given = ({key: each[key] for key in each if key not in derived} for each in result["reach"])
+    return [Outcome(**each) for each in given]
 
 
 def markdown(result: dict[str, Any], plots: Sequence[Path]) -> str:

@@ -232,13 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
     store.save("seconds", seconds)
     about = settings | {"command": command_line("", arguments), "complete": complete}
     result = assemble(options, store, **about, environment=env, seconds=seconds)
+    code = 0
     if result["cases"] or result["training"]:
         write_json(options.out / "results.json", result)
         if not complete:
             # Where nobody reads what is printed, this is the end.
             print("\nInterrupted; what was measured until then:", flush=True)
-        rebuild.write(result, options.out)
+        code = rebuild.write(result, options.out, options.targets and complete)
     if not complete:
         return 130
     store.discard()
-    return 0 if not options.targets or rebuild.print_targets(result) else 3
+    return code

@@ -8,13 +8,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from benchmarks.paper.timing import FLOOR
-from benchmarks.report.plots.style import BLUE, GREY, ORANGE, RED, save
+from benchmarks.report.plots.style import BLUE, GREY, ORANGE, RED, panels, save
 from benchmarks.report.table import by_column, document, percent, ratio, seconds
 
 Record = dict[str, Any]
@@ -135,7 +134,7 @@ def _budget_table(record: Record) -> list[str]:
 
 def _plot_curves(record: Record, ylabel: str, factor: float = 1.0) -> Figure:
     """The mean over the seeds, and every seed as a faint line; dashed, where the rate drops."""
-    figure, axes = plt.subplots(figsize=(8.4, 4.8))
+    figure, ((axes,),) = panels(1, 1, 8.4, 4.8)
     for row in record["rows"]:
         colour = COLOURS[row["variant"]]
         epochs = range(1, len(row["curves"][0]) + 1)
@@ -166,7 +165,7 @@ def _plot_error(record: Record) -> Figure:
 
 
 def _plot_decay(record: Record) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.6, 4.8))
+    figure, ((axes,),) = panels(1, 1, 7.6, 4.8)
     for schedule in ("linear", "uniform"):
         rows = [row for row in record["rows"] if row["schedule"] == schedule]
         axes.errorbar(

@@ -120,9 +120,9 @@ def _variants(base: Recipe) -> dict[str, Recipe]:
 
 
 def _networks(
-    lab: Lab, n: int, survivals: dict[str, float], how: tuple[str, ...]
+    lab: Lab, n: int, survivals: dict[str, float], implementations: tuple[str, ...]
 ) -> dict[str, Timed]:
-    """What is timed, by name: constant depth, no branches at all, every law in the ways ``how``.
+    """What is timed, by name: constant depth, no branches at all, every law in these ways.
 
     The fused network is set beside the floor.
 
@@ -130,18 +130,18 @@ def _networks(
         survivals: p_L, by what the names of its networks begin with.
     """
 
-    def network(drop: list[float], mode: str, implementation: str) -> nn.Module:
-        sizes, how = lab.data.sizes, {"mode": mode, "implementation": implementation}
-        return seeded_module(lambda: PaperResNet(n, drop, **sizes, **how))
+    def network(drop: list[float], implementation: str, mode: str = "row") -> nn.Module:
+        how = {"mode": mode, "implementation": implementation}
+        return seeded_module(lambda: PaperResNet(n, drop, **lab.data.sizes, **how))
 
-    made = {name: Timed(network([0.0] * 3 * n, "row", name), []) for name in (SKELETON, CONSTANT)}
+    made = {name: Timed(network([0.0] * 3 * n, name), []) for name in (SKELETON, CONSTANT)}
     for law, p_last in survivals.items():
         drop = drop_probabilities("linear", 3 * n, p_last)
         for mode, gate in (("row", "sample"), ("batch", "mini-batch")):
             name = f"{law}per {gate}"
-            for implementation in how:
+            for implementation in implementations:
                 made[f"{name}, {implementation}"] = Timed(
-                    network(drop, mode, implementation),
+                    network(drop, implementation, mode),
                     drop,
                     mode,
                     masked=implementation == "naive",

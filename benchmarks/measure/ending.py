@@ -13,7 +13,7 @@ class BadInput(ValueError):
     """A file, folder or option that a command cannot work with; the message says all of it."""
 
 
-def out_folder(path: Path, option: str = "--out") -> Path:
+def out_folder(path: Path) -> Path:
     """``path``, made where it is not there.
 
     Raises:
@@ -25,7 +25,7 @@ def out_folder(path: Path, option: str = "--out") -> Path:
             return path
     except OSError as error:
         reason = error.strerror or error
-        raise BadInput(f"{option}: expected a folder to write to, got {path} ({reason})") from None
+        raise BadInput(f"--out: expected a folder to write to, got {path} ({reason})") from None
 
 
 def in_one_sentence(program: str, command: Callable[[], int], *bad_input: type[Exception]) -> int:

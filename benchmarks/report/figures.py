@@ -132,10 +132,10 @@ def _add_ratios(case: dict[str, Any], providers: dict[str, dict[str, Any]]) -> N
                 figures["memory_of_baseline"] = figures["memory"]["bytes"] / of_baseline["bytes"]
 
 
-def disturbed(cases: Iterable[dict[str, Any]], limit: float = 0.1) -> tuple[int, int]:
-    """How many figures spread by more than ``limit``, and how many there are."""
+def disturbed(cases: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """How many figures spread by more than 10 %, and how many there are."""
     spreads = [f["spread"] for case in cases for f in case["providers"].values()]
-    return sum(spread > limit for spread in spreads), len(spreads)
+    return sum(spread > 0.1 for spread in spreads), len(spreads)
 
 
 def merge_training(training: dict[str, Any]) -> dict[str, Any]:

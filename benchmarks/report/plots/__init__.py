@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -151,7 +150,9 @@ def _plot(
 
     figure, grid = panels(len(found), 2, 5.2, 4.1)
     for sweep, (speedups, others) in zip(found, grid, strict=True):
-        at = [case[over] for case in sweep]
+        first, at = sweep[0], [case[over] for case in sweep]
+        rows = first.get("block") or f"[{first['batch']}, {first['tokens']}, {first['width']}]"
+        known = [f"{key} {first[key]}" for key in ("batch", "keep") if key != over]
         ideal = [1 / case["keep"] for case in sweep]
         speedups.plot(at, ideal, "k--", linewidth=1, label="ideal, 1 / keep")
         style.lines(speedups, sweep, over, PROVIDERS, partial(figure_of, key="speedup"))
@@ -161,19 +162,12 @@ def _plot(
         speedups.set_ylabel("speed-up over naive masking (x)")
         others.set(ylabel=ylabel, ylim=(0, None))
         for axes in (speedups, others):
-            _label(axes, sweep, over, xlabel)
+            if over != "keep":
+                log_axis(axes, at)
+            axes.set_xlabel(xlabel)
+            axes.set_title(", ".join([rows, *known, first["dtype"]]), fontsize=10)
     legend(figure)
     return figure
-
-
-def _label(axes: Axes, sweep: list[Case], over: str, xlabel: str) -> None:
-    first = sweep[0]
-    if over != "keep":
-        log_axis(axes, [case[over] for case in sweep])
-    known = [f"{key} {first[key]}" for key in ("batch", "keep") if key != over]
-    rows = first.get("block") or f"[{first['batch']}, {first['tokens']}, {first['width']}]"
-    axes.set_xlabel(xlabel)
-    axes.set_title(", ".join([str(rows), *known, first["dtype"]]), fontsize=10)
 
 
 def plot_keep(cases: list[Case]) -> Figure | None:

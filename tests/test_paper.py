@@ -403,6 +403,13 @@ def test_bad_arguments(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
+def test_a_device_that_is_none_is_one_sentence(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["claim", "time", "--device", "abacus", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "argument --device: " in capsys.readouterr().err
+
+
 def test_a_recipe_has_one_of_its_choices():
     assert training.Recipe(amp="bf16").amp == "bf16"
     with pytest.raises(ValueError, match="amp: expected one of bf16, got 'fp16'"):

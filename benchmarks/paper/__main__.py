@@ -27,6 +27,13 @@ SCHEMA = 2
 OUT = Path(__file__).parent / "out"
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line arguments; ``--help`` of each command documents them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
@@ -39,7 +46,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="scikit-learn's, or from --data",
     )
     data.add_argument("--data", type=Path, metavar="DIR", help="where torchvision keeps CIFAR")
-    data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    data.add_argument("--device", type=_device, default=default)
 
     train = commands.add_parser(
         "train",
@@ -88,8 +96,7 @@ def _train(options: argparse.Namespace) -> int:
     values = {each.name: getattr(options, each.name) for each in fields(Recipe)}
     recipe = Recipe(**values | {"milestones": tuple(options.milestones)})
     data = load(options.dataset, options.data, recipe.seed)
-    device = torch.device(options.device)
-    trainer = Trainer(recipe, data, device, options.out, options.checkpoint_every)
+    trainer = Trainer(recipe, data, options.device, options.out, options.checkpoint_every)
     is_first = trainer.rank == 0
     with Progress(disable=not is_first) as bars:
         task = bars.add_task("", total=recipe.epochs * trainer.steps_per_epoch)
@@ -110,8 +117,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _claim(options: argparse.Namespace) -> int:
     names = list(CLAIMS) if "all" in options.names else list(dict.fromkeys(options.names))
-    device = torch.device(options.device)
-    env = environment(device)
+    env = environment(options.device)
     data = load(options.dataset, options.data)
     start = time.perf_counter()
     out_folder(options.out)
@@ -119,7 +125,7 @@ def _claim(options: argparse.Namespace) -> int:
     def advance(doing: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {doing}", flush=True)
 
-    lab = Lab(EFFORTS[options.preset], data, device, options.out / "runs", advance)
+    lab = Lab(EFFORTS[options.preset], data, options.device, options.out / "runs", advance)
     result = {
         "schema": SCHEMA,
         "command": options.called,

@@ -448,8 +448,9 @@ SDKERNELS_INLINE WordsOfPairs words_of(const FloatsOfPairs& v) {
 #if defined(SDKERNELS_AVX512)
   if (!_mm512_cmp_ps_mask(v.even.value, v.odd.value, _CMP_UNORD_Q)) {
     const __m512i even = (__m512i)v.even.value, odd = (__m512i)v.odd.value;
-    const __m512i upper = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), 0xaaaaaaaa, odd);
-    const __m512i lower = _mm512_mask_mov_epi16(_mm512_slli_epi32(odd, 16), 0x55555555, even);
+    const __mmask32 odds = 0xaaaaaaaa;
+    const __m512i upper = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), odds, odd);
+    const __m512i lower = _mm512_mask_mov_epi16(even, odds, _mm512_slli_epi32(odd, 16));
     const __m512i last = _mm512_and_si512(upper, _mm512_set1_epi16(1));
     const __m512i mean = _mm512_avg_epu16(_mm512_or_si512(lower, last), _mm512_set1_epi16(0x7ffe));
     return {(WordsOfPairs::Register)_mm512_add_epi16(upper, _mm512_srli_epi16(mean, 15))};

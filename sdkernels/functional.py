@@ -200,8 +200,9 @@ def fused_stochastic_depth(
             of all of them in one tensor, as a :class:`Packed`, and returns a tensor [T, C'] or a
             Packed, so that its linear layers run once and not once a tensor. `args` come as lists,
             as without it.
-        multiple_of: what the number T of packed tokens is rounded up to, with zeros, which no
-            gradient comes from (16 to 128 for FP8 and whole tiles).
+        multiple_of: what the number T of packed tokens is rounded up to, with zeros (16 to 128 for
+            FP8 and whole tiles). No gradient comes from them; branch and derivative have to be
+            finite there.
 
     Returns:
         The shape and strides of `residual`, the dtype of ``residual + layer_scale * out``.

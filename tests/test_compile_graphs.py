@@ -15,6 +15,7 @@ from sdkernels import (
     KeptRows,
     StochasticDepth,
     fused_stochastic_depth,
+    linear_decay,
     sampling,
 )
 
@@ -145,6 +146,27 @@ def test_a_schedule_of_rates_wants_a_plan(sampler):
             (rows,) = DepthPlan.sample(20, [p], sampler=sampler)
             torch.testing.assert_close(step(x, rows=rows), block(x, rows=rows))
         assert compiled.graphs <= (2 if sampler == "fixed" else 3)
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
+def test_a_schedule_of_many_branches_starts_with_its_ends(sampler):
+    """As docs/pitfalls.md has it: their counts would change one after the other."""
+    x = torch.randn(16, 6)
+
+    def step(x: Tensor, rows: list[KeptRows]) -> Tensor:
+        for kept in rows:
+            x = fused_stochastic_depth(x, torch.sin, 0.5, rows=kept)
+        return x
+
+    with compilation() as compiled:
+        compiled_step = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for p in [RATES[-1], RATES[0], *RATES]:
+            drop_probs = linear_decay(12, p)
+            rows = list(DepthPlan.sample(16, drop_probs, sampler=sampler))
+            for kept in rows:
+                torch._dynamo.maybe_mark_dynamic(kept.index, 0)
+            torch.testing.assert_close(compiled_step(x, rows), step(x, rows))
+        assert compiled.graphs == 2
 
 
 def test_a_rate_on_the_module_is_a_constant():

@@ -154,11 +154,30 @@ def fused_layer_dropout(
         _check_output(out, kept.shape)
     except Exception:
         if inplace and opened:
-            # Autograd counts x as passed through: the rows go back to where they come from.
-            ops.scatter(stream, kept, rows.index, rows.slot, True, True)
+            _pass_everything_through(stream, rows.index)
         raise
     y: Tensor = ops.scatter(stream, out, rows.index, rows.slot, opened, inplace)
     return y
+
+
+def _pass_everything_through(stream: Tensor, index: Tensor) -> None:
+    """For a stream that was opened in place, and that nothing was written to then.
+
+    To autograd its kept rows come from the layer, whose gradient takes the place of theirs: the
+    stream's is added to it. (To write the layer's input back would do, had no layer written to it.)
+    """
+
+    def add_kept_rows(
+        d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        (d_x, *others), d_stream = d_inputs, d_outputs[1]
+        if d_x is None or d_stream is None:
+            return d_inputs
+        return d_x.index_add(0, index, d_stream.index_select(0, index)), *others
+
+    opening = stream.grad_fn
+    assert opening is not None  # or it would not have been opened
+    opening.register_hook(add_kept_rows)
 
 
 def _factor(p: float, rescale: str) -> float:

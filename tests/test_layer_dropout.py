@@ -364,16 +364,45 @@ def raising(kept: Tensor) -> Tensor:
     raise ArithmeticError("in the layer")
 
 
-def test_a_layer_that_raises_leaves_x_and_its_gradient_alone():
+def writing_and_raising(kept: Tensor) -> Tensor:
+    kept.mul_(3).add_(10)
+    raise ArithmeticError("in the layer")
+
+
+@pytest.mark.parametrize("layer", [raising, writing_and_raising])
+@pytest.mark.parametrize("index", [[1, 2], [], [0, 1, 2, 3]], ids=["some", "none", "all"])
+def test_a_layer_that_raises_leaves_x_and_its_gradient_alone(layer, index):
     """In place too: autograd sees x pass through."""
     x = torch.randn(4, 3, requires_grad=True)
     given = x.clone()
-    rows = KeptRows.from_index(torch.tensor([1, 2]), 4)
+    rows = KeptRows.from_index(torch.tensor(index, dtype=torch.int64), 4)
     with pytest.raises(ArithmeticError, match="in the layer"):
-        fused_layer_dropout(given, raising, 0.5, rows=rows, inplace=True)
+        fused_layer_dropout(given, layer, 0.5, rows=rows, inplace=True)
     assert torch.equal(given, x)
-    grad = torch.randn(4, 3)
-    assert torch.equal(torch.autograd.grad(given, x, grad)[0], grad)
+    grad = torch.randn(4, 3, requires_grad=True)
+    (d_x,) = torch.autograd.grad(given, x, grad, create_graph=True)
+    assert torch.equal(d_x, grad)
+    assert torch.equal(torch.autograd.grad(d_x.sum(), grad)[0], torch.ones(4, 3))
+
+
+def test_what_a_raising_layer_leaves_behind_has_its_gradient():
+    """Beside that of x, which passes through."""
+    x = torch.randn(4, 3, requires_grad=True)
+    given = x.clone()
+    left = []
+
+    def layer(kept: Tensor) -> Tensor:
+        left.append(kept * 5)
+        return raising(kept)
+
+    with pytest.raises(ArithmeticError):
+        fused_layer_dropout(
+            given, layer, 0.5, rows=KeptRows.from_index(torch.tensor([1, 2]), 4), inplace=True
+        )
+    d_x = torch.autograd.grad(left[0].sum(), x, retain_graph=True)[0]
+    assert d_x[:, 0].tolist() == [0, 5, 5, 0]
+    d_x = torch.autograd.grad(given.sum() + left[0].sum(), x)[0]
+    assert d_x[:, 0].tolist() == [1, 6, 6, 1]
 
 
 X = torch.zeros(4, 6, 3)

@@ -48,6 +48,8 @@ def checked_options(
     p = check_probability(p)
     check_law(mode, sampler, rescale)
     check_choice("empty", empty, EMPTY)
+    if inplace not in (True, False, None):
+        raise TypeError(f"inplace: expected True, False or None, got {inplace!r}")
     multiple_of = check_multiple_of(multiple_of)
     if multiple_of != 1 and not packed:
         raise ValueError(f"multiple_of: expected 1 without packed=True, got {multiple_of}")

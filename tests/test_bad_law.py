@@ -1,5 +1,7 @@
 """Arguments that say which rows to draw, refused by everything that takes them."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,13 @@ def test_law_is_checked_where_it_is_not_needed(options):
 def test_empty(empty, entry):
     message = f"empty: expected one of 'run', 'ones', 'skip', got {empty!r}"
     assert_refused(lambda: ENTRIES[entry](empty=empty), ValueError, message)
+
+
+@pytest.mark.parametrize("entry", ["op", "op-evaluation", "module"])
+@pytest.mark.parametrize("inplace", ["yes", "", 2, ()], ids=repr)
+def test_inplace(inplace, entry):
+    message = re.escape(f"inplace: expected True, False or None, got {inplace!r}")
+    assert_refused(lambda: ENTRIES[entry](inplace=inplace), TypeError, message)
 
 
 class ElsewhereGenerator(torch.Generator):

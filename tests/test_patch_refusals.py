@@ -29,6 +29,7 @@ BAD = [
     ({"rescale": "x"}, ValueError, "rescale: expected one of"),
     ({"empty": "x"}, ValueError, "empty: expected one of"),
     ({"min_saving": 2.0}, ValueError, "min_saving: expected"),
+    ({"inplace": "yes"}, TypeError, "inplace: expected True, False or None, got 'yes'"),
     ({"multiple_of": 0}, ValueError, "multiple_of: expected an integer of at least 1, got 0"),
     ({"mode": "batch", "sampler": "fixed"}, ValueError, "sampler:"),
 ]

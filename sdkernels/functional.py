@@ -389,9 +389,10 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     on_ones = [none and options.empty == "ones" for none in nothing]
     hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
     if isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones)):
-        # PyTorch lets a function of one result alone write into a view.
-        into_views = inplace and any(base._is_view() for base in bases)
-        if not into_views and _packs_at_once(ops, norm):
+        # PyTorch lets a function of one result alone write into a view, and counts one that is
+        # written twice once.
+        apart = not inplace or not (any(base._is_view() for base in bases) or _share_memory(bases))
+        if apart and _packs_at_once(ops, norm):
             given = take_args_of_list(call.args, batches, hows)
             return _packed(xs, residuals, plan, branch, given, call)
     kept, streams = [], []
@@ -594,6 +595,12 @@ def _packed_branch(x: Any, branch: Callable[..., Any], multiple_of: int) -> Call
     if not isinstance(x, (list, tuple)):
         raise TypeError(f"x: expected a list of tensors with packed=True, got {type(x).__name__}")
     return PackedBranch(branch, multiple_of)
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    """Whether two of them are one tensor, or parts of one storage."""
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+    return len(storages) < len(tensors)
 
 
 def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:

@@ -158,6 +158,46 @@ def test_inplace(norm, index):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("place", ["x", "residual"])
+@pytest.mark.parametrize("how", ["one tensor", "same memory", "one storage"])
+def test_inplace_into_shared_memory(how, place):
+    """As without packing: what is written twice has both branches behind it."""
+    rows = [KeptRows.from_index(torch.tensor(i), 3, 2.0) for i in ([0, 2], [0])]
+    weight = torch.randn(4, requires_grad=True)
+    leaf = torch.randn(3, 4, requires_grad=True)
+    found = []
+    for packed in (False, True):
+        stream, memory = leaf * 1, torch.ones(6, 4)
+        streams = {
+            "one tensor": [stream, stream],
+            "same memory": [stream, stream.data],
+            "one storage": [memory[:3].data, memory[3:].data],
+        }[how]
+        assert not any(each._is_view() for each in streams)
+        other = [leaf * 3, leaf.cos()]
+        xs, residual = (streams, None) if place == "x" else (other, streams)
+        branch: Any = lambda h: [(t * weight).sin() for t in h]  # noqa: E731
+        if packed:
+            branch = lambda p: (p.values * weight).sin()  # noqa: E731
+        options = {"residual": residual, "inplace": True, "packed": packed}
+        ys = fused_stochastic_depth(xs, branch, 0.5, rows=rows, **options)
+        assert all(y is stream for y, stream in zip(ys, streams, strict=True))
+        total = sum(y.square().sum() for y in ys)
+        grads = torch.autograd.grad(total, (leaf, weight), allow_unused=True)
+        found.append([*(y.detach() for y in ys), *grads])
+    for listed, in_one in zip(*found, strict=True):
+        assert (listed is None) == (in_one is None)
+        if listed is not None:
+            torch.testing.assert_close(in_one, listed)
+    if how == "one tensor" and place == "x":  # and as masking does
+        y = leaf
+        for each in rows:
+            mask = (each.slot >= 0).view(3, 1) * each.scale
+            y = y + mask * (leaf * weight).sin()
+        expected = torch.autograd.grad(2 * y.square().sum(), (leaf, weight))
+        torch.testing.assert_close(found[1][2:], [*expected])
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives(norm, inplace):

@@ -20,6 +20,7 @@ from .arguments import (
     take_args_of_list,
     unmarked,
 )
+from .backends.autograd import check_sum_inplace
 from .backends.checks import acc_type, check_layer_scale
 from .backends.ops import compiled, is_compiling, kernels, packed_kernels
 from .backends.traceable import scatter_add_dtype
@@ -416,6 +417,8 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     # All of them before the first is added, which may be in place.
     for stream, out, rows in zip(streams, outs, plan, strict=True):
         ops.check_scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.weight)
+        if inplace and ops is not compiled:
+            check_sum_inplace(stream, out, layer_scale, rows.weight)
     return [
         ops.scatter_add(
             stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu

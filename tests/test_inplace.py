@@ -1,11 +1,15 @@
 """inplace=True: where autograd allows it; where not, PyTorch's own error and nothing written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from backends import native
 from cases import NAMED_CASES, Case, generated_cases
 from comparison import assert_same_bits, assert_same_results, collect, run_fused, run_reference
 from hypothesis import assume, given
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdkernels import KeptRows, fused_stochastic_depth, scatter_add_rows
 
@@ -235,6 +239,38 @@ def test_permitted_is_not_forced_on_a_list():
     )
     assert all(y is not x for x, y in zip(xs, ys, strict=True))
     assert all(x.eq(1).all() for x in xs)
+
+
+@pytest.mark.parametrize("what", ["layer_scale", "row weight", "branch output", "odd view"])
+def test_list_that_is_refused_is_not_written(what):
+    """All of it is looked at before the first is added."""
+    xs = [torch.ones(3, 4), torch.ones(3, 4)]
+    options = {"rows": [ROWS, ROWS]}
+    branch = lambda kept: list(kept)  # noqa: E731
+    message = "refer to a single memory location"
+    if what == "layer_scale":
+        options["layer_scale"] = xs[1][0]
+    elif what == "row weight":
+        options["rows"] = [ROWS, replace(ROWS, weight=xs[1][0, :2])]
+    elif what == "branch output":
+        branch = lambda kept: [kept[0], xs[1][:2]]  # noqa: E731
+    else:  # which PyTorch lets one write into only what needs no gradient
+        xs[1] = torch.ones(3, 2, 4).unbind(1)[0]
+        options["layer_scale"] = torch.ones(4, requires_grad=True)
+        message = "is being modified inplace"
+    with pytest.raises(RuntimeError, match=message):
+        fused_stochastic_depth(xs, branch, 0.5, **options, inplace=True)
+    assert all(x.eq(1).all() for x in xs)
+
+
+@native
+def test_fake_list():
+    """Fake tensors have no addresses: nothing is said to share memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        xs = [torch.ones(3, 4), torch.ones(3, 4)]
+        options = {"sampler": "fixed", "layer_scale": torch.ones(4), "inplace": True}
+        ys = fused_stochastic_depth(xs, lambda kept: [-x for x in kept], 0.5, **options)
+    assert all(y is x for x, y in zip(xs, ys, strict=True))
 
 
 # Where every row runs the branch

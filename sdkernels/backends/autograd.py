@@ -611,9 +611,7 @@ def scatter_add(
         return _add_kept_rows_apply(residual, out, index, scale)  # type: ignore[no-any-return]
     if inplace:
         tensors = residual, out, layer_scale, row_weight
-        _check_inplace(residual, _needs_grad(*tensors))
-        for read in tensors[1:]:
-            check_no_overlap(residual, read)
+        check_sum_inplace(*tensors)
         _scatter_add_apply(*tensors, index, slot, scale, Sum.INPLACE)
         return residual.relu_() if relu else residual
     if _needs_grad(residual, out, layer_scale, row_weight):
@@ -646,10 +644,17 @@ def check_inplace(x: Tensor) -> None:
     _check_inplace(x, _needs_grad(x))
 
 
+def check_sum_inplace(residual: Tensor, *read: Tensor | None) -> None:
+    """Raise what PyTorch raises where what was computed from these must not be added in place."""
+    _check_inplace(residual, _needs_grad(residual, *read))
+    for each in read:
+        check_no_overlap(residual, each)
+
+
 def _check_inplace(x: Tensor, any_requires_grad: bool) -> None:
     check_no_internal_overlap(x)
     if any_requires_grad and _is_refused(x):
-        x.mul_(1)  # raises PyTorch's own error, and would change nothing
+        x.mul_(x.new_ones(()).requires_grad_())  # raises PyTorch's own error
 
 
 def _is_refused(x: Tensor) -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+_is_alias_of: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 def has_internal_overlap(x: Tensor) -> bool:
@@ -31,12 +36,13 @@ def check_no_overlap(written: Tensor, read: Tensor | None) -> None:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two dense tensors share memory; others PyTorch does not look at either."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if not _is_alias_of(a, b):  # of storages, as in PyTorch; a fake tensor has no address
         return False
     if not (a.numel() and b.numel() and _is_dense(a) and _is_dense(b)):
         return False
     (begin, end), (other_begin, other_end) = (
-        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (a, b)
+        (offset * x.element_size(), (offset + x.numel()) * x.element_size())
+        for x, offset in ((a, a.storage_offset()), (b, b.storage_offset()))
     )
     return begin < other_end and other_begin < end
 

@@ -184,7 +184,8 @@ def fused_stochastic_depth(
             the values of `x` are untouched, but autograd counts it as written. None permits it:
             `residual` is added into where that saves a pass over it and changes nothing else (so
             not where every row runs the branch, with an activation, for a list `x`, in compiled
-            code, where the result has another dtype, or where PyTorch forbids it).
+            code, where the result has another dtype, or where PyTorch forbids it). Under
+            torch.compile True may end in an error of the backward: None or False do not.
         min_saving: where the share of dropped rows, ``1 - k / B``, is below it, the branch runs on
             all B rows, and the kept rows of its output are added: the same rows, values and
             gradients, to rounding. Memory follows B then, a branch with batch statistics sees the

@@ -393,8 +393,9 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     if isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones)):
         # PyTorch lets a function of one result alone write into a view, and counts one that is
         # written twice once.
-        apart = not inplace or not (any(base._is_view() for base in bases) or _share_memory(bases))
-        if apart and _packs_at_once(ops, norm):
+        if _packs_at_once(ops, norm) and not (
+            inplace and (any(base._is_view() for base in bases) or _share_memory(bases))
+        ):
             given = take_args_of_list(call.args, batches, hows)
             return _packed(xs, residuals, plan, branch, given, call)
     kept, streams = [], []

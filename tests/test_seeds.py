@@ -98,6 +98,33 @@ def test_seed_gives_the_same_rows_on_every_device(device, law):
             assert_same_rows(there, here)
 
 
+def drawn_everywhere(sampler):
+    """The rows of a seed: of draws, of the op, of plans and of their next steps."""
+    torch.manual_seed(8)
+    plans = [
+        DepthPlan.sample([300, 7], [0.5, 0.1], sampler=sampler),
+        DepthPlan.for_step(1, 2, 8, [0.5, 0.1], sampler=sampler),
+    ]
+    found = [rows for plan in plans for _ in range(2) for rows in plan.resample_()]
+    rows = [each for one in found for each in (one if isinstance(one, list) else [one])]
+    seen = []
+    if sampler != "balanced":
+        rows += [KeptRows.sample(batch, 0.5, sampler=sampler) for batch in (0, 8, 300)]
+        x = torch.arange(16.0, device="cpu")[:, None]
+        fused_stochastic_depth(x, lambda kept: (seen.append(kept), kept)[1], 0.5, sampler=sampler)
+    assert all(each.index.is_cpu and each.slot.is_cpu for each in rows)
+    tensors = [*(tensor for each in rows for tensor in (each.index, each.slot)), *seen]
+    return [tensor.tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded", "balanced"])
+def test_a_default_device_changes_no_rows(sampler):
+    """As torch.set_default_device makes one: rows are drawn on the host."""
+    expected = drawn_everywhere(sampler)
+    with torch.device("meta"):
+        assert drawn_everywhere(sampler) == expected
+
+
 @each_law
 def test_the_op_draws_as_sample_does(law):
     x, seen = torch.arange(16.0)[:, None], []

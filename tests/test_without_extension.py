@@ -10,6 +10,7 @@ import test_bad_ops
 import torch
 from backends import native
 
+from sdkernels import DepthPlan
 from sdkernels.backends import extension, sampler
 
 pytestmark = native
@@ -42,6 +43,38 @@ def test_a_seed_gives_the_same_rows(batch):
             assert [rows.tolist() for rows in actual] == [rows.tolist() for rows in expected]
             assert all(rows.dtype == torch.int64 and rows.is_contiguous() for rows in actual)
         assert torch.equal(theirs.get_state(), ours.get_state())
+
+
+@pytest.mark.parametrize("batch", [0, 8, 300])
+def test_neither_a_default_device_nor_a_transform_changes_rows(batch):
+    """One draw for all that a transform runs at once, as the extension's."""
+
+    def rows():
+        torch.manual_seed(2)
+        draws = [sampler.Draw(*law) for law in laws(batch)]
+        drawn = [tensor for d in draws for tensor in sampler.sample_rows(batch, d, None, None)]
+        return [tensor.tolist() for tensor in drawn]
+
+    def plans():
+        draws = [sampler.Draw(0.5, count, False) for count in (-1, -1, batch, 0)]
+        steps = (None, sampler.StepKey(1, 2, 3))
+        plans = [sampler.sample_plan([batch, 3], draws, None, step, False) for step in steps]
+        return [(rows.tolist(), kept) for rows, kept in plans]
+
+    with torch.device("meta"):
+        actual = rows(), plans()
+    assert actual == (rows(), plans())
+    inside = []
+    torch.func.vmap(lambda x: (inside.append(rows()), x)[1])(torch.ones(2))
+    torch.func.grad(lambda x: (inside.append(rows()), x)[1])(torch.ones(()))
+    assert inside == [rows()] * 2
+
+
+def test_a_default_device_at_import():
+    script = "import torch; torch.set_default_device('meta'); from sdkernels import DepthPlan; "
+    result = run("-c", script + "print(DepthPlan.for_step(1, 2, 8, [0.5])[0].slot.tolist())")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == DepthPlan.for_step(1, 2, 8, [0.5])[0].slot.tolist()
 
 
 class Words:
@@ -138,6 +171,7 @@ CORE = [
     "test_determinism.py",
     "test_distributed.py",
     "test_dropped_rows.py",
+    "test_forward_mode.py",
     "test_functional.py",
     "test_inplace.py",
     "test_layer_dropout.py",

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import refuse_functorch
-from .sampler import StepKey, words_of, write_rows
+from .sampler import HOST, StepKey, words_of, write_rows
 from .untraced import untraced
 
 _BITS = 53  # of a probability: 1 - p is a multiple of 2**-53 for every p in [0, 1]
@@ -31,13 +30,14 @@ def sample_balanced_plan(
     Branches i, i + kinds, ... are balanced among themselves, for each batch. Of `steps`, this
     process' own and that which all ranks share, the second says which way totals are rounded.
     """
-    refuse_functorch()
     own = words_of(generator, steps and steps[0])
     shared = own if steps is None else words_of(None, steps[1])
     total = sum(batches)
-    rows = torch.zeros((len(keeps), 2, total), dtype=torch.int64, pin_memory=pin_memory)
-    mask = torch.empty((len(keeps), total), dtype=torch.bool)
-    shares = torch.tensor([round(keep * 2**_BITS) for keep in keeps], dtype=torch.int64)
+    shape = len(keeps), 2, total
+    rows = torch.zeros(shape, dtype=torch.int64, device=HOST, pin_memory=pin_memory)
+    mask = torch.empty((len(keeps), total), dtype=torch.bool, device=HOST)
+    numbers = [round(keep * 2**_BITS) for keep in keeps]
+    shares = torch.tensor(numbers, dtype=torch.int64, device=HOST)
     words = own.take(mask.numel()).view(mask.shape)
     offsets = shared.take(kinds * len(batches)).view(kinds, -1)
     for kind in range(kinds):
@@ -61,6 +61,6 @@ def _systematic(shares: Tensor, words: Tensor, offset: Tensor) -> Tensor:
     order = words.argsort()
     shares = shares[order]
     ends = shares.cumsum(0).add_(offset).bitwise_and_(2**_BITS - 1)
-    kept = torch.empty(len(shares), dtype=torch.bool)
+    kept = torch.empty_like(shares, dtype=torch.bool)
     kept[order] = ends < shares
     return kept

@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import refuse_functorch
+from .checks import transforms_active
 from .row_values import trust_rows
 from .untraced import untraced
 
 _INT64_MIN = -(2**63)
+HOST = torch.device("cpu")  # whatever the default device
 _MOST_LISTED = 256  # rows up to which Python's lists are faster than PyTorch's operations
 
 
@@ -59,7 +60,8 @@ class Words(Protocol):
 
 
 def _generator_words(count: int, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(count, dtype=torch.int64).random_(_INT64_MIN, None, generator=generator)
+    words = torch.empty(count, dtype=torch.int64, device=HOST)
+    return words.random_(_INT64_MIN, None, generator=generator)
 
 
 class _GeneratorWords:
@@ -78,7 +80,7 @@ class _StepWords:
     """
 
     _MASK = 2**32 - 1
-    _MULTIPLIERS = torch.tensor([[0xD2511F53], [0xCD9E8D57]])
+    _MULTIPLIERS = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=HOST)
 
     def __init__(self, key: StepKey) -> None:
         self._key = key
@@ -88,7 +90,8 @@ class _StepWords:
         first = self._taken
         self._taken += count
         begin, end = first // 2, -(-self._taken // 2)  # two words a block
-        words = self._blocks(torch.arange(begin, end, dtype=torch.int64)).flatten()
+        numbers = torch.arange(begin, end, dtype=torch.int64, device=HOST)
+        words = self._blocks(numbers).flatten()
         return words[first - 2 * begin :][:count]
 
     def _blocks(self, number: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ def _choose_rows(batch: int, count: int, words: Words) -> list[int]:
 def _int64(values: list[int]) -> Tensor:
     """A tensor of them, in a fraction of torch.tensor's time."""
     if not values:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=HOST)
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
@@ -188,8 +191,13 @@ def sample_rows(
     batch: int, draw: Draw, generator: torch.Generator | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
     """index [k] and slot [batch], int64, on `device`: one copy from the host, no waiting."""
-    refuse_functorch()
-    if draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch:  # as in nearly every call
+    if transforms_active():
+        # One draw for all, as the extension's: its numbers are none that a transform follows.
+        with torch._C._DisableFuncTorch():
+            index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
+    elif (
+        draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch
+    ):  # as in nearly every call
         index, slot = _rows_below(_generator_words(batch, generator), draw.below)
     else:
         index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
@@ -198,7 +206,8 @@ def sample_rows(
         return index, slot
     k = index.shape[0]
     # Pinned, the copy is asynchronous; the allocator keeps the memory until it is done.
-    host = torch.empty(batch + k, dtype=torch.int64, pin_memory=device.type == "cuda")
+    pin_memory = device.type == "cuda"
+    host = torch.empty(batch + k, dtype=torch.int64, device=HOST, pin_memory=pin_memory)
     torch.cat((slot, index), out=host)
     sent = host.to(device, non_blocking=True)
     return sent[batch:], sent[:batch]
@@ -220,7 +229,8 @@ def sample_plan(
     words = words_of(generator, step)
     total, crops = sum(batches), len(batches)
     layers = len(draws) // crops
-    rows = torch.zeros((layers, 2, total), dtype=torch.int64, pin_memory=pin_memory)
+    shape = layers, 2, total
+    rows = torch.zeros(shape, dtype=torch.int64, device=HOST, pin_memory=pin_memory)
     if draws and total and all(draw.count < 0 and not draw.whole_batch for draw in draws):
         return rows, _draw_all(rows, batches, draws, words)
     kept: list[int] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .building_blocks import Activation
+from .building_blocks import Activation, check_tensor
 from .empty import Empty
 from .functional import X, check_branch, check_norm, fused_stochastic_depth
 from .options import checked_options
@@ -72,6 +72,8 @@ class StochasticDepth(nn.Module):
         options = checked_options(*law, empty, *sums, packed, multiple_of)
         self.norm = norm
         self.branch = branch
+        if layer_scale is not None:
+            check_tensor(layer_scale, "layer_scale")
         if isinstance(layer_scale, nn.Parameter) or layer_scale is None:
             self.register_parameter("layer_scale", layer_scale)
         else:

@@ -47,7 +47,9 @@ def _branch_laws(drop_probs: object, mode: str, sampler: str, rescale: str) -> l
         raise TypeError(
             f"drop_probs: expected a list of probabilities, got {type(drop_probs).__name__}"
         )
-    return [BranchLaw(check_probability(p), mode, sampler, rescale) for p in drop_probs]
+    return [
+        BranchLaw(check_probability(p, "drop_probs"), mode, sampler, rescale) for p in drop_probs
+    ]
 
 
 def _check_kinds(kinds: object, sampler: str) -> int:
@@ -354,7 +356,7 @@ class DepthPlan(Generic[R]):
         return len(self._kept)
 
     def __getitem__(self, branch: int) -> R:
-        if not isinstance(branch, int):
+        if not isinstance(branch, int) or isinstance(branch, bool):
             raise TypeError(f"plan indices must be integers, got {type(branch).__name__}")
         if is_compiling():
             # Views that a graph remembers between calls are a reason to compile it again.

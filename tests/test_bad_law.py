@@ -82,6 +82,8 @@ def assert_refused(call, error, message):
 @each_entry
 @pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_law(options, error, message, entry):
+    if entry is DRAW["plan"]:  # which takes a list of them
+        message = re.sub("^p:", "drop_probs:", message)
     assert_refused(lambda: entry(**options), error, message)
 
 
@@ -145,7 +147,7 @@ def test_batch(make, batch):
 
 @pytest.mark.parametrize("layer_scale", [0.1, [1.0], 1], ids=repr)
 def test_module_layer_scale(layer_scale):
-    message = f".*{type(layer_scale).__name__}.*layer_scale"
+    message = f"layer_scale: expected a tensor, got {type(layer_scale).__name__}"
     assert_refused(
         lambda: StochasticDepth(torch.neg, 0.5, layer_scale=layer_scale), TypeError, message
     )

@@ -313,7 +313,14 @@ def test_comparing():
 
 
 def test_bad_names(capsys):
-    for name in ("timm:no_such_net", "nothing", "no.such.module:f", "sys:nothing", "os:getcwd"):
+    for name in (
+        "timm:no_such_net",
+        "nothing",
+        ":x",
+        "no.such.module:f",
+        "sys:nothing",
+        "os:getcwd",
+    ):
         if name.startswith("timm"):
             libraries.load("timm")
         assert main([name]) == 1
@@ -322,6 +329,14 @@ def test_bad_names(capsys):
         assert len(error.splitlines()) == 1
     with pytest.raises(SystemExit):
         main(["timm:x", "--drop-path", "2"])
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_bad_seconds(capsys, seconds):
+    with pytest.raises(SystemExit):
+        main(["timm:x", "--seconds", seconds])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --seconds: expected a number from 0, got " in error
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_branch_out_of_range(branch):
 
 
 @pytest.mark.parametrize(
-    "branch", ["0", 1.0, None, slice(0, 2), slice(0, 3), slice(None)], ids=repr
+    "branch", ["0", 1.0, None, True, slice(0, 2), slice(0, 3), slice(None)], ids=repr
 )
 @pytest.mark.parametrize("length", [2, 3])
 def test_branch_is_an_integer(branch, length):

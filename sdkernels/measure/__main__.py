@@ -56,6 +56,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected 1 or more, got {value}")
+    if not options.seconds >= 0:  # also refuses NaN
+        parser.error(f"--seconds: expected a number from 0, got {options.seconds}")
     try:
         options.device = torch.device(options.device)
         torch.empty(0, device=options.device)

@@ -30,7 +30,7 @@ def make_model(name: str, drop_path: float) -> tuple[nn.Module, float | None]:
         Unknown: the library is not installed or has no such model.
     """
     library, _, own = name.partition(":")
-    if not own:
+    if not (library and own):
         raise Unknown(
             f"MODEL: expected {', '.join(LIBRARIES)} or a module and a name after a colon, as "
             f"timm:vit_small_patch16_224, got {name!r}"

@@ -27,7 +27,7 @@ from .sampling import (
     refuse_capture,
 )
 from .schedules import check_probability
-from .tracing import refuse_fixed_rows
+from .tracing import fake_mode, outlasting, refuse_fixed_rows
 
 __all__ = ["BranchLaw", "DepthPlan"]
 
@@ -147,7 +147,10 @@ class DepthPlan(Generic[R]):
         rows, self._kept = self._draw(target)
         # [branches, 2, rows of all batches]: slot, then index, batch after batch; of the space for
         # the index of a batch, the first kept[branch][batch] entries are used.
-        self._rows = rows.to(target, non_blocking=True)
+        if fake_mode() is None:
+            self._rows = outlasting(lambda: rows.to(target, non_blocking=True))
+        else:  # the mode has devices that are not there
+            self._rows = rows.to(target, non_blocking=True)
 
     @overload
     @classmethod
@@ -336,7 +339,7 @@ class DepthPlan(Generic[R]):
             seed, step, rank = self._step
             self._step = (seed, (step + 1) % 2**64, rank)
         rows, kept = self._draw(self.device)
-        self._rows.copy_(rows, non_blocking=True)
+        outlasting(lambda: self._rows.copy_(rows, non_blocking=True))
         if kept != self._kept:
             self._views.clear()
         self._kept = kept
@@ -369,7 +372,7 @@ class DepthPlan(Generic[R]):
                     "cannot"
                 )
             if branch not in self._views:
-                self._views[branch] = self._views_of(branch)
+                self._views[branch] = outlasting(lambda: self._views_of(branch))
             views = self._views[branch]
         # The list is the caller's; the rows in it are frozen.
         return cast("R", list(views) if self._is_list else views[0])
@@ -398,7 +401,12 @@ class DepthPlan(Generic[R]):
 
     def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
         refuse_fixed_rows()
-        pin_memory = device.type == "cuda"
+        fake = fake_mode()
+        pin_memory = device.type == "cuda" and fake is None
+        rows, kept = outlasting(lambda: self._draw_on_host(pin_memory))
+        return rows if fake is None else fake.from_tensor(rows, static_shapes=True), kept
+
+    def _draw_on_host(self, pin_memory: bool) -> tuple[Tensor, list[list[int]]]:
         if any(branch.sampler == "balanced" for branch in self._branches):
             rows, kept = self._draw_balanced(pin_memory)
         else:

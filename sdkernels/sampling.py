@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import namespace
 from .backends.ops import host, is_compiling
-from .tracing import dispatch_modes, jit_tracing_state, refuse_fixed_rows
+from .tracing import dispatch_modes, fake_mode, jit_tracing_state, refuse_fixed_rows, with_data
 
 P = ParamSpec("P")
 
@@ -200,9 +200,28 @@ def sample_rows(
         refuse_capture()
     if jit_tracing_state() is not None or dispatch_modes():
         refuse_fixed_rows()
+        if fake_mode() is not None:
+            return _sample_without_data(int(batch), p, mode, sampler, rescale, generator, device)
     drawn, scale = law(batch, p, mode, sampler, rescale)
     index, slot = draw_on_host(batch, drawn, generator, device)
     return index, slot, scale
+
+
+def _sample_without_data(
+    batch: int,
+    p: float,
+    mode: str,
+    sampler: str,
+    rescale: str,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Under a FakeTensorMode: of the rows that are drawn it sees how many, as meta tensors do."""
+    drawn, scale = law(batch, p, mode, sampler, rescale)
+    with with_data():
+        rows = draw_on_host(batch, drawn, generator, None)
+    index, slot = (fake_mode().from_tensor(each, static_shapes=True) for each in rows)
+    return (index, slot, scale) if device is None else (index.to(device), slot.to(device), scale)
 
 
 def _sample_in_graph(

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.fx import Proxy
 from torch.fx import _symbolic_trace as fx
 
+T = TypeVar("T")
+
 __all__ = [
     "dispatch_modes",
+    "fake_mode",
     "fx",
     "is_recorded",
     "jit_tracing_state",
+    "outlasting",
     "refuse_fixed_rows",
     "refuse_script",
     "refuse_training",
+    "with_data",
 ]
 
 # By themselves, because they are asked at every call, as fx._is_fx_tracing_flag is, which says that
 # torch.fx traces in some thread.
 jit_tracing_state = torch._C._get_tracing_state  # None where there is none
+transforms_active = torch._C._are_functorch_transforms_active  # torch.func's
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many, make_fx's among them
 _dispatch_mode = torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def is_recorded(*values: object) -> bool:
@@ -63,6 +72,31 @@ def refuse_fixed_rows() -> None:
             "ever; pass them in from outside of the graph, or use torch.compile or torch.export, "
             "which draw new rows at every call"
         )
+
+
+def fake_mode() -> Any:
+    """PyTorch's FakeTensorMode, of which tensors have sizes and no data; None outside of it."""
+    return _dispatch_mode(_FAKE)
+
+
+@contextmanager
+def with_data() -> Iterator[None]:
+    """Where rows are drawn: in memory, under a FakeTensorMode and torch.func's transforms too."""
+    fake = torch._C._unset_dispatch_mode(_FAKE)
+    try:
+        with torch._C._DisableFuncTorch():
+            yield
+    finally:
+        if fake is not None:
+            torch._C._set_dispatch_mode(fake)
+
+
+def outlasting(make: Callable[[], T]) -> T:
+    """Tensors that stay what they are when a transform or a mode around this call has ended."""
+    if not (dispatch_modes() or transforms_active()):
+        return make()
+    with with_data():
+        return make()
 
 
 def refuse_script(what: str, instead: str) -> NoReturn:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import NETS
 
 import sdkernels
-from sdkernels import KeptRows, StochasticDepth, fused_stochastic_depth, scatter_add_rows
+from sdkernels import DepthPlan, KeptRows, StochasticDepth, fused_stochastic_depth, scatter_add_rows
 from sdkernels.backends import compiled, ops
 from sdkernels.reference import naive_masking
 
@@ -195,6 +195,38 @@ def test_rows_that_are_drawn():
     torch.manual_seed(3)
     y, _ = torch.func.jvp(lambda x: fused_stochastic_depth(x, torch.sin, 0.5), (x,), (x,))
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded", "balanced"])
+def test_rows_of_a_plan(sampler):
+    """Made, drawn again and looked at inside of a transform: the same rows, which outlive it."""
+    x = torch.randn(8, 4)
+
+    def plans():
+        torch.manual_seed(3)
+        given = {"batch": 8, "drop_probs": [0.5, 0.3], "sampler": sampler}
+        plans = [DepthPlan.sample(**given), DepthPlan.for_step(1, 2, **given)]
+        return [plan.resample_() for plan in plans]
+
+    def function(x, plans):
+        for plan in plans:
+            for rows in plan:
+                x = fused_stochastic_depth(x, torch.sin, 0.5, rows=rows)
+        return x
+
+    expected = function(x, plans())
+    made = []
+    y, _ = torch.func.jvp(lambda x: function(x, made.extend(plans()) or made), (x,), (x,))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(function(x, made), expected)
+    meta = []
+    torch.func.grad(lambda x: (meta.append(DepthPlan.sample(8, [0.5], device="meta")), x)[1])(
+        torch.ones(())
+    )
+    fused_stochastic_depth(torch.empty(8, 4, device="meta"), torch.sin, 0.5, rows=meta[0][0])
+    made = plans()
+    torch.func.jacfwd(lambda x: function(x, made))(x)
+    torch.testing.assert_close(function(x, made), expected)
 
 
 def test_only_a_dual_level_is_another_way():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from comparison import assert_same_bits
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 from sdkernels import (
+    DepthPlan,
     KeptRows,
     StochasticDepth,
     compact_layer_norm,
@@ -221,6 +223,50 @@ def test_fake_tensors():
         fakes = gradients(fake_y, fake_x, block)
     for fake, real in zip([fake_y, *fakes], [y, *expected], strict=True):
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded"])
+@pytest.mark.parametrize("shapes", [None, ShapeEnv], ids=["", "symbolic"])
+def test_fake_tensors_with_rows_that_are_drawn(sampler, shapes):
+    """As many rows as real tensors would have, from the same seed."""
+    kept = []
+
+    def run(x):
+        block = make_block(sampler=sampler)
+        block.branch.register_forward_pre_hook(lambda _, args: kept.append(args[0].shape[0]))
+        torch.manual_seed(2)
+        y = block(x)
+        return [y, *gradients(y, x, block)]
+
+    x = torch.randn(8, 6, requires_grad=True)
+    expected, after = run(x), torch.get_rng_state()
+    with FakeTensorMode(shape_env=shapes and shapes()) as mode:
+        fakes = run(mode.from_tensor(x))
+    assert kept[0] == kept[1]
+    assert torch.equal(torch.get_rng_state(), after)
+    for fake, real in zip(fakes, expected, strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    assert not isinstance(run(x)[0], FakeTensor)  # the mode leaves nothing behind
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded", "balanced"])
+def test_plans_of_fake_tensors(sampler):
+    given = {"batch": [8, 5], "drop_probs": [0.5, 0.3], "sampler": sampler}
+
+    def counts():
+        torch.manual_seed(1)
+        plans = [DepthPlan.sample(**given), DepthPlan.for_step(1, 2, **given)]
+        return plans, [
+            each.k for plan in plans for _ in range(2) for rows in plan.resample_() for each in rows
+        ]
+
+    with FakeTensorMode():
+        plans, found = counts()
+        xs = [torch.randn(batch, 6) for batch in (8, 5)]
+        ys = fused_stochastic_depth(xs, lambda kept: kept, 0.5, rows=plans[0][1])
+        assert [y.shape for y in ys] == [x.shape for x in xs]
+    assert found == counts()[1]
 
 
 def test_meta_tensors():

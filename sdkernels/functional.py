@@ -390,14 +390,14 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     nothing = [has_no_rows(rows) for rows in plan]
     on_ones = [none and options.empty == "ones" for none in nothing]
     hows = [_how(*each) for each in zip(plan, whole, on_ones, strict=True)]
-    if isinstance(branch, PackedBranch) and not (relu or any(whole) or any(on_ones)):
-        # PyTorch lets a function of one result alone write into a view, and counts one that is
-        # written twice once.
-        if _packs_at_once(ops, norm) and not (
-            inplace and (any(base._is_view() for base in bases) or _share_memory(bases))
-        ):
-            given = take_args_of_list(call.args, batches, hows)
-            return _packed(xs, residuals, plan, branch, given, call)
+    if (
+        isinstance(branch, PackedBranch)
+        and not (relu or any(whole) or any(on_ones))
+        and _packs_at_once(ops, norm)
+        and not (inplace and _is_written_in_parts(bases))
+    ):
+        given = take_args_of_list(call.args, batches, hows)
+        return _packed(xs, residuals, plan, branch, given, call)
     kept, streams = [], []
     for x, base, rows, all_rows in zip(xs, residuals, plan, whole, strict=True):
         opened = _open(ops, x, base, rows, norm, all_rows, inplace, relu)
@@ -602,10 +602,11 @@ def _packed_branch(x: Any, branch: Callable[..., Any], multiple_of: int) -> Call
     return PackedBranch(branch, multiple_of)
 
 
-def _share_memory(tensors: list[Tensor]) -> bool:
-    """Whether two of them are one tensor, or parts of one storage."""
-    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-    return len(storages) < len(tensors)
+def _is_written_in_parts(bases: list[Tensor]) -> bool:
+    """Whether two of them share memory, or one is a view: a function with several results may not
+    write into a view, and PyTorch counts what it writes twice once."""
+    storages = {base.untyped_storage()._cdata for base in bases}
+    return len(storages) < len(bases) or any(base._is_view() for base in bases)
 
 
 def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:

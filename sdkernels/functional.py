@@ -20,7 +20,7 @@ from .arguments import (
     take_args_of_list,
     unmarked,
 )
-from .backends.autograd import check_sum_inplace
+from .backends.autograd import check_sum_inplace, check_written
 from .backends.checks import acc_type, check_layer_scale
 from .backends.ops import compiled, is_compiling, kernels, packed_kernels
 from .backends.traceable import scatter_add_dtype
@@ -373,6 +373,8 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
         outs = per_tensor(branch(inputs, *given), len(xs), "branch output")
         for base, out in zip(bases, outs, strict=True):
             _check_everywhere(base, out, layer_scale)
+            if inplace and not is_compiling():
+                check_written(base, out, layer_scale)
         return [
             _sum(base, out, layer_scale, options) for base, out in zip(bases, outs, strict=True)
         ]
@@ -419,7 +421,7 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     # All of them before the first is added, which may be in place.
     for stream, out, rows in zip(streams, outs, plan, strict=True):
         ops.check_scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.weight)
-        if inplace and ops is not compiled:
+        if inplace and not is_compiling():
             check_sum_inplace(stream, out, layer_scale, rows.weight)
     return [
         ops.scatter_add(
@@ -603,10 +605,9 @@ def _packed_branch(x: Any, branch: Callable[..., Any], multiple_of: int) -> Call
 
 
 def _is_written_in_parts(bases: list[Tensor]) -> bool:
-    """Whether two of them share memory, or one is a view: a function with several results may not
+    """Whether two of them are one tensor, or one is a view: a function with several results may not
     write into a view, and PyTorch counts what it writes twice once."""
-    storages = {base.untyped_storage()._cdata for base in bases}
-    return len(storages) < len(bases) or any(base._is_view() for base in bases)
+    return len(set(map(id, bases))) < len(bases) or any(base._is_view() for base in bases)
 
 
 def _packs_at_once(ops: Any, norm: nn.Module | None) -> bool:

@@ -123,6 +123,8 @@ def fused_layer_dropout(
         _check_output(everywhere, x.shape)
         return everywhere
     check_local(x=x)
+    if inplace not in (True, False):
+        raise TypeError(f"inplace: expected True or False, got {inplace!r}")
     if inplace:
         check_inplace(x)
     if rows is None:
@@ -142,6 +144,7 @@ def fused_layer_dropout(
     given = take_args(args, rows.batch, KeptAndOnes(rows) if on_ones else Kept(rows))
     ops = kernels()
     kept, stream, opened = ops.open_rows(x, rows.index, rows.slot, inplace)
+    opening = stream.grad_fn if inplace and opened else None  # now: the layer may write to x
     try:
         if on_ones:
             out = run_on_ones(run, kept, given)
@@ -152,16 +155,16 @@ def fused_layer_dropout(
         else:
             out = run_on_kept(run, kept, given, rows.batch)
         _check_output(out, kept.shape)
-    except Exception:
-        if inplace and opened:
-            _pass_everything_through(stream, rows.index)
+    except BaseException:
+        if opening is not None:
+            _pass_everything_through(opening, rows.index)
         raise
     y: Tensor = ops.scatter(stream, out, rows.index, rows.slot, opened, inplace)
     return y
 
 
-def _pass_everything_through(stream: Tensor, index: Tensor) -> None:
-    """For a stream that was opened in place, and that nothing was written to then.
+def _pass_everything_through(opening: Any, index: Tensor) -> None:
+    """For what opened a stream in place, to which the layer's output is not written then.
 
     To autograd its kept rows come from the layer, whose gradient takes the place of theirs: the
     stream's is added to it. (To write the layer's input back would do, had no layer written to it.)
@@ -175,8 +178,6 @@ def _pass_everything_through(stream: Tensor, index: Tensor) -> None:
             return d_inputs
         return d_x.index_add(0, index, d_stream.index_select(0, index)), *others
 
-    opening = stream.grad_fn
-    assert opening is not None  # or it would not have been opened
     opening.register_hook(add_kept_rows)
 
 

@@ -144,10 +144,11 @@ class DepthPlan(Generic[R]):
         self._views: dict[int, list[KeptRows]] = {}
         target = torch.device("cpu" if device is None else device)
         refuse_capture()
-        rows, self._kept = self._draw(target)
+        fake = fake_mode()
+        rows, self._kept = self._draw(target, fake)
         # [branches, 2, rows of all batches]: slot, then index, batch after batch; of the space for
         # the index of a batch, the first kept[branch][batch] entries are used.
-        if fake_mode() is None:
+        if fake is None:
             self._rows = outlasting(lambda: rows.to(target, non_blocking=True))
         else:  # the mode has devices that are not there
             self._rows = rows.to(target, non_blocking=True)
@@ -335,11 +336,17 @@ class DepthPlan(Generic[R]):
         place.
         """
         refuse_capture()
-        if self._step is not None:
-            seed, step, rank = self._step
+        now = self._step
+        if now is not None:
+            seed, step, rank = now
             self._step = (seed, (step + 1) % 2**64, rank)
-        rows, kept = self._draw(self.device)
-        outlasting(lambda: self._rows.copy_(rows, non_blocking=True))
+        try:
+            # A plan stays what it was made as: fake, or with rows in memory under any mode.
+            rows, kept = self._draw(self.device, getattr(self._rows, "fake_mode", None))
+            outlasting(lambda: self._rows.copy_(rows, non_blocking=True))
+        except BaseException:
+            self._step = now
+            raise
         if kept != self._kept:
             self._views.clear()
         self._kept = kept
@@ -399,9 +406,9 @@ class DepthPlan(Generic[R]):
             start += batch
         return views
 
-    def _draw(self, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+    def _draw(self, device: torch.device, fake: Any) -> tuple[Tensor, list[list[int]]]:
+        """The rows on the host, or such of a FakeTensorMode; and how many each branch keeps."""
         refuse_fixed_rows()
-        fake = fake_mode()
         pin_memory = device.type == "cuda" and fake is None
         rows, kept = outlasting(lambda: self._draw_on_host(pin_memory))
         return rows if fake is None else fake.from_tensor(rows, static_shapes=True), kept

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Proxy
 from torch.fx import _symbolic_trace as fx
 
+from .backends.untraced import untraced
+
 T = TypeVar("T")
 
 __all__ = [
@@ -80,6 +82,7 @@ def fake_mode() -> Any:
 
 
 @contextmanager
+@untraced
 def with_data() -> Iterator[None]:
     """Where rows are drawn: in memory, under a FakeTensorMode and torch.func's transforms too."""
     fake = torch._C._unset_dispatch_mode(_FAKE)
@@ -91,6 +94,7 @@ def with_data() -> Iterator[None]:
             torch._C._set_dispatch_mode(fake)
 
 
+@untraced
 def outlasting(make: Callable[[], T]) -> T:
     """Tensors that stay what they are when a transform or a mode around this call has ended."""
     if not (dispatch_modes() or transforms_active()):

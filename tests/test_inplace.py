@@ -241,7 +241,10 @@ def test_permitted_is_not_forced_on_a_list():
     assert all(x.eq(1).all() for x in xs)
 
 
-@pytest.mark.parametrize("what", ["layer_scale", "row weight", "branch output", "odd view"])
+@pytest.mark.parametrize(
+    "what",
+    ["layer_scale", "row weight", "branch output", "odd view", "odd view, all rows", "inference"],
+)
 def test_list_that_is_refused_is_not_written(what):
     """All of it is looked at before the first is added."""
     xs = [torch.ones(3, 4), torch.ones(3, 4)]
@@ -254,7 +257,12 @@ def test_list_that_is_refused_is_not_written(what):
         options["rows"] = [ROWS, replace(ROWS, weight=xs[1][0, :2])]
     elif what == "branch output":
         branch = lambda kept: [kept[0], xs[1][:2]]  # noqa: E731
+    elif what == "inference":
+        with torch.inference_mode():
+            xs[1] = torch.ones(3, 4)
+        message = "Inplace update to inference tensor"
     else:  # which PyTorch lets one write into only what needs no gradient
+        options["training"] = what == "odd view"
         xs[1] = torch.ones(3, 2, 4).unbind(1)[0]
         options["layer_scale"] = torch.ones(4, requires_grad=True)
         message = "is being modified inplace"

@@ -385,6 +385,35 @@ def test_a_layer_that_raises_leaves_x_and_its_gradient_alone(layer, index):
     assert torch.equal(torch.autograd.grad(d_x.sum(), grad)[0], torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("what", ["another op", "a product", "interrupted"])
+def test_what_a_raising_layer_did_to_x(what):
+    """Its own writes to x have their gradient; the rest passes through."""
+    x = torch.randn(4, 3, requires_grad=True)
+    given = x.clone()
+
+    def layer(kept: Tensor) -> Tensor:
+        if what == "another op":
+            rows = KeptRows.from_index(torch.tensor([0, 1]), 4)
+            with pytest.raises(ArithmeticError):
+                fused_layer_dropout(given, raising, 0.5, rows=rows, inplace=True)
+        elif what == "a product":
+            given.mul_(2)
+        raise KeyboardInterrupt if what == "interrupted" else ArithmeticError
+
+    rows = KeptRows.from_index(torch.tensor([1, 2]), 4)
+    with pytest.raises((ArithmeticError, KeyboardInterrupt)):
+        fused_layer_dropout(given, layer, 0.5, rows=rows, inplace=True)
+    factor = 2.0 if what == "a product" else 1.0
+    assert torch.equal(given, factor * x)
+    assert torch.autograd.grad(given.sum(), x)[0].eq(factor).all()
+
+
+@pytest.mark.parametrize("inplace", ["yes", None, 2], ids=repr)
+def test_inplace_is_true_or_false(inplace):
+    with pytest.raises(TypeError, match=f"inplace: expected True or False, got {inplace!r}"):
+        fused_layer_dropout(torch.randn(4, 3), torch.sin, 0.5, inplace=inplace)
+
+
 def test_what_a_raising_layer_leaves_behind_has_its_gradient():
     """Beside that of x, which passes through."""
     x = torch.randn(4, 3, requires_grad=True)

@@ -158,6 +158,23 @@ def test_inplace(norm, index):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_inplace_under_a_transform(transform):
+    """Refused in our own words, as without packing."""
+    rows = [KeptRows.from_index(torch.tensor([0, 2]), 3)] * 2
+
+    def function(x: Tensor) -> Tensor:
+        xs = [x * 1, x * 2]
+        branch = lambda p: p.values * 2  # noqa: E731
+        options = {"rows": rows, "inplace": True, "packed": True}
+        return fused_stochastic_depth(xs, branch, 0.5, **options)[0].sum()
+
+    with pytest.raises(NotImplementedError, match=r"sdkernels: torch\.func transforms"):
+        transform(function)(
+            torch.ones(3, 4) if transform is torch.func.grad else torch.ones(2, 3, 4)
+        )
+
+
 @pytest.mark.parametrize("place", ["x", "residual"])
 @pytest.mark.parametrize("how", ["one tensor", "same memory", "one storage"])
 def test_inplace_into_shared_memory(how, place):

@@ -7,6 +7,7 @@ import torch
 from comparison import assert_same_bits
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
@@ -267,6 +268,25 @@ def test_plans_of_fake_tensors(sampler):
         ys = fused_stochastic_depth(xs, lambda kept: kept, 0.5, rows=plans[0][1])
         assert [y.shape for y in ys] == [x.shape for x in xs]
     assert found == counts()[1]
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "fixed", "rounded", "balanced"])
+def test_a_plan_stays_what_it_was_made_as(sampler):
+    """Whatever mode it is redrawn under; a draw that fails takes no step."""
+    given = {"batch": 32, "drop_probs": [0.5, 0.3], "sampler": sampler}
+    plan = DepthPlan.for_step(1, 2, **given)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = DepthPlan.for_step(1, 2, **given)
+        plan.resample_()
+    expected = DepthPlan.for_step(1, 3, **given)
+    for kept, wanted in zip(plan, expected, strict=True):
+        assert torch.equal(kept.index, wanted.index)
+        assert torch.equal(kept.slot, wanted.slot)
+    with pytest.raises(RuntimeError, match="make_fx"):
+        make_fx(lambda x: x + plan.resample_()[0].k)(torch.ones(1))
+    plan.resample_()
+    assert torch.equal(plan[0].slot, DepthPlan.for_step(1, 4, **given)[0].slot)
+    assert [each.k for each in fake.resample_()] == [each.k for each in expected]
 
 
 def test_meta_tensors():

@@ -541,7 +541,7 @@ def scatter(
         residual = residual.to(torch.promote_types(residual.dtype, out.dtype))
     args = residual, out.to(residual.dtype), index, slot
     if inplace:
-        _check_inplace(residual, _needs_grad(residual, out))
+        check_written(residual, out)
         check_no_overlap(residual, args[1])
         _scatter_apply(*args, opened, True)
         return residual
@@ -641,19 +641,27 @@ def check_scatter_add(
 @untraced
 def check_inplace(x: Tensor) -> None:
     """Raise what PyTorch raises where x must not be written in place."""
-    _check_inplace(x, _needs_grad(x))
+    check_written(x)
 
 
+@untraced
 def check_sum_inplace(residual: Tensor, *read: Tensor | None) -> None:
     """Raise what PyTorch raises where what was computed from these must not be added in place."""
-    _check_inplace(residual, _needs_grad(residual, *read))
+    check_written(residual, *read)
     for each in read:
         check_no_overlap(residual, each)
 
 
-def _check_inplace(x: Tensor, any_requires_grad: bool) -> None:
+@untraced
+def check_written(x: Tensor, *read: Tensor | None) -> None:
+    """Raise what PyTorch raises where x must not be written, whatever with, from what is read."""
     check_no_internal_overlap(x)
-    if any_requires_grad and _is_refused(x):
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        # PyTorch's operations raise this when they have written.
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed"
+        )
+    if _needs_grad(x, *read) and _is_refused(x):
         x.mul_(x.new_ones(()).requires_grad_())  # raises PyTorch's own error
 
 

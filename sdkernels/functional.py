@@ -20,7 +20,7 @@ from .arguments import (
     take_args_of_list,
     unmarked,
 )
-from .backends.autograd import check_sum_inplace, check_written
+from .backends import autograd
 from .backends.checks import acc_type, check_layer_scale
 from .backends.ops import compiled, is_compiling, kernels, packed_kernels
 from .backends.traceable import scatter_add_dtype
@@ -278,7 +278,7 @@ def fused_stochastic_depth(
     if layer_scale is not None:
         check_tensor(layer_scale, "layer_scale")
 
-    if type(x) is not Tensor and isinstance(x, (list, tuple)):  # the first is asked sooner
+    if type(x) is not Tensor and isinstance(x, (list, tuple)):  # slow, of a tensor
         call = Call(branch, args, norm, layer_scale, generator, options)
         sums: X = _of_list(list(x), residual, rows, dense, call)
         return sums
@@ -374,7 +374,7 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
         for base, out in zip(bases, outs, strict=True):
             _check_everywhere(base, out, layer_scale)
             if inplace and not is_compiling():
-                check_written(base, out, layer_scale)
+                autograd.check_inplace(base, out, layer_scale)
         return [
             _sum(base, out, layer_scale, options) for base, out in zip(bases, outs, strict=True)
         ]
@@ -422,7 +422,7 @@ def _of_list(xs: list[Tensor], residual: Any, rows: Any, dense: bool, call: Call
     for stream, out, rows in zip(streams, outs, plan, strict=True):
         ops.check_scatter_add(stream, out, rows.index, rows.slot, layer_scale, rows.weight)
         if inplace and not is_compiling():
-            check_sum_inplace(stream, out, layer_scale, rows.weight)
+            autograd.check_sum_inplace(stream, out, layer_scale, rows.weight)
     return [
         ops.scatter_add(
             stream, out, rows.index, rows.slot, layer_scale, rows.weight, rows.scale, inplace, relu

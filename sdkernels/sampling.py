@@ -198,30 +198,19 @@ def sample_rows(
         return _sample_in_graph(batch, p, mode, sampler, rescale, generator, device)
     if _CAPTURING_DEVICES:
         refuse_capture()
+    fake = None
     if jit_tracing_state() is not None or dispatch_modes():
         refuse_fixed_rows()
-        if fake_mode() is not None:
-            return _sample_without_data(int(batch), p, mode, sampler, rescale, generator, device)
+        fake, batch = fake_mode(), int(batch)
     drawn, scale = law(batch, p, mode, sampler, rescale)
-    index, slot = draw_on_host(batch, drawn, generator, device)
-    return index, slot, scale
-
-
-def _sample_without_data(
-    batch: int,
-    p: float,
-    mode: str,
-    sampler: str,
-    rescale: str,
-    generator: torch.Generator | None,
-    device: torch.device | None,
-) -> tuple[Tensor, Tensor, float]:
-    """Under a FakeTensorMode: of the rows that are drawn it sees how many, as meta tensors do."""
-    drawn, scale = law(batch, p, mode, sampler, rescale)
+    if fake is None:
+        index, slot = draw_on_host(batch, drawn, generator, device)
+        return index, slot, scale
+    # It sees of the rows that are drawn how many there are, as meta tensors do.
     with with_data():
         rows = draw_on_host(batch, drawn, generator, None)
-    index, slot = (fake_mode().from_tensor(each, static_shapes=True) for each in rows)
-    return (index, slot, scale) if device is None else (index.to(device), slot.to(device), scale)
+    index, slot = (fake.from_tensor(each, static_shapes=True).to(device) for each in rows)
+    return index, slot, scale
 
 
 def _sample_in_graph(

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Proxy
 from torch.fx import _symbolic_trace as fx
 
+from .backends.checks import transforms_active
 from .backends.untraced import untraced
 
 T = TypeVar("T")
@@ -30,7 +31,6 @@ __all__ = [
 # By themselves, because they are asked at every call, as fx._is_fx_tracing_flag is, which says that
 # torch.fx traces in some thread.
 jit_tracing_state = torch._C._get_tracing_state  # None where there is none
-transforms_active = torch._C._are_functorch_transforms_active  # torch.func's
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many, make_fx's among them
 _dispatch_mode = torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY

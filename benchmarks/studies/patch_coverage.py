@@ -106,9 +106,11 @@ def _with_drop_path(config: Any) -> bool:
             found |= _with_drop_path(value)
         elif any(word in key for word in ("drop_path", "droppath", "stochastic_depth")):
             if type(value) in (int, float):
-                vars(config)[key], found = RATE, True
+                vars(config)[key] = RATE
+                found = True
             elif isinstance(value, list) and value and isinstance(value[0], float):
-                vars(config)[key], found = [RATE] * len(value), True
+                vars(config)[key] = [RATE] * len(value)
+                found = True
     return found
 
 

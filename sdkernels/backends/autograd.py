@@ -541,7 +541,7 @@ def scatter(
         residual = residual.to(torch.promote_types(residual.dtype, out.dtype))
     args = residual, out.to(residual.dtype), index, slot
     if inplace:
-        check_written(residual, out)
+        check_inplace(residual, out)
         check_no_overlap(residual, args[1])
         _scatter_apply(*args, opened, True)
         return residual
@@ -639,22 +639,8 @@ def check_scatter_add(
 
 
 @untraced
-def check_inplace(x: Tensor) -> None:
-    """Raise what PyTorch raises where x must not be written in place."""
-    check_written(x)
-
-
-@untraced
-def check_sum_inplace(residual: Tensor, *read: Tensor | None) -> None:
-    """Raise what PyTorch raises where what was computed from these must not be added in place."""
-    check_written(residual, *read)
-    for each in read:
-        check_no_overlap(residual, each)
-
-
-@untraced
-def check_written(x: Tensor, *read: Tensor | None) -> None:
-    """Raise what PyTorch raises where x must not be written, whatever with, from what is read."""
+def check_inplace(x: Tensor, *read: Tensor | None) -> None:
+    """Raise what PyTorch raises where x must not be written in place, from what is read."""
     check_no_internal_overlap(x)
     if x.is_inference() and not torch.is_inference_mode_enabled():
         # PyTorch's operations raise this when they have written.
@@ -663,6 +649,14 @@ def check_written(x: Tensor, *read: Tensor | None) -> None:
         )
     if _needs_grad(x, *read) and _is_refused(x):
         x.mul_(x.new_ones(()).requires_grad_())  # raises PyTorch's own error
+
+
+@untraced
+def check_sum_inplace(residual: Tensor, *read: Tensor | None) -> None:
+    """Raise what PyTorch raises where what was computed from these must not be added in place."""
+    check_inplace(residual, *read)
+    for each in read:
+        check_no_overlap(residual, each)
 
 
 def _is_refused(x: Tensor) -> bool:

@@ -195,9 +195,8 @@ def sample_rows(
         # One draw for all, as the extension's: its numbers are none that a transform follows.
         with torch._C._DisableFuncTorch():
             index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
-    elif (
-        draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch
-    ):  # as in nearly every call
+    # As in nearly every call:
+    elif draw.count < 0 and batch <= _MOST_LISTED and not draw.whole_batch:
         index, slot = _rows_below(_generator_words(batch, generator), draw.below)
     else:
         index, slot = _draw_rows(batch, draw, _GeneratorWords(generator))
